@@ -1,0 +1,238 @@
+"""One `.refold` file: a zip whose `manifest.pb` lists every other member with its size and SHA-256.
+
+    targets/<name>/model.onnx   the integer model: adaptable tensors are external initialisers (not in the file)
+    targets/<name>/taps.onnx    same integers; outputs each norm's input moments
+    student.pt2                 the exported program the cloud trains
+    calibration.npz             the slice kept for release gates
+    manifest.pb                 everything else: norm table, preprocessing, layers, digests
+    manifest.sig                optional: a SignedRelease-style list of signatures over manifest.pb
+
+The bundle's digest is the SHA-256 of manifest.pb, which covers every member through its digest. Members are stored in a
+fixed order with fixed dates, so the same content is the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+from google.protobuf.message import DecodeError
+
+from refold.atomic import write_atomically
+from refold.codec import table_from_pb
+from refold.errors import BundleError, StorageError
+from refold.limits import LIMITS
+from refold.norms import NormTable
+from refold.preprocess import Preprocess
+from refold.signing import KeyRing, SigningKey
+from refold.v1 import manifest_pb2 as pb
+from refold.v1 import norms_pb2
+
+__all__ = ["FORMAT", "Bundle", "write_bundle"]
+
+FORMAT = 1
+MANIFEST = "manifest.pb"
+SIGNATURES = "manifest.sig"
+CHUNK = 1 << 20
+
+
+class Bundle:
+    """A bundle opened for reading. Opening checks the archive and the manifest; reading a part checks its digest.
+
+    Attributes:
+        path: the file.
+        manifest: the decoded manifest.
+        digest: lower-case hex SHA-256 of the manifest bytes; the bundle's identity everywhere.
+    """
+
+    def __init__(self, path: Path, manifest: pb.Manifest, manifest_bytes: bytes, signatures: bytes) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.digest = hashlib.sha256(manifest_bytes).hexdigest()
+        self._manifest_bytes = manifest_bytes
+        self._signatures = signatures
+        self._parts = {p.path: p for p in manifest.parts}
+        self.norms: NormTable = table_from_pb(manifest.norms)
+        self.preprocess = Preprocess.from_pb(manifest.preprocess)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Raises BundleError: missing, truncated, oversized, not a bundle, inconsistent, or of a newer format."""
+        path = Path(path)
+        try:
+            size = path.stat().st_size
+            if size > LIMITS.bundle_bytes:
+                raise BundleError(f"{path} has {size} bytes; the limit is {LIMITS.bundle_bytes}.", code="bundle-too-large")
+            with zipfile.ZipFile(path) as archive:
+                members = _members(path, archive)
+                manifest_bytes = _read_small(archive, members, MANIFEST, path)
+                signatures = _read_small(archive, members, SIGNATURES, path) if SIGNATURES in members else b""
+        except FileNotFoundError:
+            raise BundleError(f"There is no bundle at {path}.", code="no-bundle") from None
+        except (zipfile.BadZipFile, EOFError, NotImplementedError) as e:
+            raise BundleError(f"{path} is truncated or not a Refold bundle: copy or export it again.", code="damaged") from e
+        except OSError as e:
+            raise BundleError(f"{path} cannot be read: {e.strerror or e}.", code="unreadable") from e
+        manifest = pb.Manifest()
+        try:
+            manifest.ParseFromString(manifest_bytes)
+        except DecodeError as e:
+            raise BundleError(f"The manifest of {path} is damaged: copy or export it again.", code="damaged") from e
+        if manifest.format > FORMAT:
+            raise BundleError(
+                f"{path} has bundle format {manifest.format}; this program reads up to {FORMAT}. Update Refold.",
+                code="newer-format",
+            )
+        if manifest.format < 1:
+            raise BundleError(f"The manifest of {path} names no format: it is not a Refold bundle.", code="damaged")
+        bundle = cls(path, manifest, manifest_bytes, signatures)
+        bundle._check_members(members)
+        return bundle
+
+    def _check_members(self, members: Mapping[str, zipfile.ZipInfo]) -> None:
+        for part in self.manifest.parts:
+            info = members.get(part.path)
+            if info is None:
+                raise BundleError(f"{self.path} lacks {part.path}, which its manifest lists.", code="damaged")
+            if info.file_size != part.size:
+                raise BundleError(
+                    f"{part.path} in {self.path} has {info.file_size} bytes where the manifest says {part.size}.",
+                    code="damaged",
+                )
+        extra = set(members) - set(self._parts) - {MANIFEST, SIGNATURES}
+        if extra:
+            raise BundleError(f"{self.path} contains {sorted(extra)[0]}, which its manifest does not list.", code="damaged")
+
+    @property
+    def parts(self) -> tuple[pb.Part, ...]:
+        return tuple(self.manifest.parts)
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+    def target(self, name: str | None = None) -> pb.Target:
+        """The named target, or the first. Raises BundleError when the bundle has none of that name."""
+        for target in self.manifest.targets:
+            if name in (None, target.name):
+                return target
+        have = ", ".join(t.name for t in self.manifest.targets) or "none"
+        raise BundleError(f"{self.path} has no target {name!r}; it has: {have}.", code="no-target")
+
+    def read(self, path: str) -> bytes:
+        """The bytes of one part, verified. Raises BundleError when absent or changed."""
+        return b"".join(self._chunks(path))
+
+    def _chunks(self, path: str) -> Iterator[bytes]:
+        part = self._parts.get(path)
+        if part is None:
+            raise BundleError(f"{self.path} has no part {path!r}.", code="no-part")
+        digest, left = hashlib.sha256(), part.size
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(path) as f:
+                while chunk := f.read(min(CHUNK, left + 1)):
+                    left -= len(chunk)
+                    if left < 0:
+                        raise BundleError(f"{path} in {self.path} is larger than its manifest says.", code="damaged")
+                    digest.update(chunk)
+                    yield chunk
+        except (zipfile.BadZipFile, EOFError, OSError, KeyError) as e:
+            raise BundleError(f"{path} in {self.path} cannot be read: the file is damaged.", code="damaged") from e
+        if left or digest.hexdigest() != part.sha256:
+            raise BundleError(f"{path} in {self.path} does not match its digest: the file was changed.", code="digest")
+
+    def verify(self, ring: KeyRing | None = None) -> None:
+        """Reads every part against its digest and, when a key ring is given, the signatures over the manifest.
+
+        Raises:
+            BundleError: a part is damaged.
+            SignatureError: not signed by enough trusted keys.
+        """
+        if ring is not None:
+            signed = norms_pb2.SignedRelease()
+            try:
+                signed.ParseFromString(self._signatures)
+            except DecodeError as e:
+                raise BundleError(f"The signatures of {self.path} are damaged.", code="damaged") from e
+            ring.verify(self._manifest_bytes, signed.signatures)
+        for part in self.manifest.parts:
+            for _ in self._chunks(part.path):
+                pass
+
+    def extract(self, directory: str | os.PathLike[str]) -> Path:
+        """Writes every part below `directory`, each verified and renamed into place, and manifest.pb. Returns it."""
+        root = Path(directory)
+        for part in self.manifest.parts:
+            target = root / part.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(target, self._chunks(part.path))
+        write_atomically(root / MANIFEST, [self._manifest_bytes])
+        return root
+
+
+def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    infos = archive.infolist()
+    if len(infos) > LIMITS.bundle_parts:
+        raise BundleError(f"{path} has {len(infos)} members; the limit is {LIMITS.bundle_parts}.", code="bundle-too-large")
+    if sum(i.file_size for i in infos) > LIMITS.bundle_bytes:
+        raise BundleError(f"{path} would unpack to more than {LIMITS.bundle_bytes} bytes.", code="bundle-too-large")
+    for info in infos:
+        name = PurePosixPath(info.filename)
+        if name.is_absolute() or ".." in name.parts or "\\" in info.filename or info.is_dir():
+            raise BundleError(f"{path} contains the unsafe name {info.filename!r}.", code="damaged")
+    return {i.filename: i for i in infos}
+
+
+def _read_small(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], name: str, path: Path) -> bytes:
+    info = members.get(name)
+    if info is None:
+        raise BundleError(f"{path} has no {name}: it is not a Refold bundle.", code="damaged")
+    if info.file_size > LIMITS.manifest_bytes:
+        raise BundleError(f"The {name} of {path} is larger than {LIMITS.manifest_bytes} bytes.", code="bundle-too-large")
+    return archive.read(name)
+
+
+def write_bundle(path: str | os.PathLike[str], manifest: pb.Manifest, parts: Mapping[str, bytes], *keys: SigningKey) -> Bundle:
+    """Writes a bundle in one step: a temporary file beside it, fsynced, renamed. `manifest.parts` is filled in here.
+
+    Raises:
+        StorageError: the disk is full or not writable; nothing is left behind.
+    """
+    path = Path(path)
+    manifest.format = FORMAT
+    del manifest.parts[:]
+    for name, content in sorted(parts.items()):
+        manifest.parts.add(path=name, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    manifest_bytes = manifest.SerializeToString(deterministic=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as f:
+            with zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
+                _add(archive, MANIFEST, manifest_bytes)
+                if keys:
+                    signed = norms_pb2.SignedRelease(signatures=[k.sign(manifest_bytes) for k in keys])
+                    _add(archive, SIGNATURES, signed.SerializeToString(deterministic=True))
+                for name, content in sorted(parts.items()):
+                    _add(archive, name, content)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        raise StorageError(f"The bundle {path} cannot be written: {e.strerror or e} ({free} bytes free there).") from e
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return Bundle.open(path)
+
+
+def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+    info.compress_type = zipfile.ZIP_DEFLATED
+    info.external_attr = 0o644 << 16
+    archive.writestr(info, content)

@@ -1,0 +1,126 @@
+"""`refold inspect`, `extract` and `verify`: what a person asks of a bundle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from refold.bundle import Bundle
+from refold.signing import KeyRing
+
+__all__ = ["describe", "extract", "inspect", "verify"]
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """Everything `refold inspect --json` prints: plain values only."""
+    m = bundle.manifest
+    return {
+        "path": str(bundle.path),
+        "digest": bundle.digest,
+        "format": m.format,
+        "name": m.name,
+        "made_by": m.made_by,
+        "bytes": bundle.size,
+        "preprocess": {
+            "width": m.preprocess.width,
+            "height": m.preprocess.height,
+            "resize": bundle.preprocess.resize.name.lower(),
+            "scale": m.preprocess.scale,
+            "mean": list(m.preprocess.mean),
+            "std": list(m.preprocess.std),
+            "digest": bundle.preprocess.digest,
+        },
+        "classes": m.class_count,
+        "targets": [
+            {
+                "name": t.name,
+                "weight_bits": t.weight_bits,
+                "updatable": t.updatable,
+                "checks": dict(sorted(t.checks.items())),
+            }
+            for t in m.targets
+        ],
+        "layers": [
+            {
+                "name": layer.name,
+                "op": layer.op,
+                "bits": layer.weight_bits,
+                "bytes": layer.weight_bytes,
+                "site": layer.site,
+                "runs_in": layer.runs_in,
+            }
+            for layer in m.layers
+        ],
+        "sites": [
+            {"name": s.name, "kind": s.kind.name.lower(), "channels": s.channels, "norm": s.has_norm}
+            for s in bundle.norms.sites
+        ],
+        "parts": [{"path": p.path, "bytes": p.size, "sha256": p.sha256} for p in m.parts],
+    }
+
+
+def _table(rows: Sequence[tuple[str, ...]], right: set[int]) -> str:
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Print what is inside BUNDLE: layers, bits, bytes, norm sites, targets, checks."""
+    d = describe(Bundle.open(bundle))
+    if as_json:
+        click.echo(json.dumps(d, indent=1))
+        return
+    pre = d["preprocess"]
+    click.echo(f"{d['name']}  {d['bytes']:,} bytes  digest {d['digest'][:16]}  by {d['made_by']}")
+    click.echo(
+        f"input {pre['width']}x{pre['height']} RGB, resize {pre['resize']}, (pixel x {pre['scale']:.6g} - mean) / std, "
+        f"mean {[round(v, 4) for v in pre['mean']]}, std {[round(v, 4) for v in pre['std']]}; {d['classes']} classes\n"
+    )
+    layers = [("layer", "operator", "bits", "bytes", "norm site", "runs in")]
+    layers += [(r["name"], r["op"], str(r["bits"] or ""), f"{r['bytes']:,}", r["site"], r["runs_in"]) for r in d["layers"]]
+    click.echo(_table(layers, {2, 3}))
+    norms = [s for s in d["sites"] if s["norm"]]
+    channels = sum(s["channels"] for s in norms)
+    click.echo(f"\n{len(norms)} norm sites, {channels:,} channels: a release is about {channels * 16:,} bytes")
+    for target in d["targets"]:
+        click.echo(
+            f"\ntarget {target['name']}: {target['weight_bits']}-bit weights, {'updatable' if target['updatable'] else 'FIXED'}"
+        )
+        click.echo(_table([(f"  {k}", f"{v:.6g}") for k, v in target["checks"].items()] or [("  no checks", "")], {1}))
+    click.echo("\n" + _table([("part", "bytes"), *((p["path"], f"{p['bytes']:,}") for p in d["parts"])], {1}))
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write to; default: the bundle's name.")
+def extract(bundle: Path, output: Path | None) -> None:
+    """Unpack BUNDLE into a directory; the models in it open in Netron."""
+    opened = Bundle.open(bundle)
+    root = opened.extract(output or bundle.with_suffix(""))
+    for part in opened.parts:
+        click.echo(str(root / part.path))
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--key", "keys", multiple=True, help="Trusted public key, 64 hex digits; the bundle must be signed by one.")
+def verify(bundle: Path, keys: tuple[str, ...]) -> None:
+    """Check every digest of BUNDLE and, with --key, its signature."""
+    try:
+        ring = KeyRing([bytes.fromhex(k) for k in keys]) if keys else None
+    except ValueError:
+        raise click.BadParameter("a key is 64 hex digits", param_hint="--key") from None
+    opened = Bundle.open(bundle)
+    opened.verify(ring)
+    click.echo(f"{bundle}: {len(opened.parts)} parts match their digests{', signature good' if keys else ''}.")

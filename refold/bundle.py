@@ -17,6 +17,7 @@ import hashlib
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -24,7 +25,7 @@ from google.protobuf.message import DecodeError
 
 from refold.atomic import write_atomically
 from refold.codec import table_from_pb
-from refold.errors import BundleError, StorageError
+from refold.errors import BundleError, NormStateError, StorageError, UsageError
 from refold.limits import LIMITS
 from refold.norms import NormTable
 from refold.preprocess import Preprocess
@@ -56,8 +57,11 @@ class Bundle:
         self._manifest_bytes = manifest_bytes
         self._signatures = signatures
         self._parts = {p.path: p for p in manifest.parts}
-        self.norms: NormTable = table_from_pb(manifest.norms)
-        self.preprocess = Preprocess.from_pb(manifest.preprocess)
+        try:
+            self.norms: NormTable = table_from_pb(manifest.norms)
+            self.preprocess = Preprocess.from_pb(manifest.preprocess)
+        except (NormStateError, UsageError) as e:
+            raise BundleError(f"The manifest of {path} is damaged: {e.message}", code="damaged") from e
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
@@ -140,7 +144,7 @@ class Bundle:
                         raise BundleError(f"{path} in {self.path} is larger than its manifest says.", code="damaged")
                     digest.update(chunk)
                     yield chunk
-        except (zipfile.BadZipFile, EOFError, OSError, KeyError) as e:
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError) as e:
             raise BundleError(f"{path} in {self.path} cannot be read: the file is damaged.", code="damaged") from e
         if left or digest.hexdigest() != part.sha256:
             raise BundleError(f"{path} in {self.path} does not match its digest: the file was changed.", code="digest")
@@ -192,8 +196,11 @@ def _read_small(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]
     if info is None:
         raise BundleError(f"{path} has no {name}: it is not a Refold bundle.", code="damaged")
     if info.file_size > LIMITS.manifest_bytes:
-        raise BundleError(f"The {name} of {path} is larger than {LIMITS.manifest_bytes} bytes.", code="bundle-too-large")
-    return archive.read(name)
+        raise BundleError(f"The {name} of {path} is over the limit of {LIMITS.manifest_bytes} bytes.", code="bundle-too-large")
+    try:
+        return archive.read(name)
+    except zlib.error as e:
+        raise BundleError(f"The {name} of {path} is damaged: copy or export it again.", code="damaged") from e
 
 
 def write_bundle(path: str | os.PathLike[str], manifest: pb.Manifest, parts: Mapping[str, bytes], *keys: SigningKey) -> Bundle:

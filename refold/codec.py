@@ -81,6 +81,8 @@ def site_from_pb(message: pb.NormSite) -> NormSite:
         raise NormStateError(
             f"{message.name} is a kind of norm this version does not know ({message.kind}): update Refold."
         ) from None
+    if any(abs(s) != 1 for s in message.sign) or not 0 <= message.epsilon < 1e6:
+        raise NormStateError(f"{message.name} has a sign that is not +1 or -1, or an impossible epsilon: it is damaged.")
     site = NormSite(
         name=message.name,
         kind=kind,
@@ -111,12 +113,16 @@ def table_to_pb(table: NormTable) -> pb.NormTable:
 def table_from_pb(message: pb.NormTable) -> NormTable:
     if len(message.sites) > LIMITS.norm_sites:
         raise NormStateError(f"The norm table lists {len(message.sites)} sites; the limit is {LIMITS.norm_sites}.")
+    if not 1 <= message.trust_ratio < 1e6:
+        raise NormStateError(f"The norm table's trust ratio of {message.trust_ratio:g} is impossible.")
     table = NormTable(
         tuple(site_from_pb(s) for s in message.sites),
         tuple(activation_from_pb(a) for a in message.activations),
         message.trust_ratio,
     )
     known = {a.tensor for a in table.activations}
+    if len({s.name for s in table.sites}) != len(table.sites) or len(known) != len(table.activations):
+        raise NormStateError("The norm table lists a site or an activation twice.")
     for site in table.sites:
         if site.kind is NormKind.FOLDED and site.input_tensor not in known:
             raise NormStateError(f"{site.name} reads {site.input_tensor!r}, whose scale the norm table does not list.")

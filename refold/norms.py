@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from refold.errors import NormStateError
 
@@ -137,8 +137,8 @@ class NormSite:
         cls,
         name: str,
         *,
-        weight_scale: F32,
-        layer_bias: F32,
+        weight_scale: ArrayLike,
+        layer_bias: ArrayLike,
         exported: NormState,
         input_tensor: str,
         input_scale: float,
@@ -151,6 +151,7 @@ class NormSite:
         A channel whose |gamma| is about 0 would need a bias beyond int32; its floor keeps that bias at 2**28, at the price of
         letting the dead convolution through at under 1/32 of the bias in the worst case.
         """
+        layer_bias = _vector(layer_bias, "layer_bias")
         a, bias = _affine(exported, layer_bias, epsilon)
         floor = np.maximum(np.abs(bias) / (float(np.float32(input_scale)) * 2.0**FLOOR_BITS), np.finfo(np.float32).tiny)
         return cls(
@@ -161,7 +162,7 @@ class NormSite:
             has_norm=has_norm,
             sign=np.where(a < 0, -1, 1).astype(np.int8),
             weight_scale=_vector(weight_scale, "weight_scale"),
-            layer_bias=_vector(layer_bias, "layer_bias"),
+            layer_bias=layer_bias,
             scale_floor=_vector(floor, "scale_floor"),
             input_tensor=input_tensor,
             tensors=tensors or SiteTensors(f"{name}.weight_scale", f"{name}.bias", f"{name}.bias_scale"),

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from refold.errors import InputError
 
@@ -34,7 +33,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
         if self.pad or self.stride > 1:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
+            x = nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
         return torch.relu(y + x)
 
 
@@ -58,7 +57,8 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
+        logits: Tensor = self.linear(x.mean((2, 3)))
+        return logits
 
 
 def resnet20() -> CifarResNet:
@@ -87,25 +87,35 @@ class ResNet8(nn.Module):
             setattr(self, f"batch_normalization{f'_{i}' if i else ''}", nn.BatchNorm2d(width, eps=1e-3))
         self.dense = nn.Linear(64, classes)
 
+    def _layer(self, name: str, x: Tensor) -> Tensor:
+        y: Tensor = self.get_submodule(name)(x)
+        return y
+
     def _norm(self, i: int, conv: int, x: Tensor) -> Tensor:
-        y = getattr(self, f"conv2d{f'_{conv}' if conv else ''}")(x)
-        return getattr(self, f"batch_normalization{f'_{i}' if i else ''}")(y)  # type: ignore[no-any-return]
+        y = self._layer(f"conv2d{f'_{conv}' if conv else ''}", x)
+        return self._layer(f"batch_normalization{f'_{i}' if i else ''}", y)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self._norm(0, 0, x))
         x = torch.relu(self._norm(2, 2, torch.relu(self._norm(1, 1, x))) + x)
-        y = torch.relu(self._norm(3, 3, F.pad(x, (0, 1, 0, 1))))
-        x = torch.relu(self._norm(4, 4, y) + self.conv2d_5(x))
-        y = torch.relu(self._norm(5, 6, F.pad(x, (0, 1, 0, 1))))
-        x = torch.relu(self._norm(6, 7, y) + self.conv2d_8(x))
-        return self.dense(x.mean((2, 3)))  # type: ignore[no-any-return]
+        y = torch.relu(self._norm(3, 3, nn.functional.pad(x, (0, 1, 0, 1))))
+        x = torch.relu(self._norm(4, 4, y) + self._layer("conv2d_5", x))
+        y = torch.relu(self._norm(5, 6, nn.functional.pad(x, (0, 1, 0, 1))))
+        x = torch.relu(self._norm(6, 7, y) + self._layer("conv2d_8", x))
+        return self._layer("dense", x.mean((2, 3)))
 
 
 def resnet8() -> ResNet8:
     return ResNet8().eval()
 
 
-_KERAS = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var", "kernel": "weight"}
+_KERAS = {
+    "gamma": "weight",
+    "beta": "bias",
+    "moving_mean": "running_mean",
+    "moving_variance": "running_var",
+    "kernel": "weight",
+}
 
 
 def load_npz(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:

@@ -5,6 +5,7 @@ Both are read member by member, by name; nothing is extracted into the file syst
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import shutil
@@ -63,7 +64,7 @@ def fetch(url: str, target: Path, say: Say, *, stall: float = STALL_SECONDS, pat
     except urllib.error.HTTPError as e:
         e.close()
         raise NetworkError(f"{host} answers {e.code} {e.reason}.") from e
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, http.client.HTTPException) as e:
         reason = getattr(e, "reason", None) or e
         raise NetworkError(f"{host} cannot be reached or broke off ({reason}).") from e
     if size and done != size:

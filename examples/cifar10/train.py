@@ -96,7 +96,7 @@ def train(name: str, net: nn.Module, teacher: nn.Module | None, data: tuple[Tens
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         optimiser.step()
-        mean_loss += (float(loss) - mean_loss) / min(step + 1, 50)
+        mean_loss += (loss.item() - mean_loss) / min(step + 1, 50)
         if (step + 1) % 25 == 0 or step + 1 == steps:
             print(f"{name} {step + 1}/{steps} loss {mean_loss:.3f} {time.monotonic() - began:.0f} s", flush=True)
 

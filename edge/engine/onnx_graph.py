@@ -1,0 +1,94 @@
+"""Just enough of ONNX to look into a model file and to hand its initialisers over: no `onnx` package on a device.
+
+The messages below name the few fields we read or change. Protobuf carries every other field along untouched, so a file that is
+decoded and encoded again says the same. They live in a descriptor pool of their own, beside an installed `onnx`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
+
+from refold.errors import BundleError
+
+__all__ = ["OnnxGraph"]
+
+EXTERNAL = 1  # TensorProto.DataLocation
+BYTES = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
+ENUM_OR_INT = descriptor_pb2.FieldDescriptorProto.TYPE_INT32
+STRING = descriptor_pb2.FieldDescriptorProto.TYPE_STRING
+
+# message -> field -> (number, type or message name, repeated); numbers are those of onnx.proto
+FIELDS: dict[str, dict[str, tuple[int, int | str, bool]]] = {
+    "Entry": {"key": (1, STRING, False), "value": (2, STRING, False)},
+    "Tensor": {
+        "float_data": (4, BYTES, False),
+        "int32_data": (5, BYTES, False),
+        "name": (8, STRING, False),
+        "raw_data": (9, BYTES, False),
+        "external_data": (13, "Entry", True),
+        "data_location": (14, ENUM_OR_INT, False),
+    },
+    "Node": {"op_type": (4, STRING, False), "domain": (7, STRING, False)},
+    "Graph": {"node": (1, "Node", True), "initializer": (5, "Tensor", True)},
+    "Model": {"graph": (7, "Graph", False)},
+}
+
+
+def _model_class() -> Any:
+    kinds = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="refold_onnx_view.proto", package="refold_onnx_view", syntax="proto2")
+    for message, fields in FIELDS.items():
+        described = file.message_type.add(name=message)
+        for name, (number, kind, repeated) in fields.items():
+            one = described.field.add(name=name, number=number)
+            one.label = kinds.LABEL_REPEATED if repeated else kinds.LABEL_OPTIONAL
+            if isinstance(kind, str):
+                one.type, one.type_name = kinds.TYPE_MESSAGE, f".refold_onnx_view.{kind}"
+            else:
+                one.type = kind  # type: ignore[assignment]
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("refold_onnx_view.Model"))
+
+
+_Model = _model_class()
+
+
+class OnnxGraph:
+    """A model file's main graph.
+
+    Raises:
+        BundleError: the bytes are no ONNX model.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        try:
+            self._model = _Model.FromString(content)
+        except DecodeError as e:
+            raise BundleError("The model inside the bundle is not readable as ONNX: export it again.", code="damaged") from e
+
+    def operators(self) -> Counter[str]:
+        """How many nodes of each operator type the graph has."""
+        return Counter(n.op_type for n in self._model.graph.node)
+
+    def initialisers(self) -> set[str]:
+        return {t.name for t in self._model.graph.initializer}
+
+    def externals(self) -> set[str]:
+        """Names of the initialisers whose values are not in the file."""
+        return {t.name for t in self._model.graph.initializer if t.data_location == EXTERNAL}
+
+    def with_external(self, names: Collection[str]) -> bytes:
+        """The same model with the values of the named initialisers taken out, to be given when it is opened."""
+        for tensor in self._model.graph.initializer:
+            if tensor.name in names:
+                for values in ("float_data", "int32_data", "raw_data", "external_data"):
+                    tensor.ClearField(values)
+                tensor.data_location = EXTERNAL
+                tensor.external_data.add(key="location", value="adaptable")
+        return bytes(self._model.SerializeToString(deterministic=True))

@@ -1,0 +1,162 @@
+"""The demo's processes: started with their output in a file, watched, and gone when the demo is, however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from demo.report import Life
+from refold.errors import NetworkError, RefoldError, StorageError
+
+__all__ = ["Process", "Processes", "free_port", "refold_command"]
+
+PATIENCE_SECONDS = 10.0  # from SIGTERM to SIGKILL
+
+
+def refold_command(*arguments: str) -> list[str]:
+    """This very installation's `refold`, whatever PATH says."""
+    return [sys.executable, "-m", "refold.cli", *arguments]
+
+
+def free_port() -> int:
+    """A loopback port nobody listens on now.
+
+    Raises:
+        NetworkError: the machine has no loopback interface or no port left.
+    """
+    try:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            return int(s.getsockname()[1])
+    except OSError as e:
+        raise NetworkError(f"No free port on 127.0.0.1 ({e.strerror}): the demo needs the loopback interface.") from e
+
+
+class Process:
+    """A running command. `log`: where its output goes."""
+
+    def __init__(self, name: str, popen: subprocess.Popen[bytes], log: Path) -> None:
+        self.name, self.log = name, log
+        self.began = time.monotonic()
+        self._popen = popen
+        self._ended = 0.0
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
+    def exit(self) -> int | None:
+        """Its exit status, None while it runs."""
+        status = self._popen.poll()
+        if status is not None and not self._ended:
+            self._ended = time.monotonic()
+        return status
+
+    def life(self, origin: float) -> Life:
+        """For the report; `origin` is the monotonic time of second 0."""
+        status = self.exit
+        end = self._ended or time.monotonic()
+        return Life(self.name, self.pid, round(self.began - origin, 2), round(end - self.began, 2), status)
+
+    def tail(self, lines: int = 4) -> str:
+        """The last lines of its output, for an error's sentence."""
+        try:
+            text = self.log.read_text(errors="replace").strip().splitlines()
+        except OSError:
+            return ""
+        return " | ".join(text[-lines:])
+
+    def signal(self, number: int) -> None:
+        if self.exit is None:
+            os.kill(self.pid, number)
+
+    def stop(self, patience: float = PATIENCE_SECONDS) -> int:
+        """SIGTERM, then SIGKILL after `patience` seconds; returns the exit status."""
+        if self.exit is None:
+            self._popen.send_signal(signal.SIGCONT)
+            self._popen.terminate()
+            try:
+                self._popen.wait(patience)
+            except subprocess.TimeoutExpired:
+                self._popen.kill()
+                self._popen.wait()
+        return self.exit or 0
+
+    def must_run(self) -> None:
+        """Raises RefoldError with the last lines of its output when it has ended by itself."""
+        if self.exit is not None:
+            raise RefoldError(
+                f"The {self.name} process ended by itself (exit {self.exit}): {self.tail() or 'no output'}. See {self.log}.",
+                code="process-ended",
+            )
+
+
+class Processes:
+    """Context manager: whatever was started in it has ended when it is left. Start from the main thread (see demo.leash)."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.folder = folder
+        self.origin = time.monotonic()
+        self.all: list[Process] = []
+        threads = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}  # two cores for three processes
+        self._environment = {**os.environ, **threads, **(environment or {})}
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for process in reversed(self.all):
+            process.stop()
+
+    def start(self, name: str, command: Sequence[str]) -> Process:
+        """Starts a command that dies with this process, its stdout and stderr in `<folder>/<name>.log`."""
+        log = self.folder / f"{name}.log"
+        leashed = [sys.executable, "-m", "demo.leash", str(os.getpid()), *command]
+        try:
+            with log.open("ab") as out:
+                popen = subprocess.Popen(
+                    leashed, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=self._environment
+                )
+        except OSError as e:
+            raise StorageError(f"{name} cannot be started: {e.strerror} ({e.filename or log}).") from e
+        process = Process(name, popen, log)
+        self.all.append(process)
+        return process
+
+    def run(self, name: str, command: Sequence[str], timeout: float, tick: Callable[[], None] | None = None) -> str:
+        """Runs a command to its end and returns its stdout.
+
+        Raises:
+            RefoldError: it failed or took longer than `timeout` seconds; the sentence has its last line.
+        """
+        process = Process(name, self._popen_captured(name, command), self.folder / f"{name}.log")
+        self.all.append(process)
+        give_up = time.monotonic() + timeout
+        while process.exit is None:
+            if time.monotonic() > give_up:
+                process.stop()
+                raise RefoldError(f"{name} took longer than {timeout:.0f} s; see {process.log}.", code="process-slow")
+            if tick:
+                tick()
+            time.sleep(0.05)
+        output = (self.folder / f"{name}.out").read_text(errors="replace")
+        if process.exit:
+            reason = process.tail(1) or output.strip()[-300:]
+            raise RefoldError(f"{name} failed (exit {process.exit}): {reason}", code="process-failed")
+        return output
+
+    def _popen_captured(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        leashed = [sys.executable, "-m", "demo.leash", str(os.getpid()), *command]
+        try:
+            with (self.folder / f"{name}.out").open("wb") as out, (self.folder / f"{name}.log").open("wb") as log:
+                return subprocess.Popen(leashed, stdin=subprocess.DEVNULL, stdout=out, stderr=log, env=self._environment)
+        except OSError as e:
+            raise StorageError(f"{name} cannot be started: {e.strerror} ({e.filename}).") from e

@@ -1,0 +1,76 @@
+"""Numbers of the device's own adaptation, each with its unit and its reason (measured in docs/guide/adaptation.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from refold.errors import UsageError
+
+__all__ = ["AdaptSettings"]
+
+
+@dataclass(frozen=True)
+class AdaptSettings:
+    """Settings of `edge.adapt.Adapter`.
+
+    Attributes:
+        enabled: False serves releases only: no taps, no overlay, no domains.
+        mix: share of the observed statistics once there is much evidence, 0..1. Half is better than all: the norms were
+            trained on the reference statistics, and the wanted signal is part of what plain batch statistics remove.
+        prior_frames: evidence, in tapped frames, at which half of `mix` is reached.
+        release_mix: as `mix`, on a release made for the very domain: its statistics already are that domain's.
+        staleness: weight kept by older evidence each time the served state changes, 0..1: deeper sites saw other inputs then.
+        evidence_frames: tapped frames remembered; older ones fade, so that slow drift is followed.
+        first_rebuild: tapped frames before the first overlay of a domain; each later one waits for twice the evidence.
+        burst: tapped frames in a row after a shift.
+        thinning: tapped frames at each of the intervals 2, 4, 8, ... on the way from the burst to `interval`.
+        interval: one frame in this many is tapped in a domain that is known well.
+        watch_every: features are computed for one frame in this many while nothing happens; they cost more than all else here.
+        shift_threshold: squared distance per feature, in units of its own sampling variance, that counts as a shift.
+        shift_floor: squared distance per feature, in units of the variance between single frames, below which a shift is too
+            small to matter.
+        probe_frames: frames after an alarm whose mean decides between a known domain and a new one.
+        review_frames: frames after which a domain is compared once more, now precisely, with the others and joined to its like.
+        domains: largest number of domains kept; the one seen longest ago goes first.
+        report_frames: tapped frames per statistics report.
+    """
+
+    enabled: bool = True
+    mix: float = 0.5
+    prior_frames: float = 4.0
+    release_mix: float = 0.0
+    staleness: float = 0.5
+    evidence_frames: float = 512.0
+    first_rebuild: int = 2
+    burst: int = 32
+    thinning: int = 12
+    interval: int = 48
+    watch_every: int = 2
+    shift_threshold: float = 5.5
+    shift_floor: float = 0.025
+    probe_frames: int = 24
+    review_frames: int = 256
+    domains: int = 16
+    report_frames: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("mix", "release_mix", "staleness"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise UsageError(f"adapt.{name} is {getattr(self, name)}; it is a share between 0 and 1.")
+        for name in (
+            "first_rebuild",
+            "burst",
+            "interval",
+            "watch_every",
+            "probe_frames",
+            "review_frames",
+            "domains",
+            "report_frames",
+        ):
+            if getattr(self, name) < 1:
+                raise UsageError(f"adapt.{name} is {getattr(self, name)}; it counts frames or domains and is at least 1.")
+        for name in ("prior_frames", "evidence_frames", "shift_threshold"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"adapt.{name} is {getattr(self, name)}; it must be above 0.")
+        if self.domains < 2:
+            raise UsageError("adapt.domains is 1; at least 2 are kept: the exported one and the present one.")

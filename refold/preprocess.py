@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,8 +48,15 @@ class Preprocess:
         mean, std = (np.asarray(v, np.float64)[:, None] for v in (self.mean, self.std))
         return ((codes - mean) / std).astype(np.float32)
 
-    def apply(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    @cached_property
+    def _rows(self) -> tuple[NDArray[np.float32], ...]:
+        return tuple(np.ascontiguousarray(row) for row in self.table())
+
+    def apply(self, images: NDArray[np.uint8], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """uint8 (N, height, width, 3) or one (height, width, 3), to float32 (N, 3, height, width).
+
+        Args:
+            out: where to write, C-contiguous, of the result's shape; None makes a new array.
 
         Raises:
             InputError: another size, dtype or number of channels.
@@ -61,10 +69,11 @@ class Preprocess:
                 f"{'x'.join(map(str, images.shape[1:]))} of {images.dtype}.",
                 code="wrong-size",
             )
-        table = self.table()
-        out = np.empty((images.shape[0], 3, self.height, self.width), np.float32)
-        for c in range(3):
-            np.take(table[c], images[..., c], out=out[:, c])
+        if out is None:
+            out = np.empty((images.shape[0], 3, self.height, self.width), np.float32)
+        for image, planes in zip(images, out, strict=True):  # plane by plane: `take` is fast only into contiguous memory
+            for c, row in enumerate(self._rows):
+                row.take(image[..., c], out=planes[c], mode="clip")  # "raise" would write through a copy
         return out
 
     @property

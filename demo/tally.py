@@ -137,7 +137,8 @@ def recall(tally: Tally, first: Phase, again: Phase, arrivals: list[tuple[int, s
     known = _settled_domain(tally, first)
     served = [f for f in range(again.first, again.last) if known and tally.domain[f] == known]
     start = tally.accuracy(first.first, first.first + early)[0], tally.accuracy(again.first, again.first + early)[0]
-    if not served:
+    stayed = bool(served) and again.first > 0 and tally.domain[again.first - 1] == known
+    if not served or stayed:  # never left, so not recalled
         after = tally.accuracy(again.first, again.last)
         return Recall(-1, known, 0, *after, *start)
     frame = served[0]

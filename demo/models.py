@@ -15,7 +15,19 @@ from torch import Tensor, nn
 
 from refold.errors import InputError
 
-__all__ = ["BasicBlock", "CifarResNet", "ResNet8", "load_npz", "resnet8", "resnet20", "resnet44", "resnet56", "save_npz"]
+__all__ = [
+    "BasicBlock",
+    "CifarResNet",
+    "ResNet8",
+    "digits_student",
+    "digits_teacher",
+    "load_npz",
+    "resnet8",
+    "resnet20",
+    "resnet44",
+    "resnet56",
+    "save_npz",
+]
 
 
 class BasicBlock(nn.Module):
@@ -71,6 +83,15 @@ def resnet44() -> CifarResNet:
 
 def resnet56() -> CifarResNet:
     return CifarResNet(9).eval()
+
+
+def digits_student() -> CifarResNet:
+    """ResNet-8 of the paper's family: what the demo runs on scikit-learn's digits."""
+    return CifarResNet(1).eval()
+
+
+def digits_teacher() -> CifarResNet:
+    return CifarResNet(2).eval()
 
 
 class ResNet8(nn.Module):
@@ -153,4 +174,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": resnet20,
     "resnet44": resnet44,
     "resnet56": resnet56,
+    "digits_student": digits_student,
+    "digits_teacher": digits_teacher,
 }

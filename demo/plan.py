@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from demo.weather import weather
+from demo.weather import SEVERE, Climate, weather
 from refold.errors import UsageError
 
 __all__ = ["Phase", "Plan", "Stream", "make_plan", "make_stream"]
@@ -63,10 +63,12 @@ def make_plan(frames: int) -> Plan:
     return Plan(tuple(phases))
 
 
-def make_stream(plan: Plan, images: NDArray[np.uint8], labels: NDArray[np.int64], seed: int) -> Stream:
+def make_stream(
+    plan: Plan, images: NDArray[np.uint8], labels: NDArray[np.int64], seed: int, climate: Climate = SEVERE
+) -> Stream:
     """Puts pictures in a random order without repeating one while there are any left, each phase in its weather."""
     rng = np.random.default_rng(seed)
     rounds = -(-plan.frames // len(images))
     order = np.concatenate([rng.permutation(len(images)) for _ in range(rounds)])[: plan.frames]
-    seen = [weather(p.weather, images[order[p.first : p.last]], rng) for p in plan.phases]
+    seen = [weather(p.weather, images[order[p.first : p.last]], rng, climate) for p in plan.phases]
     return Stream(np.concatenate(seen), labels[order])

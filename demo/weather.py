@@ -6,12 +6,14 @@ Corruptions and Perturbations"); `bench/corrupt` has all fifteen.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from refold.errors import UsageError
 
-__all__ = ["WEATHERS", "fog", "gaussian_noise", "plasma", "weather"]
+__all__ = ["SEVERE", "WEATHERS", "Climate", "fog", "gaussian_noise", "plasma", "weather"]
 
 U8 = NDArray[np.uint8]
 WEATHERS = ("clean", "fog", "noise")
@@ -19,13 +21,31 @@ FOG = {1: (0.2, 3.0), 2: (0.5, 3.0), 3: (0.75, 2.5), 4: (1.0, 2.0), 5: (1.5, 1.7
 NOISE = {1: 0.04, 2: 0.06, 3: 0.08, 4: 0.09, 5: 0.10}  # sigma, of 1
 
 
-def weather(name: str, images: U8, rng: np.random.Generator, severity: int = 5) -> U8:
+@dataclass(frozen=True)
+class Climate:
+    """How bad it gets: fog as (thickness, decay of detail), noise as sigma of full scale 1."""
+
+    fog: tuple[float, float]
+    noise: float
+
+    @classmethod
+    def of_severity(cls, severity: int) -> Climate:
+        """CIFAR-10-C's severities 1 to 5."""
+        if severity not in FOG:
+            raise UsageError(f"There is no severity {severity}: 1 to 5.")
+        return cls(FOG[severity], NOISE[severity])
+
+
+SEVERE = Climate.of_severity(5)
+
+
+def weather(name: str, images: U8, rng: np.random.Generator, climate: Climate = SEVERE) -> U8:
     """uint8 (N, H, W, 3) as they look in the named weather, "clean" unchanged. Fog needs squares, the side a power of two."""
     if name == "clean":
         return images
-    if name not in WEATHERS or severity not in FOG:
-        raise UsageError(f"There is no weather {name!r} of severity {severity}: {', '.join(WEATHERS)}, 1 to 5.")
-    return fog(images, rng, *FOG[severity]) if name == "fog" else gaussian_noise(images, rng, NOISE[severity])
+    if name not in WEATHERS:
+        raise UsageError(f"There is no weather {name!r}: {', '.join(WEATHERS)}.")
+    return fog(images, rng, *climate.fog) if name == "fog" else gaussian_noise(images, rng, climate.noise)
 
 
 def gaussian_noise(images: U8, rng: np.random.Generator, sigma: float) -> U8:

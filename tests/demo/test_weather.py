@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from demo.images import load_u8
-from demo.weather import WEATHERS, plasma, weather
+from demo.weather import WEATHERS, Climate, plasma, weather
 from refold.errors import UsageError
 
 
@@ -23,7 +23,7 @@ def test_any_weather_gives_pictures_of_the_same_shape_and_a_seed_repeats_it(
     name: str, severity: int, side: int, seed: int
 ) -> None:
     images = _pictures(2, side)
-    once, again = (weather(name, images, np.random.default_rng(seed), severity) for _ in range(2))
+    once, again = (weather(name, images, np.random.default_rng(seed), Climate.of_severity(severity)) for _ in range(2))
     assert once.shape == images.shape and once.dtype == np.uint8 and np.array_equal(once, again)
 
 
@@ -50,7 +50,7 @@ def test_unknown_weather_is_named() -> None:
     with pytest.raises(UsageError, match="hail"):
         weather("hail", _pictures(), np.random.default_rng(0))
     with pytest.raises(UsageError, match="severity 6"):
-        weather("fog", _pictures(), np.random.default_rng(0), 6)
+        Climate.of_severity(6)
 
 
 @pytest.mark.data

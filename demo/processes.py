@@ -88,7 +88,15 @@ class Process:
             except subprocess.TimeoutExpired:
                 self._popen.kill()
                 self._popen.wait()
+        self._end_group()
         return self.exit or 0
+
+    def _end_group(self) -> None:
+        """Ends what the process itself had started and left behind."""
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
 
     def must_run(self) -> None:
         """Raises RefoldError with the last lines of its output when it has ended by itself."""
@@ -100,7 +108,10 @@ class Process:
 
 
 class Processes:
-    """Context manager: whatever was started in it has ended when it is left. Start from the main thread (see demo.leash)."""
+    """Context manager: whatever was started in it has ended when it is left, and so has what that started.
+
+    Each process leads a session of its own, so that Ctrl-C reaches only the demo. Start from the main thread (see demo.leash).
+    """
 
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         self.folder = folder
@@ -123,7 +134,12 @@ class Processes:
         try:
             with log.open("ab") as out:
                 popen = subprocess.Popen(
-                    leashed, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=self._environment
+                    leashed,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    env=self._environment,
+                    start_new_session=True,
                 )
         except OSError as e:
             raise StorageError(f"{name} cannot be started: {e.strerror} ({e.filename or log}).") from e
@@ -157,6 +173,8 @@ class Processes:
         leashed = [sys.executable, "-m", "demo.leash", str(os.getpid()), *command]
         try:
             with (self.folder / f"{name}.out").open("wb") as out, (self.folder / f"{name}.log").open("wb") as log:
-                return subprocess.Popen(leashed, stdin=subprocess.DEVNULL, stdout=out, stderr=log, env=self._environment)
+                return subprocess.Popen(
+                    leashed, stdin=subprocess.DEVNULL, stdout=out, stderr=log, env=self._environment, start_new_session=True
+                )
         except OSError as e:
             raise StorageError(f"{name} cannot be started: {e.strerror} ({e.filename}).") from e

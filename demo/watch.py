@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,8 @@ class Watch:
 
     Args:
         predictions: the device's file of JSON lines.
-        on_frame: told the highest frame answered, each time it grows.
+        on_frame: told the highest frame answered, each time it grows; what it returns is shown.
+        status: the device's own status.json, fresher than what the cloud hears by heartbeat.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Watch:
         device: Process,
         others: tuple[Process, ...] = (),
         on_frame: Callable[[int], str] | None = None,
+        status: Path | None = None,
     ) -> None:
         self.tally = tally
         self.traffic = Traffic()
@@ -56,6 +59,7 @@ class Watch:
         self._admin, self._view = admin, view
         self._device, self._others = device, others
         self._on_frame = on_frame
+        self._status = status
         self._note = ""
         self._began = time.monotonic()
         self._asked = 0.0
@@ -122,13 +126,20 @@ class Watch:
                 )
                 for a in self.arrivals
             ]  # fmt: skip
-        if status is not None:
-            for device in status.devices:
-                self.metrics = dict(device.metrics)
-            samples = sum(c.samples for c in status.cohorts)
-            up = int(self.metrics.get("bytes_up", sum(c.sample_bytes for c in status.cohorts)))
-            down = int(self.metrics.get("bytes_down", sum(a.bytes for a in self.arrivals)))
-            self.traffic.observe(max(self.tally.last, 0), samples, up, down)
+        self.metrics = self._device_metrics(status)
+        samples = sum(c.samples for c in status.cohorts) if status else self.traffic.samples
+        up = int(self.metrics.get("bytes_up", self.traffic.bytes_up))
+        down = int(self.metrics.get("bytes_down", self.traffic.bytes_down))
+        self.traffic.observe(max(self.tally.last, 0), samples, up, down)
+
+    def _device_metrics(self, status: pb.StatusResponse | None) -> dict[str, float]:
+        if self._status is not None:
+            try:
+                found = json.loads(self._status.read_text())
+                return {k: float(v) for k, v in found.get("metrics", found).items() if isinstance(v, (int, float))}
+            except (OSError, ValueError, AttributeError):
+                pass
+        return dict(status.devices[0].metrics) if status and status.devices else self.metrics
 
     def _show(self) -> None:
         tally = self.tally

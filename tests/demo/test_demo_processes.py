@@ -110,3 +110,13 @@ def test_environment_reaches_the_process(tmp_path: Path) -> None:
     with Processes(tmp_path, {"REFOLD_TEST_WORD": "fog"}) as processes:
         assert processes.run("env", [sys.executable, "-c", "import os; print(os.environ['REFOLD_TEST_WORD'])"], 30) == "fog\n"
     assert "REFOLD_TEST_WORD" not in os.environ
+
+
+def test_children_of_a_process_end_with_it(tmp_path: Path) -> None:
+    script = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    with Processes(tmp_path) as processes:
+        process = processes.start("a", [sys.executable, "-c", script])
+        assert _wait(lambda: process.tail().isdigit())
+        grandchild = int(process.tail())
+        assert not _gone(grandchild)
+    assert _wait(lambda: _gone(grandchild))

@@ -1,0 +1,153 @@
+"""The demo's story, start to end: pictures, export, cloud, device, watching, and the report's value."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from demo.admin import AdminPoller
+from demo.assets import Assets, cifar10_assets, digits_assets
+from demo.plan import Stream, make_plan, make_stream
+from demo.processes import Processes
+from demo.programs import CLOUD, Cloud, environment, export_bundle, start_cloud, start_device
+from demo.report import build
+from demo.tally import Tally, recall
+from demo.view import View
+from demo.watch import Watch
+from demo.workplace import workplace
+from edge.engine import EngineFactory
+from edge.serving import ServingState
+from refold.bundle import Bundle
+from refold.errors import InputError, StorageError
+from refold.v1 import admin_pb2 as pb
+
+__all__ = ["Options", "frozen_answers", "run"]
+
+FPS = 32.0  # of the stream: leaves most of two cores to the cloud's training
+
+
+@dataclass(frozen=True)
+class Options:
+    frames: int
+    seed: int
+    work: Path
+    digits: bool = False
+    fps: float = FPS
+
+
+class _Clock:
+    """Seconds of each step, for the report."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.monotonic() - began
+
+
+def run(options: Options, view: View) -> dict[str, Any]:
+    """Runs the whole loop and returns the report's value. Nothing it started outlives it.
+
+    Raises:
+        RefoldError: a step could not be done; its sentence says which and why.
+    """
+    clock = _Clock()
+    plan = make_plan(options.frames)
+    with workplace(options.work) as work, Processes(work, environment("cloud", CLOUD)) as processes, clock.measure("all"):
+        view.step("getting the pictures")
+        with clock.measure("pictures"):
+            assets, notes = _assets(options, work, view)
+            stream = make_stream(plan, assets.images, assets.labels, options.seed, assets.climate)
+            frames = _write_frames(work, stream)
+        view.step(f"exporting the student to int8 ({assets.student.spec.rpartition(':')[2]})")
+        with clock.measure("export"):
+            path = export_bundle(processes, assets, work)
+            bundle = Bundle.open(path)
+        with clock.measure("frozen"):
+            frozen = frozen_answers(bundle, stream.images)
+        view.step("starting the cloud: its own certificate authority, a signing key, the bundle and its teacher")
+        with clock.measure("cloud"):
+            cloud = start_cloud(processes, assets, path, work)
+        view.step("enrolling the device and starting it")
+        with clock.measure("enrol"):
+            predictions = work / "predictions.jsonl"
+            device = start_device(processes, cloud, path, frames, predictions, options.fps, work)
+        tally = Tally(plan, stream.labels, frozen)
+        with clock.measure("stream"), AdminPoller(_asker(cloud)) as admin:
+            watch = Watch(tally, predictions, admin, view, device, (cloud.process,), status=work / "device" / "status.json")
+            watch.run()
+            device.stop()
+            watch.read()
+            admin.refresh()
+            watch.ask()
+        cloud.process.stop()
+        remembered = recall(tally, plan.phases[1], plan.phases[-1], [(a.frame, a.domain) for a in watch.arrivals])
+        lives = [p.life(processes.origin) for p in (cloud.process, device)]
+    return build(
+        tally=tally,
+        arrivals=watch.arrivals,
+        remembered=remembered,
+        traffic=watch.traffic,
+        lives=lives,
+        durations=clock.seconds,
+        bundle={"digest": bundle.digest, "bytes": path.stat().st_size, "name": bundle.manifest.name},
+        images=assets.name,
+        seed=options.seed,
+        notes=notes,
+    )
+
+
+def _assets(options: Options, work: Path, view: View) -> tuple[Assets, list[str]]:
+    if options.digits:
+        return digits_assets(work, view.say, options.seed), []
+    try:
+        return cifar10_assets(view.say, options.seed), []
+    except InputError as e:
+        if e.code != "no-images":
+            raise
+        note = f"{e.message} So this run is on scikit-learn's digits."
+        view.say(note)
+        return digits_assets(work, view.say, options.seed), [note]
+
+
+def _write_frames(work: Path, stream: Stream) -> Path:
+    path = work / "frames.npy"
+    try:
+        np.save(path, stream.images, allow_pickle=False)
+    except OSError as e:
+        raise StorageError(f"{path} cannot be written: {e.strerror or e}. Free some space.") from e
+    return path
+
+
+def frozen_answers(bundle: Bundle, images: NDArray[np.uint8], batch: int = 50) -> NDArray[np.int64]:
+    """What the bundle's own integer engine says as exported: int64 (N,) classes."""
+    engine = EngineFactory(bundle).build(ServingState())
+    parts = [engine.run(bundle.preprocess.apply(images[i : i + batch])).argmax(1) for i in range(0, len(images), batch)]
+    return np.concatenate(parts).astype(np.int64)
+
+
+def _asker(cloud: Cloud) -> Any:
+    """Asks the Admin service as the operator whose certificate `refold cloud init` made."""
+    from cloud.client import Operator
+    from cloud.settings import load_settings
+
+    operator = Operator(load_settings(cloud.config), cloud.folder / "operator.pem", cloud.folder / "operator.key")
+
+    def ask() -> tuple[pb.StatusResponse, pb.ListReleasesResponse]:
+        status: pb.StatusResponse = operator.call(operator.admin.Status, pb.StatusRequest())
+        releases: pb.ListReleasesResponse = operator.call(operator.admin.ListReleases, pb.ListReleasesRequest())
+        return status, releases
+
+    return ask

@@ -138,7 +138,7 @@ def test_agrees_with_the_reference_block(name: str, reference: tuple[np.ndarray,
         assert np.abs(made.astype(int) - block).mean() < 0.02
 
 
-def test_streams_are_kept_and_published_files_are_preferred(
+def test_streams_are_kept_and_published_files_preferred(
     data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

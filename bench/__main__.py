@@ -1,0 +1,75 @@
+"""`python -m bench NAME`: runs one benchmark, prints its table and claims, and writes its JSON and picture."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from bench.machine import commit, machine
+from bench.result import Options, Result, console, show
+from refold.errors import RefoldError
+
+BENCHES = {
+    "adaptation": "accuracy under shift: Refold's int8 device and cloud against published methods in fp32",
+    "corruptions": "the CIFAR-10-C generator against pictures made with its authors' code",
+    "exactness": "any release against a fresh export, bit for bit; its size; the swap; int8 against fp32 time",
+    "overhead": "the daemon's frame path against a bare ONNX Runtime session; swaps under load; memory",
+}
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def _epilogue() -> str:
+    return "\n\n".join(["\b\nBenchmarks:\n" + "\n".join(f"  {name:12s} {what}" for name, what in BENCHES.items())])
+
+
+@click.command(epilog=_epilogue(), context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("name", type=click.Choice(sorted(BENCHES)))
+@click.option("--quick", is_flag=True, help="A smaller run that ends in minutes. Its claims are only indications.")
+@click.option("--json", "target", type=click.Path(dir_okay=False, path_type=Path), help="Where the result goes; PNG beside it.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=RESULTS, help="Folder for results.")
+@click.option("--only", multiple=True, metavar="ROW", help="Run only rows whose name contains this. May be repeated.")
+@click.option("--resume", is_flag=True, help="Keep rows that an interrupted run of the same code and settings finished.")
+@click.option("--processes", type=click.IntRange(1), default=os.cpu_count() or 1, help="How many rows run side by side.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--strict", is_flag=True, help="Exit 1 when a claim does not hold.")
+def main(
+    name: str,
+    quick: bool,
+    target: Path | None,
+    out: Path,
+    only: tuple[str, ...],
+    resume: bool,
+    processes: int,
+    seed: int,
+    strict: bool,
+) -> None:
+    """Runs one benchmark and writes NAME.json and NAME.png (NAME-quick.* with --quick)."""
+    target = target or out / f"{name}{'-quick' if quick else ''}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    options = Options(quick=quick, only=only, resume=resume, processes=processes, seed=seed, target=target)
+    started = time.monotonic()
+    try:
+        module = importlib.import_module(f"bench.{name}")
+        result: Result = module.run(options)
+        result.machine, result.commit, result.seconds = machine(), commit(), round(time.monotonic() - started, 1)
+        result.write(target)
+        module.plot(result, target.with_suffix(".png"))
+    except RefoldError as e:
+        click.echo(f"bench {name}: {e.message}", err=True)
+        sys.exit(e.exit_code)
+    except OSError as e:
+        click.echo(f"bench {name}: {e.strerror or e}: {e.filename or target}.", err=True)
+        sys.exit(7)
+    show(result)
+    console.print(f"{target}\n{target.with_suffix('.png')}", style="dim", highlight=False)
+    if strict and not all(c.holds for c in result.claims):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

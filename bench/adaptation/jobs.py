@@ -1,0 +1,169 @@
+"""Runs rows over streams, several processes side by side, and keeps each finished piece so that a run can be resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bench.adaptation.rows import row_named
+from bench.corrupt.streams import cache_folder, stream
+from bench.result import console, progress
+from refold.atomic import write_atomically
+from refold.errors import RefoldError, StorageError
+
+__all__ = ["Job", "Piece", "run_jobs"]
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = {
+    "baseline": ("bench/adaptation", "bench/corrupt", "demo/models.py"),
+    "refold": ("bench/adaptation", "bench/corrupt", "demo/models.py", "refold", "edge", "cloud", "export"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method, made fresh, led over one or more streams without a reset between them."""
+
+    row: str
+    protocol: str
+    streams: tuple[str, ...]
+    frames: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one row did on one stream.
+
+    Attributes:
+        accuracy: share of online predictions that were right, in %; `last_quarter`: of the stream's last 25 %.
+        counts: the method's own log.
+    """
+
+    row: str
+    protocol: str
+    stream: str
+    frames: int
+    accuracy: float
+    last_quarter: float
+    frames_uploaded: float
+    bytes_up: float
+    bytes_down: float
+    seconds: float
+    counts: dict[str, float]
+
+
+def run_jobs(jobs: Iterable[Job], *, processes: int, resume: bool) -> list[Piece]:
+    """Every job's pieces. Progress bars on the terminal; a job that fails on purpose ends the run with its sentence."""
+    jobs = list(jobs)
+    pieces: list[Piece] = []
+    left = []
+    for job in jobs:
+        kept = _kept(job) if resume else None
+        if kept is None:
+            left.append(job)
+        else:
+            pieces += kept
+    if len(left) < len(jobs):
+        console.print(f"{len(jobs) - len(left)} of {len(jobs)} pieces were kept from an earlier run.", style="dim")
+    with (
+        progress() as bar,
+        ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool,
+    ):
+        task = bar.add_task("adaptation", total=sum(len(j.streams) * j.frames for j in jobs))
+        bar.advance(task, sum(len(j.streams) * j.frames for j in jobs) - sum(len(j.streams) * j.frames for j in left))
+        futures = {pool.submit(_run, job): job for job in left}
+        try:
+            for future in as_completed(futures):
+                job = futures[future]
+                found = future.result()
+                pieces += found
+                mean = sum(p.accuracy for p in found) / len(found)
+                bar.console.print(
+                    f"{job.row:20s} {job.protocol:10s} {job.streams[0] if len(job.streams) == 1 else 'all':18s} {mean:5.1f} %"
+                    f"  {sum(p.seconds for p in found):6.1f} s",
+                    highlight=False,
+                )
+                bar.advance(task, len(job.streams) * job.frames)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return pieces
+
+
+def _one_thread() -> None:
+    """A worker computes on one core: the pool fills the others."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _run(job: Job) -> list[Piece]:
+    method = row_named(job.row).make(job.seed)
+    pieces = []
+    for name in job.streams:
+        frames = stream(name, job.frames, seed=job.seed)
+        started = time.perf_counter()
+        predictions, log = method.run(frames.images, frames.labels)
+        seconds = time.perf_counter() - started
+        right = np.asarray(predictions) == frames.labels
+        pieces.append(
+            Piece(
+                row=job.row,
+                protocol=job.protocol,
+                stream=name,
+                frames=len(frames),
+                accuracy=100 * float(right.mean()),
+                last_quarter=100 * float(right[-(len(right) // 4) :].mean()),
+                frames_uploaded=float(log["frames_uploaded"]),
+                bytes_up=float(log["bytes_up"]),
+                bytes_down=float(log["bytes_down"]),
+                seconds=round(seconds, 2),
+                counts={k: float(v) for k, v in log.items()},
+            )
+        )
+    _keep(job, pieces)
+    return pieces
+
+
+def _path(job: Job) -> Path:
+    """Named by the job and by the source it ran: a change of either is another piece."""
+    key = hashlib.sha256(json.dumps(asdict(job)).encode())
+    kind = "baseline" if not job.row.startswith("refold") else "refold"
+    for part in SOURCES[kind]:
+        path = ROOT / part
+        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+            if kind == "baseline" and file.name in ("refold_method.py", "report.py", "rows.py", "jobs.py"):
+                continue
+            key.update(file.read_bytes())
+    if kind == "baseline":
+        key.update(row_named(job.row).settings.encode())
+    return cache_folder().parent / "bench" / f"adaptation-{job.row}-{key.hexdigest()[:24]}.json"
+
+
+def _kept(job: Job) -> list[Piece] | None:
+    try:
+        return [Piece(**p) for p in json.loads(_path(job).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _keep(job: Job, pieces: list[Piece]) -> None:
+    path = _path(job)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, [json.dumps([asdict(p) for p in pieces], indent=1).encode()])
+    except OSError as e:
+        raise StorageError(f"A finished piece cannot be kept in {path.parent}: {e.strerror or e}.") from e
+    except RefoldError:
+        pass  # no room: the piece is in the result all the same

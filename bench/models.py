@@ -1,0 +1,138 @@
+"""Networks of the sizes people deploy, for measurements where only shape and arithmetic matter.
+
+MobileNetV2 (Sandler et al. 2018) and ResNet-50 (He et al. 2016, stride in the 3x3 convolution), own definitions with random
+weights. `sane` gives them the statistics a trained network has: every norm calibrated on images and of unequal channels, so
+that quantisation meets realistic ranges.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+__all__ = ["MobileNetV2", "ResNet50", "mobilenetv2", "photographs", "resnet50", "sane"]
+
+
+def _conv(inputs: int, width: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, width, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(width)]
+
+
+class InvertedResidual(nn.Module):
+    """Widen, filter each channel, narrow; a shortcut where the shape stays."""
+
+    def __init__(self, inputs: int, width: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = inputs * expansion
+        layers = [*_conv(inputs, hidden, 1), nn.ReLU6()] if expansion > 1 else []
+        layers += [*_conv(hidden, hidden, 3, stride, hidden), nn.ReLU6(), *_conv(hidden, width, 1)]
+        self.layers = nn.Sequential(*layers)
+        self.shortcut = stride == 1 and inputs == width
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return x + y if self.shortcut else y
+
+
+class MobileNetV2(nn.Module):
+    """Input (N, 3, 224, 224), normalised; output (N, classes) logits. 3.5 million parameters, 52 norms at 1,000 classes."""
+
+    def __init__(self, classes: int = 1000) -> None:
+        super().__init__()
+        plan = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+        layers: list[nn.Module] = [*_conv(3, 32, 3, 2), nn.ReLU6()]
+        inputs = 32
+        for expansion, width, count, stride in plan:
+            for i in range(count):
+                layers.append(InvertedResidual(inputs, width, stride if i == 0 else 1, expansion))
+                inputs = width
+        self.features = nn.Sequential(*layers, *_conv(inputs, 1280, 1), nn.ReLU6())
+        self.classifier = nn.Linear(1280, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.features(x).mean((2, 3)))
+        return logits
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 to four times the width, and a shortcut."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *_conv(inputs, width, 1), nn.ReLU(), *_conv(width, width, 3, stride), nn.ReLU(), *_conv(width, 4 * width, 1)
+        )
+        plain = stride == 1 and inputs == 4 * width
+        self.shortcut = nn.Identity() if plain else nn.Sequential(*_conv(inputs, 4 * width, 1, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.layers(x) + self.shortcut(x))
+
+
+class ResNet50(nn.Module):
+    """Input (N, 3, 224, 224), normalised; output (N, classes) logits. 25.6 million parameters, 53 norms at 1,000 classes."""
+
+    def __init__(self, classes: int = 1000) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [*_conv(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+        inputs = 64
+        for width, count, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+            for i in range(count):
+                layers.append(Bottleneck(inputs, width, stride if i == 0 else 1))
+                inputs = 4 * width
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(2048, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.features(x).mean((2, 3)))
+        return logits
+
+
+def mobilenetv2() -> nn.Module:
+    return sane(MobileNetV2(), 1)
+
+
+def resnet50() -> nn.Module:
+    return sane(ResNet50(), 2)
+
+
+def photographs(count: int, side: int = 224, seed: int = 0) -> NDArray[np.uint8]:
+    """Pictures with a photograph's statistics, uint8 (N, side, side, 3): power falls with the square of spatial frequency."""
+    rng = np.random.default_rng(seed)
+    cycles = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None, :])
+    out = np.empty((count, side, side, 3), np.uint8)
+    for i in range(count):  # one at a time: a batch of spectra at 224x224 is large
+        spectrum = np.fft.rfft2(rng.normal(size=(3, side, side))) / np.maximum(cycles, 1 / side)
+        channels = np.fft.irfft2(spectrum, s=(side, side))
+        grey, colour = channels.mean(0), channels - channels.mean(0)
+        mixed = grey / grey.std() + 0.35 * colour / colour.std()
+        level, contrast = rng.uniform(70, 170), rng.uniform(25, 65)
+        out[i] = np.clip(level + contrast * mixed, 0, 255).transpose(1, 2, 0)
+    return out
+
+
+def sane(net: nn.Module, seed: int) -> nn.Module:
+    """Random weights as training leaves them: He-initialised, norms calibrated on pictures, channels of unequal importance."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            fan = module.weight[0].numel()
+            module.weight.data.normal_(0, (2 / fan) ** 0.5, generator=generator)
+            if module.bias is not None:
+                module.bias.data.zero_()
+        elif isinstance(module, nn.BatchNorm2d):
+            module.weight.data.uniform_(0.4, 1.4, generator=generator)
+            module.bias.data.normal_(0, 0.25, generator=generator)
+            module.momentum = None  # a plain average over the calibration batches
+            module.reset_running_stats()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    images = torch.from_numpy(photographs(16, seed=seed).transpose(0, 3, 1, 2).copy())
+    net.train()
+    with torch.no_grad():
+        for part in images.split(8):  # type: ignore[no-untyped-call]
+            net((part.float() / 255 - mean) / std)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1
+    return net.eval()

@@ -152,11 +152,7 @@ def main() -> int:
 
     data, held_out = tensors(*train_set), tensors(test_set[0][HELD_OUT], test_set[1][HELD_OUT])
     args.out.mkdir(parents=True, exist_ok=True)
-    report: dict[str, object] = {
-        "device": str(device),
-        "torch": torch.__version__,
-        "settings": vars(args) | {"out": str(args.out)},
-    }
+    report: dict[str, object] = {"device": str(device), "torch": torch.__version__}
     report["settings"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     for name, net in (("teacher", teacher), ("student", student)):
         net.to(device)

@@ -1,0 +1,68 @@
+"""An operator's connection to a running service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import grpc
+
+from cloud.settings import CloudSettings
+from refold.errors import AccessError, NetworkError, RefoldError, ReleaseError, UsageError
+from refold.v1 import admin_pb2_grpc
+
+__all__ = ["Operator"]
+
+T = TypeVar("T")
+SECONDS = 15.0
+
+
+class Operator:
+    """Calls Admin with the operator's certificate. A context manager.
+
+    Raises (from `call`):
+        NetworkError: the service is away.
+        AccessError: the certificate is not an operator's.
+        ReleaseError, UsageError: the service refuses, with its sentence.
+    """
+
+    def __init__(self, settings: CloudSettings, certificate: Path, key: Path) -> None:
+        try:
+            credentials = grpc.ssl_channel_credentials(settings.tls.ca.read_bytes(), key.read_bytes(), certificate.read_bytes())
+        except OSError as e:
+            raise UsageError(f"{e.filename} cannot be read: {e.strerror}.") from e
+        host = settings.server.address
+        host = {"0.0.0.0": "localhost", "[::]": "localhost", "::": "localhost"}.get(host, host)
+        self._address = f"{host}:{settings.server.port}"
+        self._channel = grpc.secure_channel(self._address, credentials)
+        self.admin = admin_pb2_grpc.AdminStub(self._channel)
+
+    def call(self, method: Callable[..., T], request: object) -> T:
+        try:
+            return method(request, timeout=SECONDS)
+        except grpc.RpcError as e:
+            raise self._error(e) from e
+
+    def _error(self, e: grpc.RpcError) -> RefoldError:
+        status, text = e.code(), e.details() or ""
+        if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            return NetworkError(
+                f"No service answers at {self._address}: start it with `refold cloud serve`, or check server.address and the "
+                "certificates.",
+                detail=text,
+            )
+        if status in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
+            return AccessError(text)
+        if status is grpc.StatusCode.FAILED_PRECONDITION:
+            return ReleaseError(text)
+        if status is grpc.StatusCode.INVALID_ARGUMENT:
+            return UsageError(text)
+        return RefoldError(text or f"The service answered {status.name}.")
+
+    def __enter__(self) -> Operator:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._channel.close()

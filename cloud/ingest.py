@@ -1,0 +1,219 @@
+"""Samples and statistics in. Everything is idempotent by digest, nothing is believed, and bad input is refused by name.
+
+A share of the samples, chosen by digest, is held back: training never sees it, the release gate judges with it. The choice is a function
+of the content, so a picture that two devices send cannot end up on both sides.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cloud.pictures import decode_picture
+from cloud.quota import Buckets
+from cloud.rpc import QuotaError
+from cloud.settings import QuotaSettings
+from cloud.store import BundleRecord, DeviceRecord, Objects, SampleRecord, StatisticsRecord, Store
+from cloud.store.objects import DIGEST, digest_of
+from cloud.telemetry import UPLOAD_BYTES, UPLOADS
+from refold.errors import InputError
+from refold.limits import LIMITS
+from refold.v1 import adaptation_pb2 as api
+from refold.v1 import samples_pb2 as pb
+
+__all__ = ["Ingest", "Offer", "held_back"]
+
+DOMAIN_LENGTH = 32
+REPORT_FRAMES = 10_000_000  # more than a device taps in a year: a wrong number would outweigh everybody else's
+
+
+def held_back(digest: str, share: float) -> bool:
+    """Whether a sample belongs to the gate; a fixed function of its content."""
+    return int(digest[:8], 16) / 2**32 < share
+
+
+@dataclass
+class Offer:
+    """The answer to an offer: digests wanted, digests the device may forget, and a delay when it is over its quota."""
+
+    wanted: list[str] = field(default_factory=list)
+    unwanted: list[str] = field(default_factory=list)
+    retry_after_ms: int = 0
+
+
+class Ingest:
+    """Takes what devices send. `notify(bundle_digest, cohort)` is called after something new was stored."""
+
+    def __init__(
+        self,
+        store: Store,
+        objects: Objects,
+        quota: QuotaSettings,
+        held_back_share: float,
+        notify: Callable[[str, str], None] = lambda bundle, cohort: None,
+    ) -> None:
+        self._store, self._objects, self._quota = store, objects, quota
+        self._share, self._notify = held_back_share, notify
+        self._bytes = Buckets(quota.bytes_per_hour, 3600.0)
+
+    def _refusal(self, header: pb.SampleHeader, bundles: dict[str, BundleRecord | None]) -> InputError | None:
+        """Why a sample of this header can never be of use, or None."""
+        if not DIGEST.fullmatch(header.digest):
+            return InputError("A sample's digest is 64 lower-case hex digits.", code="digest")
+        if header.bundle_digest not in bundles:
+            bundles[header.bundle_digest] = self._store.bundle(header.bundle_digest)
+        bundle = bundles[header.bundle_digest]
+        if bundle is None:
+            return InputError(
+                f"Bundle {header.bundle_digest[:12]!r} is not adapted here: `refold cloud add-bundle` makes it known.",
+                code="unknown-bundle",
+            )
+        if header.preprocess_digest != bundle.preprocess_digest:
+            return InputError("The sample was preprocessed in another way than the bundle's.", code="preprocess")
+        if (header.width, header.height) != (bundle.width, bundle.height):
+            return InputError(
+                f"The sample is {header.width}x{header.height}, the model takes {bundle.width}x{bundle.height}.",
+                code="wrong-size",
+            )
+        if header.size < 1 or header.size > LIMITS.sample_bytes:
+            return InputError(f"A sample has 1 to {LIMITS.sample_bytes} bytes, not {header.size}.", code="sample-too-large")
+        if len(header.domain) > DOMAIN_LENGTH or not header.domain.isprintable():
+            return InputError(f"A domain's name has at most {DOMAIN_LENGTH} printable characters.", code="domain")
+        return None
+
+    def offer(self, device: DeviceRecord, headers: list[pb.SampleHeader]) -> Offer:
+        """Says which of the offered samples are wanted, in the order offered and as far as the device's quota goes.
+
+        Raises:
+            InputError: more headers than fit one call.
+        """
+        _check_count(len(headers))
+        answer, bundles = Offer(), dict[str, "BundleRecord | None"]()
+        known: dict[str, set[str]] = {}
+        for bundle in {h.bundle_digest for h in headers}:
+            digests = [h.digest for h in headers if h.bundle_digest == bundle]
+            known[bundle] = self._store.known_samples(bundle, device.cohort, digests)
+        room = self._bytes.room(device.id)
+        places = self._quota.samples_per_device - self._store.device_samples(device.id)
+        asked: set[str] = set()
+        for header in headers:
+            digest = header.digest
+            if digest in known[header.bundle_digest] or self._refusal(header, bundles) is not None or places <= 0:
+                answer.unwanted.append(digest)
+            elif digest not in asked and not answer.retry_after_ms:
+                if room <= 0:
+                    delay = self._bytes.delay(device.id, float(header.size))
+                    answer.retry_after_ms = self._delay_ms(delay)
+                    continue
+                room -= header.size
+                places -= 1
+                asked.add(digest)
+                answer.wanted.append(digest)
+        return answer
+
+    def _delay_ms(self, seconds: float) -> int:
+        return max(1, min(self._quota.retry_ms, int(seconds * 1000) + 1))
+
+    def upload(self, device: DeviceRecord, samples: list[pb.Sample]) -> tuple[list[str], list[api.UploadRefusal]]:
+        """Stores samples durably, each on its own; returns (digests stored, refusals).
+
+        A sample that was stored before counts as stored.
+
+        Raises:
+            InputError: more samples than fit one call.
+            QuotaError: the device has used up its bytes; nothing of this call was stored.
+            StorageError: the disk or the database fails; what is not in an answer was not acknowledged and is sent again.
+        """
+        _check_count(len(samples))
+        seconds = self._bytes.take(device.id, float(sum(len(s.payload) for s in samples)))
+        if seconds:
+            raise QuotaError(
+                f"Device {device.id} has used up its {self._quota.bytes_per_hour:.0f} bytes per hour.", self._delay_ms(seconds)
+            )
+        stored: list[str] = []
+        refused: list[api.UploadRefusal] = []
+        bundles = dict[str, "BundleRecord | None"]()
+        fresh: set[str] = set()
+        places = self._quota.samples_per_device - self._store.device_samples(device.id)
+        for sample in samples:
+            try:
+                if len(stored) >= places:
+                    raise InputError(f"Device {device.id} has its full number of samples stored.", code="quota")
+                if self._take(device, sample, bundles):
+                    fresh.add(sample.header.bundle_digest)
+                stored.append(sample.header.digest)
+            except InputError as e:
+                UPLOADS.add(1, outcome=e.code)
+                refused.append(api.UploadRefusal(digest=sample.header.digest[:64], code=e.code, message=e.message))
+        for bundle in fresh:
+            self._notify(bundle, device.cohort)
+        return stored, refused
+
+    def _take(self, device: DeviceRecord, sample: pb.Sample, bundles: dict[str, BundleRecord | None]) -> bool:
+        header = sample.header
+        error = self._refusal(header, bundles)
+        if error is not None:
+            raise error
+        if len(sample.payload) != header.size or digest_of(sample.payload) != header.digest:
+            raise InputError("The payload is not what its header says: it was damaged on its way.", code="digest")
+        decode_picture(header.codec, sample.payload, header.width, header.height)
+        record = SampleRecord(
+            digest=header.digest,
+            bundle_digest=header.bundle_digest,
+            cohort=device.cohort,
+            device=device.id,
+            domain=header.domain,
+            header=header.SerializeToString(deterministic=True),
+            size=header.size,
+            held_back=held_back(header.digest, self._share),
+            received_ms=int(time.time() * 1000),
+        )
+        self._objects.put(sample.payload)  # first the payload, then its row: a row without a payload never exists
+        fresh = self._store.add_sample(record)
+        UPLOADS.add(1, outcome="stored" if fresh else "duplicate")
+        UPLOAD_BYTES.add(header.size if fresh else 0)
+        return fresh
+
+    def statistics(self, device: DeviceRecord, report: pb.StatisticsReport) -> bool:
+        """Stores one report; False when it was there already.
+
+        Raises:
+            InputError: malformed, not finite, or for a bundle that is not adapted here.
+        """
+        if not DIGEST.fullmatch(report.digest):
+            raise InputError("A report's digest is 64 lower-case hex digits.", code="digest")
+        if self._store.bundle(report.bundle_digest) is None:
+            raise InputError(f"Bundle {report.bundle_digest[:12]!r} is not adapted here.", code="unknown-bundle")
+        if not 1 <= report.frames <= REPORT_FRAMES or len(report.domain) > DOMAIN_LENGTH:
+            raise InputError(f"A report covers 1 to {REPORT_FRAMES} frames of one domain.", code="report")
+        if not 1 <= len(report.sites) <= LIMITS.norm_sites:
+            raise InputError("A report lists each norm site once.", code="report")
+        for site in report.sites:
+            mean, variance = np.array(site.mean, np.float32), np.array(site.variance, np.float32)
+            if len(mean) != len(variance) or not 1 <= len(mean) <= LIMITS.channels:
+                raise InputError(f"The statistics of {site.site[:64]!r} have no fitting lengths.", code="report")
+            if not (np.isfinite(mean).all() and np.isfinite(variance).all() and (variance >= 0).all()):
+                raise InputError(f"The statistics of {site.site[:64]!r} are not finite.", code="not-finite")
+        record = StatisticsRecord(
+            digest=report.digest,
+            bundle_digest=report.bundle_digest,
+            cohort=device.cohort,
+            device=device.id,
+            domain=report.domain,
+            release_version=report.release_version,
+            frames=report.frames,
+            payload=report.SerializeToString(deterministic=True),
+            received_ms=int(time.time() * 1000),
+        )
+        fresh = self._store.add_statistics(record)
+        if fresh:
+            self._notify(report.bundle_digest, device.cohort)
+        return fresh
+
+
+def _check_count(count: int) -> None:
+    if count > LIMITS.samples_per_call:
+        raise InputError(f"One call carries at most {LIMITS.samples_per_call} samples, not {count}.", code="too-many")

@@ -1,0 +1,94 @@
+"""The seam to `cloud.distil`: what a worker asks of a distiller and its teachers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cloud.settings import TeacherSpec
+from refold.bundle import Bundle
+from refold.errors import UsageError
+from refold.norms import ActivationScale, NormState
+from refold.v1 import samples_pb2 as pb
+
+__all__ = ["Candidate", "Distiller", "Lesson", "MakeLesson", "Teachers", "find_maker", "make_lesson"]
+
+
+class Candidate(Protocol):
+    """What a training brings forth; judged by the gate before anybody runs it."""
+
+    @property
+    def states(self) -> Mapping[str, NormState]: ...
+    @property
+    def activations(self) -> Sequence[ActivationScale]: ...
+    @property
+    def domain(self) -> str: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def statistics_frames(self) -> int: ...
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
+
+class Distiller(Protocol):
+    """Holds its own buffers; a restarted worker fills them again from the store."""
+
+    def add_samples(self, images: NDArray[np.uint8], domain: str, unbiased: NDArray[np.bool_]) -> None:
+        """uint8 (N, height, width, 3); `unbiased` bool (N,)."""
+
+    def add_statistics(self, report: pb.StatisticsReport) -> None: ...
+
+    def ready(self) -> Sequence[str]:
+        """Domains with enough evidence for a training."""
+
+    def train(self, domain: str) -> Candidate: ...
+
+
+class Teachers(Protocol):
+    def probabilities(self, images: NDArray[np.uint8], domain: str) -> NDArray[np.float32]:
+        """float32 (N, classes)."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A distiller and the teachers the gate asks; no teachers: the gate judges by the calibration slice alone."""
+
+    distiller: Distiller
+    teachers: Teachers | None = field(default=None)
+
+
+MakeLesson = Callable[..., Lesson]
+
+
+def find_maker(name: str) -> MakeLesson:
+    """The callable `package.module:name`. Raises UsageError when there is none."""
+    module, colon, attribute = name.partition(":")
+    try:
+        maker = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise UsageError(f"workers.distiller: {name!r} cannot be loaded: {e}.", code="no-distiller") from e
+    if not colon or not callable(maker):
+        raise UsageError(f"workers.distiller is {name!r}; it is written package.module:callable.", code="no-distiller")
+    return maker  # type: ignore[no-any-return]
+
+
+def make_lesson(bundle: Bundle, teachers: Sequence[tuple[str, str]], settings: Mapping[str, Any], *, threads: int) -> Lesson:
+    """The product's own distiller. Loads torch: only workers call it.
+
+    Raises:
+        UsageError: no teacher, one that cannot be found, or an unknown setting in [distil].
+        InputError, ModelError: a teacher cannot be used.
+    """
+    from cloud.distil import Distiller as RefoldDistiller
+    from cloud.distil import DistilSettings, load_teachers
+
+    numbers = DistilSettings.of({"threads": threads, **settings})
+    sources = [TeacherSpec(spec=spec, weights=weights) for spec, weights in teachers]
+    taught_by = load_teachers(sources, bundle.preprocess, numbers)
+    return Lesson(RefoldDistiller(bundle, taught_by, numbers), taught_by)

@@ -1,0 +1,259 @@
+"""Every number of the service, with its unit and its reason: `cloud.toml`, overridden by `REFOLD_CLOUD_<SECTION>__<KEY>`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from refold.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = [
+    "BundleEntry",
+    "CloudSettings",
+    "DeviceSettings",
+    "GateSettings",
+    "QuotaSettings",
+    "ServerSettings",
+    "StorageSettings",
+    "TeacherSpec",
+    "TlsSettings",
+    "WorkerSettings",
+    "load_settings",
+]
+
+PREFIX = "REFOLD_CLOUD_"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServerSettings(_Section):
+    address: str = Field(default="127.0.0.1", description="interface to listen on; 0.0.0.0 for all")
+    port: int = Field(default=7443, ge=0, le=65535, description="mutual TLS: devices and operators; 0 lets the system choose")
+    enrol_port: int = Field(default=7444, ge=0, le=65535, description="server TLS only: join token in, device certificate out")
+    metrics_port: int = Field(default=0, ge=0, le=65535, description="Prometheus text on loopback; 0 is off")
+    grace_s: float = Field(default=5.0, ge=0, description="seconds that running calls get after SIGTERM")
+    message_bytes: int = Field(
+        default=64 * 1024**2, ge=1024**2, description="largest gRPC message, bytes; a full upload of 32 pictures of 2 MB"
+    )
+    concurrent_calls: int = Field(default=4096, ge=1, description="calls at once, long polls included; more are refused, not queued")
+
+
+class TlsSettings(_Section):
+    ca: Path = Field(default=Path("ca.pem"), description="certificate of the fleet's authority")
+    ca_key: Path = Field(default=Path("ca.key"), description="its private key: signs device certificates")
+    certificate: Path = Field(default=Path("server.pem"), description="the server's certificate")
+    key: Path = Field(default=Path("server.key"), description="its private key")
+    release_key: Path = Field(default=Path("release.key"), description="Ed25519 key that signs releases")
+    more_release_keys: tuple[str, ...] = Field(
+        default=(), description="further public keys that devices should trust, 64 hex digits each: for rotation"
+    )
+    device_days: float = Field(
+        default=90.0, gt=0, description="days a device certificate lasts; devices renew after two thirds, a lost one dies with it"
+    )
+
+
+class StorageSettings(_Section):
+    database: str = Field(
+        default="sqlite:///refold.db", description="SQLAlchemy URL; postgresql+psycopg://... for many thousand devices"
+    )
+    objects: Path = Field(default=Path("objects"), description="directory of pictures and bundles, by content")
+    samples_per_cohort: int = Field(
+        default=20_000, ge=100, description="newest samples kept per bundle and cohort; CEMA replays 10,000"
+    )
+    retention_days: float = Field(default=30.0, gt=0, description="days a sample is kept: pictures are personal data")
+    statistics_per_cohort: int = Field(default=10_000, ge=100, description="newest statistics reports kept per bundle and cohort")
+    free_bytes: int = Field(
+        default=256 * 1024**2, ge=0, description="bytes that stay free on the disk; uploads are refused before it is full"
+    )
+
+
+class DeviceSettings(_Section):
+    heartbeat_ms: int = Field(default=30_000, ge=1000, description="interval between heartbeats; a device adds its own jitter")
+    poll_wait_ms: int = Field(
+        default=25_000,
+        ge=0,
+        le=110_000,
+        description="longest time a poll is held open; below the 4 minutes after which clouds drop idle TCP",
+    )
+    poll_next_ms: int = Field(default=1000, ge=0, description="pause a device makes between two polls")
+
+
+class QuotaSettings(_Section):
+    calls_per_minute: float = Field(default=600.0, gt=0, description="per device, after a burst of the same size")
+    bytes_per_hour: float = Field(default=256 * 1024**2, gt=0, description="uploaded bytes per device, after a burst of the same size")
+    samples_per_device: int = Field(default=50_000, ge=1, description="stored samples per device; the newest are refused beyond")
+    retry_ms: int = Field(default=60_000, ge=100, le=3_600_000, description="longest delay asked of a device that is over its quota")
+
+
+class WorkerSettings(_Section):
+    mode: Literal["process", "thread", "none"] = Field(
+        default="process", description="process: torch stays out of the server and its crash costs nothing; thread: for tests"
+    )
+    threads: int = Field(default=1, ge=1, description="torch and ONNX Runtime threads of each worker")
+    nice: int = Field(default=10, ge=0, le=19, description="priority given up by workers so that devices are answered first")
+    look_s: float = Field(default=2.0, gt=0, description="seconds between two looks for new evidence when nobody woke the worker")
+    interval_s: float = Field(default=10.0, ge=0, description="seconds between two trainings of the same domain")
+    held_back: float = Field(default=0.25, gt=0, lt=1, description="share of samples, by digest, never trained on: the gate's own")
+    restarts: int = Field(default=5, ge=0, description="restarts of a crashing worker before it is left alone until the next start")
+    restart_s: float = Field(default=2.0, ge=0, description="delay before the first restart, seconds; doubles each time")
+    distiller: str = Field(
+        default="cloud.lesson:make_lesson", description="package.module:callable that makes the distiller and its teachers"
+    )
+
+
+class GateSettings(_Section):
+    held_back: int = Field(default=16, ge=1, description="fewest held-back samples of a domain a verdict is based on")
+    held_back_most: int = Field(default=512, ge=16, description="newest held-back samples used; more cost time and add little")
+    agreement_points: float = Field(
+        default=0.0,
+        description="points by which agreement with the teacher must rise; at 0 an equal one passes if the divergence falls",
+    )
+    clean_points: float = Field(default=0.5, ge=0, description="points by which accuracy on the calibration slice may fall")
+    shifted_clean_points: float = Field(
+        default=2.0, ge=0, description="the same for a release of a shifted domain, whose affine parameters never serve clean pictures"
+    )
+    entropy_share: float = Field(
+        default=0.7, ge=0, le=1, description="entropy of the predicted classes against the teacher's; less is a collapse"
+    )
+
+
+class TeacherSpec(_Section):
+    spec: str = Field(description="exported program (.pt2) or file.py:callable")
+    weights: str = Field(default="", description="safetensors, npz or weights_only checkpoint")
+
+
+class BundleEntry(_Section):
+    path: Path = Field(description="the .refold file")
+    teachers: tuple[TeacherSpec, ...] = Field(default=(), description="their votes are averaged")
+
+
+class CloudSettings(_Section):
+    server: ServerSettings = ServerSettings()
+    tls: TlsSettings = TlsSettings()
+    storage: StorageSettings = StorageSettings()
+    devices: DeviceSettings = DeviceSettings()
+    quota: QuotaSettings = QuotaSettings()
+    workers: WorkerSettings = WorkerSettings()
+    gate: GateSettings = GateSettings()
+    distil: dict[str, Any] = Field(default_factory=dict, description="settings of the distiller: docs/guide/cloud.md")
+    bundle: tuple[BundleEntry, ...] = ()
+
+    def anchored(self, directory: Path) -> CloudSettings:
+        """The same with relative paths resolved against `directory`, where the settings file lies."""
+
+        def under(path: Path) -> Path:
+            return path if path.is_absolute() else directory / path
+
+        names = ("ca", "ca_key", "certificate", "key", "release_key")
+        tls = self.tls.model_copy(update={n: under(getattr(self.tls, n)) for n in names})
+        database = self.storage.database
+        if database.startswith("sqlite:///") and not database.startswith("sqlite:////") and database != "sqlite:///:memory:":
+            database = f"sqlite:///{directory.absolute() / database.removeprefix('sqlite:///')}"
+        storage = self.storage.model_copy(update={"objects": under(self.storage.objects), "database": database})
+        bundles = tuple(b.model_copy(update={"path": under(b.path)}) for b in self.bundle)
+        return self.model_copy(update={"tls": tls, "storage": storage, "bundle": bundles})
+
+
+def load_settings(path: Path, environ: Mapping[str, str] | None = None) -> CloudSettings:
+    """Reads `cloud.toml`; the environment wins over the file, the file over the defaults.
+
+    Raises:
+        UsageError: the file is missing, is not TOML, has an unknown key or a value out of range.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"There is no {path}: make one with `refold cloud init {path.parent}`.", code="no-config") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"{path} cannot be read: {e}.") from e
+    except tomllib.TOMLDecodeError as e:
+        raise UsageError(f"{path} is not valid TOML: {e}.") from e
+    _overlay_environment(values, os.environ if environ is None else environ)
+    try:
+        return CloudSettings.model_validate(values).anchored(path.parent)
+    except ValidationError as e:
+        raise UsageError(_sentence(path, e)) from e
+
+
+def _overlay_environment(values: dict[str, Any], environ: Mapping[str, str]) -> None:
+    for name, text in environ.items():
+        if not name.startswith(PREFIX) or "__" not in name:
+            continue
+        section, _, key = name.removeprefix(PREFIX).lower().partition("__")
+        table = values.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise UsageError(f"{name} names the list [[{section}]], which the environment cannot change.")
+        table[key] = _plain(text)
+
+
+def _plain(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _sentence(path: Path, error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = [str(p) for p in first["loc"]]
+    if first["type"] != "extra_forbidden":
+        return f"{path}: {'.'.join(where)}: {first['msg']}."
+    known = _known(where[:-1])
+    close = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else f" Known here: {', '.join(sorted(known))}."
+    return f"{path}: there is no setting {'.'.join(where)!r}.{hint}"
+
+
+def _known(path: list[str]) -> list[str]:
+    model: type[BaseModel] = CloudSettings
+    for name in path:
+        if name.isdigit():
+            continue
+        inner: Any = {"bundle": BundleEntry, "teachers": TeacherSpec}.get(name) or model.model_fields[name].annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            model = inner
+    return list(model.model_fields)
+
+
+def commented_toml(values: Mapping[str, Any]) -> str:
+    """A `cloud.toml` with every setting: those in `values` ({section: {key: value}}) set, the others as comments."""
+    lines = ["# Settings of `refold cloud serve`. A line that begins with # shows the default.", ""]
+    for section, field in CloudSettings.model_fields.items():
+        inner = field.annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            continue
+        lines.append(f"[{section}]")
+        for key, setting in inner.model_fields.items():
+            chosen = values.get(section, {})
+            value = chosen.get(key, setting.get_default())
+            lines.append(f"# {setting.description}")
+            lines.append(f"{'' if key in chosen else '# '}{key} = {_toml(value)}")
+        lines.append("")
+    lines += ["# Settings of the distiller: see docs/guide/cloud.md.", "[distil]", ""]
+    lines += ["# Bundles, and who teaches them; `refold cloud add-bundle` does the same without a restart."]
+    lines += ["# [[bundle]]", '# path = "model.refold"', '# teachers = [{ spec = "teacher.pt2", weights = "" }]', ""]
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_toml(v) for v in value)}]"
+    return json.dumps(str(value))

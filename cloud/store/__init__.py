@@ -1,0 +1,29 @@
+"""Where the service keeps things: rows in a database (`Store`), payloads by content (`Objects`)."""
+
+from __future__ import annotations
+
+from cloud.store.objects import DirectoryObjects, MemoryObjects, Objects
+from cloud.store.records import (
+    BundleRecord,
+    CohortRecord,
+    Decision,
+    DeviceRecord,
+    ReleaseRecord,
+    SampleRecord,
+    StatisticsRecord,
+)
+from cloud.store.store import Store
+
+__all__ = [
+    "BundleRecord",
+    "CohortRecord",
+    "Decision",
+    "DeviceRecord",
+    "DirectoryObjects",
+    "MemoryObjects",
+    "Objects",
+    "ReleaseRecord",
+    "SampleRecord",
+    "StatisticsRecord",
+    "Store",
+]

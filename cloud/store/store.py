@@ -1,0 +1,384 @@
+"""The rows. Every public method is one transaction; all are safe from any thread and several processes at once.
+
+Errors come out as `StorageError`; nothing of SQLAlchemy leaves this folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from cloud.store import tables as t
+from cloud.store.database import connect, migrate, translated
+from cloud.store.records import (
+    BundleRecord,
+    CohortRecord,
+    Decision,
+    DeviceRecord,
+    ReleaseRecord,
+    SampleRecord,
+    StatisticsRecord,
+)
+from refold.errors import AccessError, ReleaseError
+
+__all__ = ["Store"]
+
+GOOD = "released"
+BATCH = 500  # bound variables per statement; SQLite's oldest limit is 999
+
+
+def now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def token_hash(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+class Store:
+    """Opens the database of `url` and brings its schema up to date.
+
+    Raises:
+        UsageError: the URL is wrong.
+        StorageError: the database cannot be opened, is locked, damaged, or newer than this program.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._engine = connect(url)
+        migrate(self._engine)
+        self._writer = self._engine.execution_options(writes=True)
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextlib.contextmanager
+    def _reads(self) -> Iterator[sa.Connection]:
+        with translated(), self._engine.begin() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def _writes(self) -> Iterator[sa.Connection]:
+        with translated(), self._writer.begin() as connection:
+            yield connection
+
+    def check(self) -> None:
+        """Raises StorageError when the database cannot be written: what readiness means."""
+        with self._writes() as c:
+            c.execute(sa.update(t.tokens).where(sa.false()).values(uses_left=0))
+
+    # Bundles -----------------------------------------------------------------------------------------------------------------
+
+    def put_bundle(self, bundle: BundleRecord) -> None:
+        """Adds a bundle, or replaces its teachers."""
+        values = {**_values(bundle), "teachers": [list(p) for p in bundle.teachers]}
+        with self._writes() as c:
+            known = c.execute(sa.select(t.bundles.c.digest).where(t.bundles.c.digest == bundle.digest)).first()
+            if known:
+                c.execute(sa.update(t.bundles).where(t.bundles.c.digest == bundle.digest).values(values))
+            else:
+                c.execute(sa.insert(t.bundles).values(values))
+
+    def bundle(self, digest: str) -> BundleRecord | None:
+        with self._reads() as c:
+            row = c.execute(sa.select(t.bundles).where(t.bundles.c.digest == digest)).mappings().first()
+        return _bundle(row) if row else None
+
+    def bundles(self) -> list[BundleRecord]:
+        with self._reads() as c:
+            return [_bundle(r) for r in c.execute(sa.select(t.bundles).order_by(t.bundles.c.added_ms)).mappings()]
+
+    # Enrolment ---------------------------------------------------------------------------------------------------------------
+
+    def add_token(self, token: str, cohort: str, uses: int, expires_ms: int) -> None:
+        """Keeps a join token's hash; the token itself is nowhere stored."""
+        with self._writes() as c:
+            c.execute(
+                sa.insert(t.tokens).values(
+                    hash=token_hash(token), cohort=cohort, uses_left=uses, expires_ms=expires_ms, created_ms=now_ms()
+                )
+            )
+
+    def redeem(self, token: str, device: str) -> str:
+        """Spends one use of a token for a device; the same device may repeat it at no cost. Returns the token's cohort.
+
+        Raises:
+            AccessError: unknown, spent or expired; which of these is not told.
+        """
+        digest = token_hash(token)
+        with self._writes() as c:
+            row = c.execute(sa.select(t.tokens).where(t.tokens.c.hash == digest)).mappings().first()
+            joined = c.execute(sa.select(t.joins).where(t.joins.c.token == digest, t.joins.c.device == device)).first()
+            if row is None or row["expires_ms"] < now_ms() or (row["uses_left"] < 1 and not joined):
+                raise AccessError(
+                    "The join token is unknown, used up or expired: ask for a new one (`refold cloud token`).", code="bad-token"
+                )
+            if not joined:
+                c.execute(sa.update(t.tokens).where(t.tokens.c.hash == digest).values(uses_left=row["uses_left"] - 1))
+                c.execute(sa.insert(t.joins).values(token=digest, device=device))
+            return str(row["cohort"])
+
+    def put_device(self, device: str, cohort: str, serial: str, expires_ms: int) -> None:
+        """Records a new certificate; the device is made when it is new. A revoked one stays revoked.
+
+        Raises:
+            AccessError: the device was revoked.
+        """
+        with self._writes() as c:
+            row = c.execute(sa.select(t.devices).where(t.devices.c.id == device)).mappings().first()
+            if row is None:
+                fresh = DeviceRecord(device, cohort, serial, expires_ms, enrolled_ms=now_ms())
+                c.execute(sa.insert(t.devices).values(_values(fresh)))
+                return
+            if row["revoked_ms"]:
+                raise AccessError(f"Device {device} was revoked.", code="revoked")
+            change = {"cohort": cohort, "serial": serial, "expires_ms": expires_ms}
+            c.execute(sa.update(t.devices).where(t.devices.c.id == device).values(change))
+
+    def device(self, device: str) -> DeviceRecord | None:
+        with self._reads() as c:
+            row = c.execute(sa.select(t.devices).where(t.devices.c.id == device)).mappings().first()
+        return DeviceRecord(**row) if row else None
+
+    def devices(self) -> list[DeviceRecord]:
+        with self._reads() as c:
+            return [DeviceRecord(**r) for r in c.execute(sa.select(t.devices).order_by(t.devices.c.id)).mappings()]
+
+    def revoke(self, device: str) -> bool:
+        """False when there is no such device."""
+        with self._writes() as c:
+            found = c.execute(
+                sa.update(t.devices)
+                .where(t.devices.c.id == device)
+                .values(revoked_ms=sa.case((t.devices.c.revoked_ms == 0, now_ms()), else_=t.devices.c.revoked_ms))
+            )
+            return bool(found.rowcount)
+
+    def saw_device(self, device: str, **seen: Any) -> None:
+        """Records what a heartbeat told: any of bundle_digest, release_version, state, domain, metrics, last_error."""
+        with self._writes() as c:
+            c.execute(sa.update(t.devices).where(t.devices.c.id == device).values(last_seen_ms=now_ms(), **seen))
+
+    # Samples and statistics --------------------------------------------------------------------------------------------------
+
+    def known_samples(self, bundle_digest: str, cohort: str, digests: Sequence[str]) -> set[str]:
+        """Those of `digests` that are stored for this bundle and cohort."""
+        found: set[str] = set()
+        with self._reads() as c:
+            for i in range(0, len(digests), BATCH):
+                part = t.samples.c.digest.in_(list(digests[i : i + BATCH]))
+                found.update(
+                    c.execute(sa.select(t.samples.c.digest).where(_of(t.samples, bundle_digest, cohort), part)).scalars()
+                )
+        return found
+
+    def add_sample(self, sample: SampleRecord) -> bool:
+        """False when it was stored already: a second time has no effect."""
+        return self._add(t.samples, sample)
+
+    def add_statistics(self, report: StatisticsRecord) -> bool:
+        """False when it was stored already: a second time has no effect."""
+        return self._add(t.statistics, report)
+
+    def _add(self, table: sa.Table, record: SampleRecord | StatisticsRecord) -> bool:
+        values = _values(record)
+        del values["id"]
+        with self._writes() as c:
+            here = sa.and_(_of(table, record.bundle_digest, record.cohort), table.c.digest == record.digest)
+            if c.execute(sa.select(table.c.id).where(here)).first():
+                return False
+            _ensure_cohort(c, record.bundle_digest, record.cohort)
+            c.execute(sa.insert(table).values(values))
+            return True
+
+    def samples_after(self, bundle_digest: str, cohort: str, after: int, limit: int) -> list[SampleRecord]:
+        """The next samples in the order of storing."""
+        query = sa.select(t.samples).where(_of(t.samples, bundle_digest, cohort), t.samples.c.id > after)
+        with self._reads() as c:
+            return [SampleRecord(**r) for r in c.execute(query.order_by(t.samples.c.id).limit(limit)).mappings()]
+
+    def held_back(self, bundle_digest: str, cohort: str, domain: str | None, limit: int) -> list[SampleRecord]:
+        """The newest samples kept from training, newest first; `domain` None: of any."""
+        query = sa.select(t.samples).where(_of(t.samples, bundle_digest, cohort), t.samples.c.held_back)
+        if domain is not None:
+            query = query.where(t.samples.c.domain == domain)
+        with self._reads() as c:
+            return [SampleRecord(**r) for r in c.execute(query.order_by(t.samples.c.id.desc()).limit(limit)).mappings()]
+
+    def statistics_after(self, bundle_digest: str, cohort: str, after: int, limit: int) -> list[StatisticsRecord]:
+        """The next reports in the order of storing."""
+        query = sa.select(t.statistics).where(_of(t.statistics, bundle_digest, cohort), t.statistics.c.id > after)
+        with self._reads() as c:
+            return [StatisticsRecord(**r) for r in c.execute(query.order_by(t.statistics.c.id).limit(limit)).mappings()]
+
+    def device_samples(self, device: str) -> int:
+        with self._reads() as c:
+            return c.execute(sa.select(sa.func.count()).where(t.samples.c.device == device)).scalar_one()
+
+    # Releases ----------------------------------------------------------------------------------------------------------------
+
+    def next_version(self, bundle_digest: str, cohort: str) -> int:
+        """The number a release would get; versions are never reused, not even after a rollback."""
+        with self._reads() as c:
+            last = c.execute(sa.select(t.cohorts.c.last_version).where(_of(t.cohorts, bundle_digest, cohort))).scalar()
+        return (last or 0) + 1
+
+    def record(self, decision: Decision) -> None:
+        """Stores a decision; a released one also moves the cohort's pointer, in the same transaction.
+
+        Raises:
+            ReleaseError: its version is not the next one: another writer was faster.
+        """
+        values = {**_values(decision), "version": decision.version or None}
+        with self._writes() as c:
+            _ensure_cohort(c, decision.bundle_digest, decision.cohort)
+            here = _of(t.cohorts, decision.bundle_digest, decision.cohort)
+            if decision.state == GOOD:
+                last = c.execute(sa.select(t.cohorts.c.last_version).where(here)).scalar_one()
+                if decision.version != last + 1:
+                    raise ReleaseError(f"Version {decision.version} is not the next after {last}.", code="version")
+                version = decision.version
+                c.execute(sa.update(t.cohorts).where(here).values(current_version=version, last_version=version))
+            c.execute(sa.insert(t.releases).values(values))
+
+    def releases(self, bundle_digest: str = "", cohort: str = "") -> list[ReleaseRecord]:
+        """Every decision, oldest first, without the signed bytes; "" is any bundle or cohort."""
+        columns = [col for col in t.releases.c if col.name != "signed"]
+        query = sa.select(*columns, sa.func.length(t.releases.c.signed).label("size")).order_by(t.releases.c.id)
+        if bundle_digest:
+            query = query.where(t.releases.c.bundle_digest == bundle_digest)
+        if cohort:
+            query = query.where(t.releases.c.cohort == cohort)
+        with self._reads() as c:
+            return [ReleaseRecord(**{**r, "version": r["version"] or 0}) for r in c.execute(query).mappings()]
+
+    def signed_release(self, bundle_digest: str, cohort: str, version: int) -> bytes:
+        """The serialised SignedRelease. Raises ReleaseError when there is no such version."""
+        query = sa.select(t.releases.c.signed).where(_of(t.releases, bundle_digest, cohort), t.releases.c.version == version)
+        with self._reads() as c:
+            signed = c.execute(query).scalar()
+        if signed is None:
+            raise ReleaseError(f"Cohort {cohort!r} has no release {version}: see `refold cloud releases`.", code="no-release")
+        return bytes(signed)
+
+    def roll_back(self, bundle_digest: str, cohort: str, to_version: int, reason: str) -> int:
+        """Points the cohort at `to_version` (0: as exported) and marks every newer release rolled back, for ever.
+
+        Raises:
+            ReleaseError: there is no such cohort or version, it was rolled back itself, or it is not older than the current one.
+        """
+        with self._writes() as c:
+            here = _of(t.cohorts, bundle_digest, cohort)
+            current = c.execute(sa.select(t.cohorts.c.current_version).where(here)).scalar()
+            if current is None:
+                raise ReleaseError(f"Cohort {cohort!r} has had no release of this bundle.", code="no-release")
+            if to_version == current:
+                return int(current)
+            rows = _of(t.releases, bundle_digest, cohort)
+            target = c.execute(sa.select(t.releases.c.state).where(rows, t.releases.c.version == to_version)).scalar()
+            if to_version > current or (to_version and target != GOOD):
+                raise ReleaseError(
+                    f"Cohort {cohort!r} is at version {current}; version {to_version} is not an earlier good one "
+                    "(0 is the exported state).",
+                    code="no-release",
+                )
+            newer = sa.and_(rows, t.releases.c.version > to_version, t.releases.c.state == GOOD)
+            c.execute(sa.update(t.releases).where(newer).values(state="rolled-back", reason=reason))
+            c.execute(sa.update(t.cohorts).where(here).values(current_version=to_version))
+            return to_version
+
+    def consumed(self, bundle_digest: str, cohort: str) -> dict[str, tuple[int, int]]:
+        """Domain to (samples_upto, statistics_upto) of its newest decision, refused ones included."""
+        query = sa.select(
+            t.releases.c.domain, sa.func.max(t.releases.c.samples_upto), sa.func.max(t.releases.c.statistics_upto)
+        )
+        with self._reads() as c:
+            rows = c.execute(query.where(_of(t.releases, bundle_digest, cohort)).group_by(t.releases.c.domain))
+            return {domain: (samples, statistics) for domain, samples, statistics in rows}
+
+    def touch_cohort(self, bundle_digest: str, cohort: str) -> None:
+        """Makes the cohort known, so that a distiller looks after it."""
+        with self._writes() as c:
+            _ensure_cohort(c, bundle_digest, cohort)
+
+    def cohort(self, bundle_digest: str, cohort: str) -> CohortRecord | None:
+        return next(iter(self.cohorts(bundle_digest, cohort)), None)
+
+    def cohorts(self, bundle_digest: str = "", cohort: str = "") -> list[CohortRecord]:
+        """Every (bundle, cohort) with its counters; "" is any."""
+
+        def count(table: sa.Table, what: Any) -> Any:
+            same = sa.and_(table.c.bundle_digest == t.cohorts.c.bundle_digest, table.c.cohort == t.cohorts.c.cohort)
+            return sa.select(what).where(same).scalar_subquery()
+
+        newest = (
+            sa.select(t.releases.c.reason)
+            .where(t.releases.c.bundle_digest == t.cohorts.c.bundle_digest, t.releases.c.cohort == t.cohorts.c.cohort)
+            .order_by(t.releases.c.id.desc())
+            .limit(1)
+            .scalar_subquery()
+        )
+        query = sa.select(
+            t.cohorts,
+            count(t.samples, sa.func.count()).label("samples"),
+            count(t.samples, sa.func.coalesce(sa.func.sum(t.samples.c.size), 0)).label("sample_bytes"),
+            count(t.statistics, sa.func.count()).label("statistics_reports"),
+            sa.func.coalesce(newest, "").label("last_gate"),
+        ).order_by(t.cohorts.c.bundle_digest, t.cohorts.c.cohort)
+        if bundle_digest:
+            query = query.where(t.cohorts.c.bundle_digest == bundle_digest)
+        if cohort:
+            query = query.where(t.cohorts.c.cohort == cohort)
+        with self._reads() as c:
+            return [CohortRecord(**{**r, "sample_bytes": int(r["sample_bytes"])}) for r in c.execute(query).mappings()]
+
+    # Retention ---------------------------------------------------------------------------------------------------------------
+
+    def forget(self, *, before_ms: int, samples_per_cohort: int, statistics_per_cohort: int) -> tuple[int, int]:
+        """Drops rows older than `before_ms` or beyond the newest n of their cohort; returns (samples, statistics) dropped."""
+        dropped = [0, 0]
+        with self._writes() as c:
+            pairs = list(c.execute(sa.select(t.cohorts.c.bundle_digest, t.cohorts.c.cohort)))
+            for i, (table, most) in enumerate(((t.samples, samples_per_cohort), (t.statistics, statistics_per_cohort))):
+                dropped[i] += c.execute(sa.delete(table).where(table.c.received_ms < before_ms)).rowcount
+                for bundle_digest, cohort in pairs:
+                    here = _of(table, bundle_digest, cohort)
+                    edge = c.execute(
+                        sa.select(table.c.id).where(here).order_by(table.c.id.desc()).offset(most).limit(1)
+                    ).scalar()
+                    if edge is not None:
+                        dropped[i] += c.execute(sa.delete(table).where(here, table.c.id <= edge)).rowcount
+            c.execute(sa.delete(t.tokens).where(t.tokens.c.expires_ms < now_ms()))
+        return dropped[0], dropped[1]
+
+    def referenced(self, digests: Sequence[str]) -> set[str]:
+        """Those of `digests` that a sample or bundle still needs."""
+        found: set[str] = set()
+        with self._reads() as c:
+            for i in range(0, len(digests), BATCH):
+                part = list(digests[i : i + BATCH])
+                found.update(c.execute(sa.select(t.samples.c.digest).where(t.samples.c.digest.in_(part))).scalars())
+                found.update(c.execute(sa.select(t.bundles.c.object).where(t.bundles.c.object.in_(part))).scalars())
+        return found
+
+
+def _of(table: sa.Table, bundle_digest: str, cohort: str) -> sa.ColumnElement[bool]:
+    return sa.and_(table.c.bundle_digest == bundle_digest, table.c.cohort == cohort)
+
+
+def _ensure_cohort(c: sa.Connection, bundle_digest: str, cohort: str) -> None:
+    if not c.execute(sa.select(t.cohorts.c.cohort).where(_of(t.cohorts, bundle_digest, cohort))).first():
+        c.execute(sa.insert(t.cohorts).values(bundle_digest=bundle_digest, cohort=cohort, current_version=0, last_version=0))
+
+
+def _values(record: Any) -> dict[str, Any]:
+    values = {name: getattr(record, name) for name in record.__dataclass_fields__}
+    return {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def _bundle(row: Mapping[Any, Any]) -> BundleRecord:
+    return BundleRecord(**{**row, "teachers": tuple((spec, weights) for spec, weights in row["teachers"])})

@@ -1,0 +1,192 @@
+"""One TLS channel to the cloud: every call has a deadline, can be cancelled from another thread, and fails with a RefoldError.
+
+Unary calls of the synchronous client only: streams and abandoned asynchronous calls leak in today's gRPC (specs: fleet.md §2b).
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Protocol
+
+import grpc
+
+from edge.loops import BusyError
+from refold.errors import AccessError, InputError, NetworkError, RefoldError
+from refold.limits import LIMITS
+from refold.v1 import adaptation_pb2_grpc, fleet_pb2_grpc
+
+__all__ = ["Credentials", "Link", "error_of", "open_channel"]
+
+CODE_KEY, RETRY_KEY = "refold-code", "refold-retry-ms"  # trailing metadata of a refusal
+RETRY_S = 60.0  # when the other side is exhausted and does not say for how long
+
+
+class Credentials(Protocol):
+    """What TLS needs; PEM. `edge.enrol.Identity` is one."""
+
+    @property
+    def certificate_pem(self) -> bytes: ...
+    @property
+    def key_pem(self) -> bytes: ...
+    @property
+    def ca_pem(self) -> bytes: ...
+
+
+def open_channel(
+    address: str, ca_pem: bytes, *, key_pem: bytes | None = None, certificate_pem: bytes | None = None, server_name: str = ""
+) -> grpc.Channel:
+    """A lazy channel that trusts `ca_pem` only. Reconnects by itself, at most every 10 s."""
+    options: list[tuple[str, Any]] = [
+        ("grpc.max_receive_message_length", 2 * LIMITS.release_bytes),
+        ("grpc.initial_reconnect_backoff_ms", 500),
+        ("grpc.min_reconnect_backoff_ms", 2000),
+        ("grpc.max_reconnect_backoff_ms", 10_000),
+        ("grpc.use_local_subchannel_pool", 1),  # a remade channel must not inherit the dead connection
+    ]
+    if server_name:
+        options.append(("grpc.ssl_target_name_override", server_name))
+    credentials = grpc.ssl_channel_credentials(ca_pem, key_pem, certificate_pem)
+    return grpc.secure_channel(address, credentials, options)
+
+
+def error_of(error: grpc.RpcError, address: str) -> RefoldError:
+    """What a failed call means for the caller; the server's own sentence is passed on."""
+    failure: Any = error  # a failed call is both an error and a call, which the stubs cannot say
+    call = failure if isinstance(failure, grpc.Call) else None
+    code = call.code() if call else grpc.StatusCode.UNKNOWN
+    said = str(call.details() or "") if call else str(error)
+    metadata = dict(call.trailing_metadata() or ()) if call else {}
+    name = str(metadata.get(CODE_KEY) or code.name.lower().replace("_", "-"))
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        asked = str(metadata.get(RETRY_KEY, ""))
+        return BusyError(f"The cloud asks for patience: {said}", int(asked) / 1000 if asked.isdigit() else RETRY_S)
+    if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        return AccessError(said or "The cloud does not admit this device.", code=name)
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        return InputError(said or "The cloud does not accept the request.", code=name)
+    if "handshake" in said.lower() or "CERTIFICATE" in said:
+        said = "the two certificates do not accept each other: check the CA, the server's name and both clocks"
+        return NetworkError(f"No secure connection to {address}: {said}.", code="tls", detail=str(error))
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return NetworkError(f"The cloud at {address} cannot be reached.", code="unavailable", detail=said)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return NetworkError(f"The cloud at {address} did not answer in time.", code="deadline-exceeded", detail=said)
+    return NetworkError(f"The cloud at {address} refused: {said or code.name}", code=name)
+
+
+class Link:
+    """The channel and its two services; remade when it seems dead. Thread-safe.
+
+    Args:
+        address: host:port.
+        identity: certificate, key and CA.
+        server_name: name in the server's certificate when it is not the host.
+    """
+
+    def __init__(self, address: str, identity: Credentials, server_name: str = "") -> None:
+        self.address = address
+        self._identity, self._server_name = identity, server_name
+        self._lock = threading.Lock()
+        self._calls: set[Any] = set()
+        self._closed = False
+        self._up = False
+        self.connections = 0
+        self._open()
+
+    def _open(self) -> None:
+        i = self._identity
+        self._channel = open_channel(
+            self.address, i.ca_pem, key_pem=i.key_pem, certificate_pem=i.certificate_pem, server_name=self._server_name
+        )
+        self.adaptation = adaptation_pb2_grpc.AdaptationStub(self._channel)  # type: ignore[no-untyped-call]
+        self.fleet = fleet_pb2_grpc.FleetStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def reset(self, identity: Credentials | None = None) -> None:
+        """A new connection, with a new identity after a renewal. Running calls end with a NetworkError."""
+        with self._lock:
+            if self._closed:
+                return
+            old, self._identity = self._channel, identity or self._identity
+            self._up = False
+            self._open()
+        old.close()
+
+    def wait_ready(self, seconds: float) -> bool:
+        """True when connected; nothing of a request is sent before. A new connection is counted in `connections`.
+
+        Raises:
+            NetworkError: not within `seconds`, or closed meanwhile.
+        """
+        if self._up:
+            return True
+        changed, ready = threading.Event(), threading.Event()
+
+        def heard(state: grpc.ChannelConnectivity) -> None:
+            if state is grpc.ChannelConnectivity.READY:
+                ready.set()
+            if state in (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.SHUTDOWN):
+                changed.set()
+
+        waiter = _Waiter(changed)
+        with self._lock:
+            if self._closed:
+                raise NetworkError("The connection is closed.", code="closed")
+            channel = self._channel
+            self._calls.add(waiter)
+        try:
+            channel.subscribe(heard, try_to_connect=True)
+            changed.wait(seconds)
+            channel.unsubscribe(heard)
+        except ValueError as e:  # closed between the two
+            raise NetworkError("The connection was closed.", code="closed") from e
+        finally:
+            with self._lock:
+                self._calls.discard(waiter)
+        if not ready.is_set():
+            raise NetworkError(f"The cloud at {self.address} cannot be reached.", code="unavailable")
+        with self._lock:
+            if not self._up:
+                self._up = True
+                self.connections += 1
+        return True
+
+    def call(self, service: str, method: str, request: Any, seconds: float) -> Any:
+        """One unary call, e.g. ("adaptation", "OfferSamples"). Raises a RefoldError (see `error_of`)."""
+        with self._lock:
+            if self._closed:
+                raise NetworkError("The connection is closed.", code="closed")
+            future = getattr(getattr(self, service), method).future(request, timeout=seconds)
+            self._calls.add(future)
+        try:
+            return future.result()
+        except grpc.FutureCancelledError:
+            raise NetworkError("The call was cancelled.", code="closed") from None
+        except grpc.RpcError as e:
+            error = error_of(e, self.address)
+            if isinstance(error, NetworkError) and not isinstance(error, BusyError):
+                self._up = False
+            if error.code == "deadline-exceeded":  # a half-open connection looks alive for a quarter of an hour
+                self.reset()
+            raise error from e
+        finally:
+            with self._lock:
+                self._calls.discard(future)
+
+    def close(self) -> None:
+        """Cancels what is running and closes; at once, from any thread, more than once."""
+        with self._lock:
+            self._closed = True
+            calls = list(self._calls)
+        for call in calls:
+            call.cancel()
+        self._channel.close()
+
+
+class _Waiter:
+    """Lets `Link.close` end a wait for the connection as it ends a call."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self._event = event
+
+    def cancel(self) -> None:
+        self._event.set()

@@ -1,0 +1,164 @@
+"""`refold edge`: run the daemon, ask it how it is, enrol it, take a release back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge.settings import EdgeSettings, load_settings
+from refold.errors import UsageError
+
+__all__ = ["edge"]
+
+
+@click.group()
+def edge() -> None:
+    """Run a bundle on this device: predict, adapt, pick samples, apply releases."""
+
+
+def _common(command: Any) -> Any:
+    for option in (
+        click.option("--config", type=click.Path(path_type=Path), help="TOML file; flags and REFOLD_EDGE_* override it."),
+        click.option("--bundle", type=click.Path(), help="The .refold file to run."),
+        click.option("--data", type=click.Path(), help="Directory for everything kept across restarts."),
+    ):
+        command = option(command)
+    return command
+
+
+@edge.command()
+@_common
+@click.option("--source", help="Folder of images, .npz or .npy, video file, camera:N, or none.")
+@click.option("--watch", is_flag=True, default=None, help="Go on with pictures that arrive in the folder later.")
+@click.option("--loop", is_flag=True, default=None, help="Begin again at the end of the source.")
+@click.option("--once", is_flag=True, help="Serve the source once and end (the default; undoes `loop` and `watch` of a file).")
+@click.option("--fps", type=float, help="Frames per second at most.")
+@click.option("--max-frames", type=int, help="End after so many frames.")
+@click.option("--predictions", help="File for one line of JSON per frame; - for standard output.")
+@click.option("--cloud", help="host:port of the adaptation service.")
+@click.option("--selector", help="cema-paper, cema-released, eata or budget.")
+@click.option("--target", help="Target within the bundle.")
+@click.option("--threads", type=int, help="Threads of one inference.")
+@click.option("--oip-port", type=int, help="Serve the Open Inference Protocol here; 0 for any free port.")
+@click.option("--metrics-port", type=int, help="Serve Prometheus metrics here; 0 for any free port.")
+@click.option("--no-adapt", is_flag=True, help="Serve releases only; no adaptation of the device's own.")
+@click.option("--inline", is_flag=True, help="Do everything between frames, repeatably; for tests and benchmarks.")
+@click.option("--json", "as_json", is_flag=True, help="Print the final status as JSON.")
+def run(**flags: Any) -> None:
+    """Serve frames until the source ends or a signal comes."""
+    settings = _settings(flags)
+    from edge.daemon import Daemon  # ONNX Runtime and gRPC load only when something runs
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    logging.getLogger().setLevel(min(logging.getLogger().level or logging.WARNING, logging.INFO))
+    with Daemon(settings, stop) as daemon:
+        click.echo(_opening(daemon), err=True)
+        frames = daemon.run()
+    status = daemon.final_status
+    if flags["as_json"]:
+        click.echo(json.dumps(status))
+        return
+    m = status["metrics"]
+    click.echo(
+        f"Served {frames} frames ({m['pictures_skipped']:.0f} pictures skipped, {m['frames_lost']:.0f} frames lost), "
+        f"{m['latency_p50_ms']:.2f} ms each, {m['swaps']:.0f} engine swaps, release {status['release_version']}, "
+        f"domain {status['domain']}.",
+        err=True,
+    )
+
+
+def _opening(daemon: Any) -> str:
+    parts = [f"Serving {daemon.bundle.manifest.name} ({daemon.factory.target}), release {daemon.status()['release_version']}"]
+    if daemon.inference:
+        parts.append(f"inference on port {daemon.inference.port}")
+    if daemon.metrics_server:
+        parts.append(f"metrics on port {daemon.metrics_server.port}")
+    return ", ".join(parts) + "."
+
+
+def _settings(flags: dict[str, Any]) -> EdgeSettings:
+    once = False if flags.get("once") else None
+    nested: dict[str, Any] = {
+        "bundle": flags.get("bundle"),
+        "data": flags.get("data"),
+        "mode": "inline" if flags.get("inline") else None,
+        "source": {
+            "path": flags.get("source"),
+            "watch": flags.get("watch") if once is None else once,
+            "loop": flags.get("loop") if once is None else once,
+            "fps": flags.get("fps"),
+            "max_frames": flags.get("max_frames"),
+        },
+        "predictions": {"path": flags.get("predictions")},
+        "engine": {"target": flags.get("target"), "threads": flags.get("threads")},
+        "inference": {"port": flags.get("oip_port")},
+        "metrics": {"port": flags.get("metrics_port")},
+        "adapt": {"enabled": False} if flags.get("no_adapt") else {},
+    }
+    if flags.get("cloud"):
+        nested["cloud"] = {"address": flags["cloud"]}
+    if flags.get("selector"):
+        nested["select"] = {"name": flags["selector"]}
+    return load_settings(flags.get("config"), nested)
+
+
+@edge.command()
+@_common
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def status(as_json: bool, **flags: Any) -> None:
+    """Print what the daemon last said of itself."""
+    from edge.directory import DataDirectory
+
+    settings = _settings(flags)
+    directory = DataDirectory(settings.data)
+    try:
+        told = json.loads(directory.status.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"No daemon has run on {directory.root.absolute()} yet.", code="no-status") from None
+    except (OSError, ValueError) as e:
+        raise UsageError(f"{directory.status} cannot be read: {e}.", code="no-status") from e
+    told["running"] = directory.locked_by_another
+    if as_json:
+        click.echo(json.dumps(told))
+        return
+    for key, value in told.items():
+        if key != "metrics":
+            click.echo(f"{key:<20} {value}")
+    for key, value in sorted(told["metrics"].items()):
+        click.echo(f"{key:<28} {value:.6g}")
+
+
+@edge.command()
+@click.option("--config", type=click.Path(path_type=Path), help="TOML file; its [enrol] section is used.")
+@click.option("--data", type=click.Path(), help="Directory for everything kept across restarts.")
+@click.option("--cloud", help="host:port of the cloud's enrolment port.")
+@click.option("--token", required=True, envvar="REFOLD_JOIN_TOKEN", help="One-time join token (or REFOLD_JOIN_TOKEN).")
+@click.option("--ca", type=click.Path(), help="The fleet authority's certificate (PEM).")
+@click.option("--fingerprint", help="Instead of --ca: SHA-256 of the server's certificate, in hex.")
+@click.option("--cohort", help="Cohort wished for; the token may prescribe another.")
+@click.option("--name", help="Begins the device's id; default: the host's name.")
+def enrol(config: Path | None, data: str | None, token: str, cloud: str | None, **wishes: Any) -> None:
+    """Exchange a join token for this device's certificate and the release keys it trusts."""
+    from edge.enrol import enrol as buy
+
+    wanted = {"address": cloud, **{k: v for k, v in wishes.items() if v}}
+    settings = load_settings(config, {"data": data, "enrol": wanted})
+    identity = buy(settings.enrol, token, settings.identity_folder)
+    click.echo(f"Enrolled as {identity.device_id} in cohort {identity.cohort}; the identity is in {settings.identity_folder}.")
+
+
+@edge.command()
+@_common
+def rollback(**flags: Any) -> None:
+    """Refuse the release in use for ever and go back to the one before."""
+    from edge.cloud_link import roll_back
+
+    click.echo(roll_back(_settings(flags)))

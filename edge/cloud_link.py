@@ -1,0 +1,186 @@
+"""The device's half of the conversation with the cloud, put together: identity, updater, byte budget, uplink.
+
+Without a [cloud] section nothing of it exists. With one but before enrolment the device works alone and says so; an
+identity that arrives later is taken up without a restart.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from edge.adaptation import Adaptation
+from edge.budget import ByteBudget
+from edge.directory import DataDirectory
+from edge.enrol import Identity
+from edge.link_settings import LinkSettings
+from edge.outbox import Outbox
+from edge.settings import EdgeSettings
+from edge.updater import Updater
+from edge.uplink import Callbacks, Uplink
+from refold.bundle import Bundle
+from refold.errors import StorageError, UsageError
+from refold.v1 import fleet_pb2
+
+__all__ = ["CloudLink"]
+
+log = logging.getLogger(__name__)
+
+
+class CloudLink:
+    """Owns updater and uplink.
+
+    Args:
+        heartbeat: makes a heartbeat's state, domain, metrics and last error.
+    """
+
+    def __init__(
+        self,
+        settings: EdgeSettings,
+        bundle: Bundle,
+        directory: DataDirectory,
+        outbox: Outbox,
+        adaptation: Adaptation,
+        heartbeat: Callable[[], fleet_pb2.HeartbeatRequest],
+    ) -> None:
+        self.updater: Updater | None = None
+        self.uplink: Uplink | None = None
+        self._settings: LinkSettings | None = settings.cloud
+        self._identity_folder = settings.identity_folder
+        self._bundle = bundle
+        self._directory = directory
+        self._outbox = outbox
+        self._adaptation = adaptation
+        self._heartbeat = heartbeat
+        self._budget = ByteBudget(settings.outbox.budget, outbox)
+        self._why_alone = ""
+        self._running = False
+
+    def restore(self) -> None:
+        """Serves the release that served before the restart. Raises StorageError."""
+        self._connect()
+
+    def start(self) -> None:
+        self._running = True
+        if self.uplink is not None:
+            self.uplink.start()
+
+    def _connect(self) -> None:
+        if self._settings is None or self.uplink is not None:
+            return
+        try:
+            identity = Identity.load(self._identity_folder)
+        except UsageError as e:
+            if e.message != self._why_alone:
+                log.warning("Working alone: %s", e.message)
+            self._why_alone = e.message
+            return
+        self._why_alone = ""
+        self.updater = Updater(
+            self._directory.updates,
+            self._bundle,
+            identity.ring,
+            self._adaptation.apply,
+            cohort=identity.cohort,
+            canary=self._adaptation.canary,
+        )
+        self.updater.start()
+        self.uplink = Uplink(
+            self._settings,
+            identity,
+            self._outbox,
+            self._budget,
+            Callbacks(lambda: self._updater.version, self._updater.follow, self._heartbeat),
+            bundle_digest=self._bundle.digest,
+            directory=self._identity_folder,
+        )
+        if self._running:
+            self.uplink.start()
+
+    @property
+    def _updater(self) -> Updater:
+        assert self.updater is not None
+        return self.updater
+
+    def look_around(self) -> None:
+        """Takes up an identity or a rollback request that somebody put into the data directory. Called now and then."""
+        if self._settings is not None and self.uplink is None:
+            self._connect()
+        request = self._directory.rollback_request
+        if request.exists():
+            try:
+                if self.updater is not None:
+                    self.updater.revert(request.read_text(errors="replace").strip() or "rolled back on the device")
+            finally:
+                _remove(request)
+
+    @property
+    def last_error(self) -> str:
+        return self._why_alone or (self.uplink.last_error if self.uplink else "")
+
+    @property
+    def state(self) -> str:
+        """off, not enrolled, connected or away."""
+        if self._settings is None:
+            return "off"
+        if self.uplink is None:
+            return "not enrolled"
+        return "connected" if self.uplink.metrics()["connected"] else "away"
+
+    def metrics(self) -> dict[str, float]:
+        if self.uplink is None:
+            return {}
+        return {f"link_{name}": value for name, value in self.uplink.metrics().items()}
+
+    def stop(self) -> None:
+        """Ends the conversation; what was not acknowledged is still in the outbox."""
+        if self.uplink is not None:
+            self.uplink.close()
+
+    def close(self) -> None:
+        self.stop()
+        if self.updater is not None:
+            self.updater.close()
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as e:
+        raise StorageError(f"{path} cannot be removed: {e.strerror or e}.") from e
+
+
+def roll_back(settings: EdgeSettings) -> str:
+    """`refold edge rollback`: refuses the release in use for ever and returns to the one before; says what was done.
+
+    Raises:
+        UsageError: the device is not enrolled or runs as exported.
+        StorageError: the data directory cannot be written.
+    """
+    directory = DataDirectory(settings.data)
+    if directory.locked_by_another:
+        try:
+            directory.rollback_request.write_text("rolled back by hand on the device\n")
+        except OSError as e:
+            raise StorageError(f"{directory.rollback_request} cannot be written: {e.strerror or e}.") from e
+        return "Asked the running daemon to go back to the release before; `refold edge status` shows when it has."
+    if not settings.bundle:
+        raise UsageError("Which bundle? Give --bundle FILE.refold or --config.")
+    identity = Identity.load(settings.identity_folder)
+    directory.lock()
+    try:
+        updater = Updater(
+            directory.updates, Bundle.open(settings.bundle), identity.ring, lambda release: None, cohort=identity.cohort
+        )
+        try:
+            before = updater.start()
+            if before is None:
+                raise UsageError("The device runs the exported state: there is no release to go back from.")
+            after = updater.revert("rolled back by hand on the device")
+        finally:
+            updater.close()
+    finally:
+        directory.unlock()
+    runs = f"release {after.version}" if after else "the exported state"
+    return f"Release {before.version} is refused from now on; {runs} runs."

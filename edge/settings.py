@@ -1,0 +1,250 @@
+"""Everything a device can be told, each with its unit and its reason; the only place numbers of the daemon live.
+
+Values come from, later ones winning: the defaults here, a TOML file, REFOLD_EDGE_<SECTION>__<NAME> in the environment, flags.
+Unknown keys are refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edge.adapt import AdaptSettings
+from edge.link_settings import EnrolSettings, LinkSettings, OutboxSettings, SelectSettings
+from edge.select import make_selector
+from refold.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = [
+    "EdgeSettings",
+    "Engine",
+    "Inference",
+    "Metrics",
+    "Predictions",
+    "Source",
+    "load_settings",
+]
+
+PREFIX = "REFOLD_EDGE_"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(_Section):
+    """Where frames come from."""
+
+    path: str = Field(
+        default="none", description="Folder of images, .npz or .npy, video file, camera:N, or none (requests only)."
+    )
+    watch: bool = Field(default=False, description="Of a folder: go on with pictures that arrive later.")
+    loop: bool = Field(default=False, description="Begin again at the end.")
+    fps: float = Field(default=0.0, ge=0, le=10_000, description="Frames per second at most; 0: as fast as they are served.")
+    max_frames: int = Field(default=0, ge=0, description="Stop after so many frames; 0: never.")
+
+
+class Predictions(_Section):
+    """What is written about each frame."""
+
+    path: str = Field(
+        default="", description="File for one line of JSON per prediction, - for standard output, empty for none."
+    )
+    limit_mb: int = Field(
+        default=256, ge=0, description="MB after which the file is set aside as <name>.1; 0: never. Cards are small."
+    )
+    flush_ms: int = Field(default=100, ge=1, le=60_000, description="Milliseconds a prediction may wait in memory.")
+
+
+class Engine(_Section):
+    """How the model runs."""
+
+    target: str = Field(default="", description="Target within the bundle; empty: the one that suits this machine.")
+    threads: int = Field(
+        default=1, ge=1, le=256, description="Threads of one inference; 1 leaves the other cores to everything else."
+    )
+    samples_waiting: int = Field(
+        default=64, ge=1, le=100_000, description="Kept frames that may wait to be encoded; more are dropped and counted."
+    )
+    worker_niceness: int = Field(
+        default=5, ge=0, le=19, description="Added to the priority of background threads: frames come first."
+    )
+
+
+class Inference(_Section):
+    """The Open Inference Protocol (KServe v2) over gRPC, for applications on or near the device."""
+
+    port: int | None = Field(default=None, ge=0, le=65_535, description="Absent: off. 0: any free port, printed at start.")
+    host: str = Field(default="127.0.0.1", description="Address to listen on; the default is reachable from this machine only.")
+    certificate: str = Field(default="", description="PEM file; with `key` the port speaks TLS.")
+    key: str = Field(default="", description="PEM file of the certificate's private key.")
+    client_ca: str = Field(default="", description="PEM file; with it, only clients with a certificate of this CA are served.")
+    max_batch: int = Field(default=64, ge=1, le=4096, description="Pictures per request.")
+    max_mb: int = Field(default=64, ge=1, le=1024, description="MB per request; gRPC refuses more before reading it.")
+    threads: int = Field(default=2, ge=1, le=64, description="Requests served at once.")
+    observe: bool = Field(default=True, description="Requests of uint8 pictures also go to selector and adapter, as frames do.")
+
+
+class Metrics(_Section):
+    """What the device tells about itself."""
+
+    status_s: float = Field(default=2.0, gt=0, le=3600, description="Seconds between writes of <data>/status.json.")
+    port: int | None = Field(
+        default=None, ge=0, le=65_535, description="Prometheus text on http://host:port/metrics; absent: off."
+    )
+    host: str = Field(default="127.0.0.1", description="Address of that port.")
+
+
+class EdgeSettings(_Section):
+    """The whole file. `bundle` and `data` are paths."""
+
+    bundle: str = Field(default="", description="The .refold file to run.")
+    data: str = Field(
+        default="refold-data", description="Directory for everything kept across restarts; one daemon per directory."
+    )
+    mode: Literal["threads", "inline"] = Field(
+        default="threads",
+        description="inline does uploads, taps and builds between frames: repeatable, for benchmarks and tests.",
+    )
+    source: Source = Source()
+    predictions: Predictions = Predictions()
+    engine: Engine = Engine()
+    adapt: dict[str, Any] = Field(default_factory=dict, description="Settings of edge.adapt.AdaptSettings, by name.")
+    select: SelectSettings | None = Field(
+        default=None, description="Which frames are kept for the cloud; absent: the default selector where there is a cloud."
+    )
+    outbox: OutboxSettings = OutboxSettings()
+    cloud: LinkSettings | None = Field(default=None, description="The adaptation service; absent: purely local.")
+    enrol: EnrolSettings = EnrolSettings()
+    identity: str = Field(default="", description="Directory of certificate and keys; empty: <data>/identity.")
+    inference: Inference = Inference()
+    metrics: Metrics = Metrics()
+
+    @property
+    def identity_folder(self) -> Path:
+        return Path(self.identity) if self.identity else Path(self.data) / "identity"
+
+    @property
+    def selection(self) -> SelectSettings | None:
+        """None: nothing is kept. Without a cloud, keeping frames would only wear a card out, unless asked for."""
+        return self.select or (SelectSettings() if self.cloud else None)
+
+    def adapt_settings(self) -> AdaptSettings:
+        """Raises UsageError for an unknown name or a value out of range."""
+        _check_names(self.adapt, [f.name for f in dataclasses.fields(AdaptSettings)], "adapt.")
+        try:
+            return AdaptSettings(**self.adapt)
+        except TypeError as e:
+            raise UsageError(f"A setting of [adapt] has the wrong type: {e}.") from e
+
+
+def load_settings(
+    path: Path | None = None,
+    flags: Mapping[str, Mapping[str, Any] | Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> EdgeSettings:
+    """Reads the file, the environment and the flags.
+
+    Args:
+        path: TOML; None reads none.
+        flags: nested as the file; None values are left out.
+        environment: os.environ unless a test gives another.
+
+    Raises:
+        UsageError: names the file or variable, the key, what is wrong with it, and the nearest known key.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as e:
+            raise UsageError(f"The configuration {path} cannot be read: {e.strerror or e}.") from e
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+            raise UsageError(f"{path} is not TOML: {e}.") from e
+        _resolve_paths(values, path.parent)
+    _merge(values, _from_environment(os.environ if environment is None else environment))
+    _merge(values, flags or {})
+    _check_keys(values, EdgeSettings, "")
+    try:
+        settings = EdgeSettings(**values)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(p) for p in first["loc"])
+        raise UsageError(f"Setting {where} is {first['input']!r}: {first['msg']}.") from e
+    settings.adapt_settings()
+    if settings.select is not None:
+        make_selector(settings.select.name, 2, settings.select.options)
+    if bool(settings.inference.certificate) != bool(settings.inference.key):
+        raise UsageError("inference.certificate and inference.key belong together: give both or neither.")
+    return settings
+
+
+PATHS = {("bundle",), ("data",), ("predictions", "path"), ("source", "path"), ("identity",), ("enrol", "ca")}
+PATHS |= {("inference", name) for name in ("certificate", "key", "client_ca")}
+
+
+def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
+    """Paths in a file are relative to that file."""
+    for keys in PATHS:
+        section = values
+        for key in keys[:-1]:
+            section = section.get(key, {}) if isinstance(section.get(key, {}), dict) else {}
+        value = section.get(keys[-1])
+        if isinstance(value, str) and value not in ("", "-", "none") and not value.startswith("camera:"):
+            section[keys[-1]] = str(folder / value)
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in environment.items():
+        if name.startswith(PREFIX):
+            section = found
+            *outer, last = name[len(PREFIX) :].lower().split("__")
+            for key in outer:
+                section = section.setdefault(key, {})
+            section[last] = value
+    return found
+
+
+def _merge(base: dict[str, Any], extra: Mapping[str, Any]) -> None:
+    for key, value in extra.items():
+        if isinstance(value, Mapping):
+            inner = base.setdefault(key, {})
+            if isinstance(inner, dict):
+                _merge(inner, value)
+        elif value is not None:
+            base[key] = value
+
+
+def _check_keys(values: Mapping[str, Any], model: type[BaseModel], where: str) -> None:
+    _check_names(values, list(model.model_fields), where)
+    for key, value in values.items():
+        annotation = model.model_fields[key].annotation
+        inner = next((t for t in (annotation, *get_args(annotation)) if _is_section(t)), None)
+        if inner is not None:
+            if not isinstance(value, Mapping):
+                raise UsageError(f"{where}{key} is a section: write [{where}{key}] and its settings below.")
+            _check_keys(value, inner, f"{where}{key}.")
+
+
+def _is_section(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _check_names(values: Mapping[str, Any], known: list[str], where: str) -> None:
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {where}{near[0]}?" if near else f"known are: {', '.join(known)}."
+            raise UsageError(f"There is no setting {where}{key}; {hint}")

@@ -1,0 +1,113 @@
+"""One line of JSON for every prediction, formatted and written behind the frame loop's back.
+
+The frame loop appends to a queue in memory; `flush` runs on a worker. While the disk is full lines wait, up to `WAITING`, and
+are then dropped and counted. A file that has grown to its limit becomes `<name>.1` and a new one begins.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from edge.frame_path import Prediction
+from refold.errors import StorageError
+
+__all__ = ["JsonLines"]
+
+WAITING = 65536  # predictions kept while a disk is full: a minute of a fast net, 20 MB
+BATCH = 512  # lines per write
+
+
+class JsonLines:
+    """A file that predictions are appended to.
+
+    Args:
+        path: the file, or "-" for standard output.
+        classes: names by index; may be empty.
+        limit_bytes: size at which a file is set aside; 0 never.
+
+    Raises:
+        StorageError: the file cannot be opened.
+    """
+
+    def __init__(self, path: str, classes: Sequence[str] = (), *, limit_bytes: int = 0) -> None:
+        self.dropped = 0
+        self._path = None if path == "-" else Path(path)
+        self._labels = [json.dumps(name) for name in classes]
+        self._limit = limit_bytes
+        self._waiting: deque[Prediction] = deque()
+        self._file: BinaryIO | None = None
+        self._rest = b""  # formatted, not yet on the disk: a full disk may take half a line
+        self._open()
+
+    def _open(self) -> BinaryIO:
+        if self._file is None and self._path is None:
+            self._file = sys.stdout.buffer
+        if self._file is None:
+            assert self._path is not None
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("ab", buffering=0)
+            except OSError as e:
+                raise self._storage_error(e) from e
+        return self._file
+
+    def _storage_error(self, e: OSError) -> StorageError:
+        return StorageError(f"Predictions cannot be written to {self._path or 'standard output'}: {e.strerror or e}.")
+
+    def add(self, prediction: Prediction) -> None:
+        """Never waits."""
+        if len(self._waiting) >= WAITING:
+            self.dropped += 1
+        else:
+            self._waiting.append(prediction)
+
+    def flush(self) -> None:
+        """Writes what waits. Raises StorageError when the disk is full: what was not written still waits."""
+        while self._rest or self._waiting:
+            if not self._rest:
+                lines = [self._line(self._waiting.popleft()) for _ in range(min(BATCH, len(self._waiting)))]
+                self._rest = "".join(lines).encode()
+            file = self._open()
+            try:
+                while self._rest:
+                    self._rest = self._rest[file.write(self._rest) :]
+                file.flush()
+            except OSError as e:
+                raise self._storage_error(e) from e
+            self._rotate()
+
+    def _line(self, p: Prediction) -> str:
+        label = f'"label":{self._labels[p.predicted]},' if p.predicted < len(self._labels) else ""
+        entropy = p.entropy if p.entropy == p.entropy else -1.0
+        probability = p.probability if p.probability == p.probability else -1.0
+        return (
+            f'{{"frame":{p.frame},"unix_ms":{p.unix_ms},"source":{json.dumps(p.source)},"class":{p.predicted},{label}'
+            f'"probability":{probability:.6g},"entropy":{entropy:.6g},"release_version":{p.release_version},'
+            f'"domain":"{p.domain}","overlay":{"true" if p.overlay else "false"},"kept":{"true" if p.kept else "false"},'
+            f'"latency_ms":{p.latency_ms:.4g}}}\n'
+        )
+
+    def _rotate(self) -> None:
+        if self._path is None or not self._limit or self._file is None or self._file.tell() < self._limit:
+            return
+        try:
+            self._file.close()
+            self._path.replace(self._path.with_name(self._path.name + ".1"))
+        except OSError as e:
+            raise self._storage_error(e) from e
+        finally:
+            self._file = None
+
+    def close(self) -> None:
+        """Flushes; raises StorageError when that fails."""
+        try:
+            self.flush()
+        finally:
+            if self._path is not None and self._file is not None:
+                self._file.close()
+                self._file = None

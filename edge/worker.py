@@ -1,0 +1,124 @@
+"""A background thread with a short queue: whatever may wait for a disk, a network or a build, so that no frame does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+from refold.errors import RefoldError
+
+__all__ = ["Inline", "Runner", "Worker"]
+
+log = logging.getLogger(__name__)
+Task = Callable[[], None]
+
+
+class Runner:
+    """Where the frame path hands work to. `last_error` is the latest failure's sentence, empty when none."""
+
+    last_error = ""
+
+    def offer(self, task: Task) -> bool:
+        """False when there is no room: the task is dropped and counted by whoever offered it."""
+        raise NotImplementedError
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Does what is queued, then stops."""
+
+    def _run(self, task: Task) -> None:
+        try:
+            task()
+        except RefoldError as e:
+            self._tell(e.message, e)
+        except Exception as e:
+            self._tell(f"{type(e).__name__}: {e}", e)
+
+    def _tell(self, sentence: str, e: Exception) -> None:
+        expected = isinstance(e, RefoldError)
+        if sentence != self.last_error:  # a full disk is said once, not at every frame
+            log.warning("%s", sentence, exc_info=None if expected else e)
+        self.last_error = sentence
+
+
+class Inline(Runner):
+    """Does everything at once on the caller's thread: deterministic, for benchmarks and tests."""
+
+    def offer(self, task: Task) -> bool:
+        task()
+        return True
+
+
+@dataclass
+class _Periodic:
+    due: float
+    seconds: float
+    task: Task
+
+
+class Worker(Runner):
+    """Runs tasks one by one on a thread of lower priority.
+
+    Args:
+        depth: tasks that may wait.
+        niceness: added to the thread's own; the frame loop's core is not the worker's to take.
+    """
+
+    def __init__(self, name: str, depth: int, *, niceness: int = 5) -> None:
+        self.depth = depth
+        self._niceness = niceness
+        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        self._periodic: list[_Periodic] = []
+        self._closing = False
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
+
+    def every(self, seconds: float, task: Task) -> None:
+        """Also runs `task` about every `seconds`. Call before `start`."""
+        self._periodic.append(_Periodic(time.monotonic() + seconds, seconds, task))
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def offer(self, task: Task) -> bool:
+        if self._closing or self._tasks.qsize() >= self.depth:
+            return False
+        self._tasks.put(task)
+        return True
+
+    def _loop(self) -> None:
+        if hasattr(os, "PRIO_PROCESS"):
+            try:  # on Linux a thread has a priority of its own
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
+            except OSError:
+                pass
+        while True:
+            try:
+                task = self._tasks.get(timeout=self._until_next())
+            except Empty:
+                self._due()
+                continue
+            if task is None:
+                return
+            self._run(task)
+            self._due()
+
+    def _until_next(self) -> float | None:
+        if not self._periodic:
+            return None
+        return max(0.0, min(p.due for p in self._periodic) - time.monotonic())
+
+    def _due(self) -> None:
+        for entry in self._periodic:
+            if time.monotonic() >= entry.due:
+                self._run(entry.task)
+                entry.due = time.monotonic() + entry.seconds
+
+    def close(self, timeout: float = 10.0) -> None:
+        self._closing = True
+        if self._thread.is_alive():
+            self._tasks.put(None)
+            self._thread.join(timeout)

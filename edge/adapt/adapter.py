@@ -224,7 +224,10 @@ class Adapter:
         present = self._present
         serving = self._serving()
         self._switch = False
-        present.rebuild_at = max(2 * present.taps, self._settings.first_rebuild)
+        wait = max(present.taps, self._settings.first_rebuild)
+        if present.taps < self._settings.burst:
+            wait = min(wait, self._settings.rebuild_step)
+        present.rebuild_at = present.taps + wait
         if present.name != HOME:
             present.evidence.fade(self._settings.staleness)
         return serving

@@ -22,6 +22,8 @@ class AdaptSettings:
         staleness: weight kept by older evidence each time the served state changes, 0..1: deeper sites saw other inputs then.
         evidence_frames: tapped frames remembered; older ones fade, so that slow drift is followed.
         first_rebuild: tapped frames before the first overlay of a domain; each later one waits for twice the evidence.
+        rebuild_step: most tapped frames between two overlays during the burst. A site's evidence is only as good as the
+            statistics of the sites before it, so that the truth travels down the network one overlay at a time.
         burst: tapped frames in a row after a shift.
         thinning: tapped frames at each of the intervals 2, 4, 8, ... on the way from the burst to `interval`.
         interval: one frame in this many is tapped in a domain that is known well.
@@ -37,12 +39,13 @@ class AdaptSettings:
 
     enabled: bool = True
     mix: float = 0.5
-    prior_frames: float = 4.0
+    prior_frames: float = 12.0
     release_mix: float = 0.0
-    staleness: float = 0.5
+    staleness: float = 0.9
     evidence_frames: float = 512.0
     first_rebuild: int = 2
-    burst: int = 32
+    rebuild_step: int = 8
+    burst: int = 64
     thinning: int = 12
     interval: int = 48
     watch_every: int = 2

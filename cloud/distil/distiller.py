@@ -1,0 +1,179 @@
+"""Distiller: uploads and statistics of one cohort in, candidate norm states out.
+
+    samples, reports ─► DomainEvidence ─► ready()
+    train(domain):  teachers adapt to the domain's population ─► a recipe moves gamma and beta through the integers
+                    ─► statistics measured behind them ─► Candidate, inside the trust region
+
+Everything is determined by the settings' seed and by what was added in which order, so a restarted worker that adds the stored
+samples again stands where it stood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cloud.distil.cema import CemaLoop
+from cloud.distil.norm_mode import Moments, mix
+from cloud.distil.recipe import Calibration, learn
+from cloud.distil.samples import DomainEvidence
+from cloud.distil.settings import DistilSettings
+from cloud.distil.student import Student
+from cloud.distil.teachers import Teachers
+from refold.bundle import Bundle
+from refold.errors import UsageError
+from refold.norms import ActivationScale, NormState
+from refold.v1 import samples_pb2 as pb
+
+__all__ = ["Candidate", "Distiller"]
+
+U8 = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a training proposes; the gate judges it.
+
+    Attributes:
+        states: every site, admissible by `NormTable.check`.
+        samples: uploads it was trained on.
+        statistics_frames: frames behind its statistics.
+        metrics: for people.
+    """
+
+    states: Mapping[str, NormState]
+    activations: tuple[ActivationScale, ...]
+    domain: str
+    samples: int
+    statistics_frames: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Distiller:
+    """One per (bundle, cohort). Not thread-safe.
+
+    Args:
+        bundle: open.
+        teachers: see `load_teachers`.
+        settings: numbers.
+        initial: states every training starts from, and is pulled back to; as exported when left out.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        teachers: Teachers,
+        settings: DistilSettings | None = None,
+        *,
+        initial: Mapping[str, NormState] | None = None,
+    ) -> None:
+        self.settings = settings or DistilSettings()
+        torch.set_num_threads(self.settings.threads)
+        self._bundle = bundle
+        self._teachers = teachers
+        self._initial = dict(initial or {})
+        self._student = Student(bundle)
+        self._calibration = Calibration.of(bundle)
+        self._domains: dict[str, DomainEvidence] = {}
+        self._trained: dict[str, int] = {}
+        self._loops: dict[str, CemaLoop] = {}
+
+    def _evidence(self, domain: str) -> DomainEvidence:
+        if domain not in self._domains:
+            self._domains[domain] = DomainEvidence(self._student.measured, self.settings.kept_samples)
+        return self._domains[domain]
+
+    def add_samples(self, images: U8, domain: str, unbiased: NDArray[np.bool_]) -> None:
+        """Takes uploads, uint8 (N, H, W, 3), in order of arrival; `unbiased` (N,) tells which were chosen at random."""
+        self._evidence(domain).add(images, unbiased)
+        if self.settings.recipe != "refold":
+            self._loop(domain).add(torch.from_numpy(self._bundle.preprocess.apply(images)))
+
+    def add_statistics(self, report: pb.StatisticsReport) -> None:
+        """Takes a device's statistics report; the same report twice counts once."""
+        self._evidence(report.domain).report(report)
+
+    def ready(self) -> list[str]:
+        """Domains with enough new samples since their last training, most new first."""
+        found = []
+        for domain, evidence in self._domains.items():
+            last = self._trained.get(domain, 0)
+            wanted = max(self.settings.fresh_samples, int(last * self.settings.growth))
+            if evidence.arrived >= wanted and len(evidence):
+                found.append((last - evidence.arrived, domain))
+        return [domain for _, domain in sorted(found)]
+
+    def train(self, domain: str) -> Candidate:
+        """Trains on everything known of a domain.
+
+        Raises:
+            UsageError: nothing was ever uploaded for it.
+        """
+        evidence = self._domains.get(domain)
+        if evidence is None or not len(evidence):
+            raise UsageError(f"There are no samples of domain {domain!r} to train on.", code="no-samples")
+        candidate = (self._refold if self.settings.recipe == "refold" else self._cema)(domain, evidence)
+        self._bundle.norms.check(candidate.states)
+        self._bundle.norms.tensors(candidate.states, candidate.activations)
+        self._trained[domain] = evidence.arrived
+        return candidate
+
+    def _refold(self, domain: str, evidence: DomainEvidence) -> Candidate:
+        s = self.settings
+        population = evidence.population(s.population)
+        enough = len(population) >= s.population_least
+        if not enough and not evidence.reported():
+            population = evidence.images[-s.population :]  # nothing unbiased at all: better than the source's statistics
+            enough = True
+        if enough:
+            self._teachers.adapt(domain, population)
+        targets = self._teachers.probabilities(evidence.images, domain)
+        self._student.load(self._initial)
+        x = torch.from_numpy(self._bundle.preprocess.apply(population)) if enough else None
+        weight = s.mix * len(population) / (len(population) + s.prior_samples)
+
+        def measure() -> list[Moments]:
+            if x is not None:
+                found = self._student.measure(x, weight)
+            else:
+                found = [mix(a, b, s.mix) for a, b in zip(self._student.exported_moments(), evidence.reported(), strict=True)]
+            return self._student.clamp(found)
+
+        seed = s.seed * 1_000_003 + evidence.arrived
+        images = evidence.images
+        metrics = learn(
+            self._student, self._bundle.preprocess, images, targets, population, self._calibration, measure, s, seed
+        )
+        moments = measure()
+        return Candidate(
+            states=self._student.states(moments),
+            activations=(),
+            domain=domain,
+            samples=len(evidence),
+            statistics_frames=len(population) if enough else evidence.statistics_frames,
+            metrics={**metrics, "teacher_confidence": float(targets.max(1).mean())},
+        )
+
+    def _loop(self, domain: str) -> CemaLoop:
+        if domain not in self._loops:
+            self._loops[domain] = CemaLoop(self._student, self._teachers, self.settings, self._initial, self._classes())
+        return self._loops[domain]
+
+    def _classes(self) -> int:
+        return int(self._bundle.manifest.class_count)
+
+    def _cema(self, domain: str, evidence: DomainEvidence) -> Candidate:
+        loop = self._loop(domain)
+        metrics = loop.run()
+        return Candidate(
+            states=loop.states(),
+            activations=(),
+            domain=domain,
+            samples=len(evidence),
+            statistics_frames=evidence.statistics_frames,
+            metrics=metrics,
+        )

@@ -1,0 +1,70 @@
+"""Numbers of the distiller, each with its unit and its reason (the ablation is in docs/guide/adaptation.md)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from refold.errors import UsageError
+
+__all__ = ["DistilSettings"]
+
+
+class DistilSettings(BaseModel):
+    """Settings of `cloud.distil.Distiller`; `[distil]` in cloud.toml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: Literal["refold", "cema-paper", "cema-released"] = Field(default="refold", description="how the student learns")
+    seed: int = Field(default=0, description="everything random comes from here")
+    threads: int = Field(default=1, ge=1, description="torch threads")
+    batch: int = Field(default=64, ge=2, description="pictures per forward pass where no recipe says otherwise; bounds memory")
+
+    # When to train
+    fresh_samples: int = Field(default=64, ge=1, description="new samples of a domain before it is trained for the first time")
+    growth: float = Field(default=1.5, gt=1, description="factor by which a domain's samples grow before it is trained again")
+    kept_samples: int = Field(default=4096, ge=32, description="newest samples of a domain kept for training")
+
+    # Statistics
+    mix: float = Field(
+        default=0.5, ge=0, le=1, description="share of the domain's statistics in the student's norms; as on the device"
+    )
+    population: int = Field(
+        default=256, ge=8, description="unbiased samples that statistics are measured on, at most; one batch"
+    )
+    population_least: int = Field(
+        default=24, ge=2, description="unbiased samples below which the device's reports are used instead"
+    )
+    prior_samples: float = Field(default=12.0, ge=0, description="unbiased samples at which half of `mix` is reached")
+
+    # Teachers
+    teacher_mix: float = Field(default=0.4, ge=0, le=1, description="share of the domain's statistics in the teachers' norms")
+    flips: bool = Field(default=True, description="each teacher votes on the picture and on its mirror image")
+    shifts: int = Field(default=0, ge=0, le=4, description="pixels by which further votes move the picture; 0 is none")
+
+    # The refold recipe
+    steps: int = Field(default=150, ge=1, description="gradient steps of one training")
+    rate: float = Field(default=2e-3, gt=0, description="largest learning rate of Adam; one cycle")
+    group: int = Field(default=64, ge=4, description="pictures per gradient step")
+    restyled: float = Field(
+        default=0.5, ge=0, lt=1, description="share of a step's pictures that are calibration pictures in the domain's style"
+    )
+    sharpen: float = Field(default=2.0, gt=0, description="power the teachers' probabilities are raised to")
+    pull: float = Field(default=0.0, ge=0, description="weight of the squared distance to the last release's gamma and beta")
+    refresh: int = Field(default=25, ge=1, description="steps after which statistics are measured again behind the moved norms")
+
+    # CEMA, as specs/cema.md 1.3
+    replay: int = Field(default=10_000, ge=96, description="CEMA: uploads kept for replay, first in first out")
+    loss_cap: float = Field(
+        default=16.0, gt=0, description="CEMA: largest sample weight exp(0.4 ln C - H); exp(0.4 ln 1000) is 15.8"
+    )
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> DistilSettings:
+        """From a `[distil]` table. Raises UsageError naming the first key that is unknown or out of range."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as e:
+            first = e.errors()[0]
+            raise UsageError(f"[distil] {'.'.join(map(str, first['loc']))}: {first['msg']}.") from e

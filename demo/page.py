@@ -109,6 +109,10 @@ def accuracy_plot(report: dict[str, Any]) -> str:
         shade = SHADES.get(p["weather"], "#eee")
         out.append(f'<rect x="{left:.1f}" y="{top}" width="{right - left:.1f}" height="{bottom - top}" fill="{shade}"/>')
         out.append(_text((left + right) / 2, top - 8, f"{p['name']} ({p['gain']:+.1f})", "middle"))
+    if report["outage"]:
+        left, right = (x(frame) for frame in report["outage"])
+        out.append(f'<rect x="{left:.1f}" y="{top}" width="{right - left:.1f}" height="10" fill="#57606a" opacity=".55"/>')
+        out.append(_text((left + right) / 2, top + 24, "cloud held still", "middle"))
     for percent in range(int(low), 101, 10):
         out.append(f'<path d="M{LEFT} {y(percent):.1f}H{WIDTH - RIGHT}" stroke="#fff" stroke-width="1"/>')
         out.append(_text(LEFT - 8, y(percent) + 4, f"{percent} %", "end"))

@@ -15,7 +15,7 @@ from types import TracebackType
 from demo.report import Life
 from refold.errors import NetworkError, RefoldError, StorageError
 
-__all__ = ["Process", "Processes", "free_port", "refold_command"]
+__all__ = ["Hold", "Process", "Processes", "free_port", "refold_command"]
 
 PATIENCE_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
@@ -107,6 +107,19 @@ class Process:
             )
 
 
+class Hold:
+    """A process and all it started, standing still until `release`."""
+
+    def __init__(self, process: Process) -> None:
+        command = [sys.executable, "-m", "demo.hold", str(process.pid)]
+        self._popen = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+    def release(self) -> None:
+        if self._popen.stdin is not None and not self._popen.stdin.closed:
+            self._popen.stdin.close()
+            self._popen.wait()
+
+
 class Processes:
     """Context manager: whatever was started in it has ended when it is left, and so has what that started.
 
@@ -117,6 +130,7 @@ class Processes:
         self.folder = folder
         self.origin = time.monotonic()
         self.all: list[Process] = []
+        self._holds: list[Hold] = []
         threads = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}  # two cores for three processes
         self._environment = {**os.environ, **threads, **(environment or {})}
 
@@ -124,8 +138,15 @@ class Processes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for hold in self._holds:
+            hold.release()
         for process in reversed(self.all):
             process.stop()
+
+    def hold(self, process: Process) -> Hold:
+        """Stops a process as an outage would; released at the latest when the demo ends, however it ends."""
+        self._holds.append(Hold(process))
+        return self._holds[-1]
 
     def start(self, name: str, command: Sequence[str]) -> Process:
         """Starts a command that dies with this process, its stdout and stderr in `<folder>/<name>.log`."""

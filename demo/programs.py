@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -25,11 +24,13 @@ CLOUD: dict[str, dict[str, Any]] = {
     "workers": {"look_s": 0.5, "interval_s": 4.0},
     "devices": {"heartbeat_ms": 2000, "poll_wait_ms": 5000, "poll_next_ms": 200},
     "quota": {"calls_per_minute": 2400.0},
+    "distil": {"fresh_samples": 32, "growth": 1.4, "steps": 60, "group": 32},
 }
 DEVICE: dict[str, dict[str, Any]] = {
     "predictions": {"flush_ms": 100},
     "metrics": {"status_s": 0.5},
-    "cloud": {"heartbeat_s": 2.0, "poll_s": 5.0},
+    "select.options": {"rate": 0.15, "unbiased": 0.5},
+    "cloud": {"heartbeat_s": 2.0, "poll_wait_s": 5.0, "poll_pause_s": 0.2, "linger_s": 0.5},
 }
 
 
@@ -76,21 +77,17 @@ def start_device(
     processes: Processes, cloud: Cloud, bundle: Path, frames: Path, predictions: Path, fps: float, work: Path
 ) -> Process:
     """`refold cloud token`, `refold edge enrol` and `refold edge run`."""
-    token = processes.run("token", refold_command("cloud", "token", "--config", str(cloud.config)), START_SECONDS)
-    word = re.findall(r"[A-Za-z0-9_-]{32}", token)
-    if not word:
-        raise RefoldError(f"`refold cloud token` gave no token: {token.strip()[:100]}", code="no-token")
+    told = processes.run("token", refold_command("cloud", "token", "--json", "--config", str(cloud.config)), START_SECONDS)
+    token = str(json.loads(told)["token"])
     data = work / "device"
-    enrol = [
-        "edge", "enrol", "--address", f"127.0.0.1:{cloud.enrol_port}", "--ca", str(cloud.folder / "ca.pem"),
-        "--token", word[-1], "--identity", str(data / "identity"),
-    ]  # fmt: skip
-    processes.run("enrol", refold_command(*enrol), START_SECONDS)
+    enrol = ["--data", str(data), "--cloud", f"127.0.0.1:{cloud.enrol_port}", "--ca", str(cloud.folder / "ca.pem")]
+    processes.run("enrol", refold_command("edge", "enrol", *enrol, "--token", token, "--name", "demo"), START_SECONDS)
     values: dict[str, dict[str, Any]] = {
         "": {"bundle": str(bundle), "data": str(data)},
         "source": {"path": str(frames), "fps": fps},
         "predictions": {**DEVICE["predictions"], "path": str(predictions)},
         "metrics": DEVICE["metrics"],
+        "select.options": DEVICE["select.options"],
         "cloud": {**DEVICE["cloud"], "address": f"127.0.0.1:{cloud.port}"},
     }
     config = write_toml(work / "edge.toml", values)

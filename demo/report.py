@@ -136,8 +136,13 @@ def build(
     images: str,
     seed: int,
     notes: Sequence[str] = (),
+    outage: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """Everything `report.json` says; `demo.page.render` makes the pictures from the same value."""
+    """Everything `report.json` says; `demo.page.render` makes the pictures from the same value.
+
+    Args:
+        outage: first and last frame at which the cloud stood still, if it did.
+    """
     phases = []
     for phase in tally.plan.phases:
         adapted, frozen = tally.accuracy(phase.first, phase.last)
@@ -169,6 +174,7 @@ def build(
         },
         "processes": [asdict(life) for life in lives],
         "durations": {k: _round(v) for k, v in durations.items()},
+        "outage": list(outage) if outage else [],
         "notes": list(notes),
         "window": WINDOW,
         "series": tally.series(every),

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from demo.admin import AdminPoller
 from demo.assets import Assets, cifar10_assets, digits_assets
-from demo.plan import Stream, make_plan, make_stream
-from demo.processes import Processes
+from demo.plan import Phase, Stream, make_plan, make_stream
+from demo.processes import Hold, Process, Processes
 from demo.programs import CLOUD, Cloud, environment, export_bundle, start_cloud, start_device
 from demo.report import build
 from demo.tally import Tally, recall
@@ -40,6 +40,33 @@ class Options:
     work: Path
     digits: bool = False
     fps: float = FPS
+
+
+class Outage:
+    """The cloud stands still while the fog comes back: what the device does then, it does alone.
+
+    From `BEFORE` frames before the phase until `LASTS` frames into it.
+    """
+
+    BEFORE, LASTS = 10, 220
+
+    def __init__(self, processes: Processes, cloud: Process, phase: Phase) -> None:
+        self.first, self.last = phase.first - self.BEFORE, min(phase.first + self.LASTS, phase.last)
+        self._processes, self._cloud = processes, cloud
+        self._hold: Hold | None = None
+
+    def __call__(self, frame: int) -> str:
+        """To be told every frame; returns a line for the view."""
+        if self._hold is None and frame >= self.first:
+            self._hold = self._processes.hold(self._cloud)
+        if self._hold is not None and frame >= self.last:
+            self._hold.release()
+            return "the cloud is back"
+        return "the cloud is held still: the device is on its own" if self._hold else ""
+
+    def end(self) -> None:
+        if self._hold is not None:
+            self._hold.release()
 
 
 class _Clock:
@@ -86,8 +113,11 @@ def run(options: Options, view: View) -> dict[str, Any]:
             device = start_device(processes, cloud, path, frames, predictions, options.fps, work)
         tally = Tally(plan, stream.labels, frozen)
         with clock.measure("stream"), AdminPoller(_asker(cloud)) as admin:
-            watch = Watch(tally, predictions, admin, view, device, (cloud.process,), status=work / "device" / "status.json")
+            outage = Outage(processes, cloud.process, plan.phases[-1])
+            status = work / "device" / "status.json"
+            watch = Watch(tally, predictions, admin, view, device, (cloud.process,), on_frame=outage, status=status)
             watch.run()
+            outage.end()
             device.stop()
             watch.read()
             admin.refresh()
@@ -106,6 +136,7 @@ def run(options: Options, view: View) -> dict[str, Any]:
         images=assets.name,
         seed=options.seed,
         notes=notes,
+        outage=(outage.first, outage.last),
     )
 
 

@@ -120,3 +120,37 @@ def test_children_of_a_process_end_with_it(tmp_path: Path) -> None:
         grandchild = int(process.tail())
         assert not _gone(grandchild)
     assert _wait(lambda: _gone(grandchild))
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_held_process_stands_still_and_goes_on(tmp_path: Path) -> None:
+    with Processes(tmp_path) as processes:
+        process = processes.start("a", [sys.executable, "-c", "print(1, flush=True); import time; time.sleep(60)"])
+        assert _wait(lambda: process.tail() == "1")
+        hold = processes.hold(process)
+        assert _wait(lambda: _state(process.pid) == "T")
+        hold.release()
+        hold.release()
+        assert _wait(lambda: _state(process.pid) != "T")
+        processes.hold(process)
+        assert _wait(lambda: _state(process.pid) == "T")
+    assert process.exit == -signal.SIGTERM
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the leash is Linux's PR_SET_PDEATHSIG")
+def test_kill_minus_nine_while_a_process_is_held(tmp_path: Path) -> None:
+    script = (
+        "import pathlib, sys, time; from demo.processes import Processes; p = Processes(pathlib.Path(sys.argv[1]))\n"
+        "child = p.start('child', [sys.executable, '-c', 'print(1, flush=True); import time; time.sleep(60)'])\n"
+        "while not child.tail(): time.sleep(.02)\n"
+        "p.hold(child); print(child.pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert _wait(lambda: _state(child) == "T")
+        parent.kill()
+    assert _wait(lambda: _gone(child))

@@ -53,6 +53,7 @@ def a_report(tally: Tally, arrivals: list[Arrival]) -> dict:
         images="CIFAR-10",
         seed=3,
         notes=["a note with <b>markup</b>"],
+        outage=(770, 900),
     )
 
 

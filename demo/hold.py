@@ -1,4 +1,4 @@
-"""`python -m demo.hold GROUP`: stops a process group for as long as this program's standard input stays open, then lets it go on.
+"""`python -m demo.hold GROUP`: stops a process group for as long as this program's standard input stays open.
 
 A program of its own, so that a demo that is killed outright cannot leave a stopped process behind: its end of the pipe closes.
 """

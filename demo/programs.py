@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from demo.assets import MEAN, STD, Assets
+from demo.assets import Assets
 from demo.processes import Process, Processes, free_port, refold_command
 from refold.errors import RefoldError, StorageError
 
@@ -49,10 +49,9 @@ def export_bundle(processes: Processes, assets: Assets, work: Path, tick: Tick |
     """Runs `refold export` on the student. Returns the bundle's path."""
     bundle = work / "student.refold"
     calibration = assets.write_calibration(work / "calibration.npz")
-    mean, std = (",".join(f"{v:g}" for v in values) for values in (MEAN, STD))
     command = refold_command(
         "export", assets.student.spec, "--weights", str(assets.student.weights), "--calibration", str(calibration),
-        "--preprocess", f"32x32,mean={mean},std={std}", "-o", str(bundle),
+        "--preprocess", "32x32,imagenet", "-o", str(bundle),
     )  # fmt: skip
     processes.run("export", command, EXPORT_SECONDS, tick)
     return bundle

@@ -18,6 +18,7 @@ from refold.v1 import adaptation_pb2_grpc, fleet_pb2_grpc
 __all__ = ["Credentials", "Link", "error_of", "open_channel"]
 
 CODE_KEY, RETRY_KEY = "refold-code", "refold-retry-ms"  # trailing metadata of a refusal
+DEAD = frozenset({"unavailable", "deadline-exceeded", "tls"})  # nobody answered
 RETRY_S = 60.0  # when the other side is exhausted and does not say for how long
 
 
@@ -81,6 +82,9 @@ class Link:
         address: host:port.
         identity: certificate, key and CA.
         server_name: name in the server's certificate when it is not the host.
+
+    Attributes:
+        up: the latest call that ended got an answer.
     """
 
     def __init__(self, address: str, identity: Credentials, server_name: str = "") -> None:
@@ -89,8 +93,7 @@ class Link:
         self._lock = threading.Lock()
         self._calls: set[Any] = set()
         self._closed = False
-        self._up = False
-        self.connections = 0
+        self.up = False
         self._open()
 
     def _open(self) -> None:
@@ -107,48 +110,9 @@ class Link:
             if self._closed:
                 return
             old, self._identity = self._channel, identity or self._identity
-            self._up = False
+            self.up = False
             self._open()
         old.close()
-
-    def wait_ready(self, seconds: float) -> bool:
-        """True when connected; nothing of a request is sent before. A new connection is counted in `connections`.
-
-        Raises:
-            NetworkError: not within `seconds`, or closed meanwhile.
-        """
-        if self._up:
-            return True
-        changed, ready = threading.Event(), threading.Event()
-
-        def heard(state: grpc.ChannelConnectivity) -> None:
-            if state is grpc.ChannelConnectivity.READY:
-                ready.set()
-            if state in (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.SHUTDOWN):
-                changed.set()
-
-        waiter = _Waiter(changed)
-        with self._lock:
-            if self._closed:
-                raise NetworkError("The connection is closed.", code="closed")
-            channel = self._channel
-            self._calls.add(waiter)
-        try:
-            channel.subscribe(heard, try_to_connect=True)
-            changed.wait(seconds)
-            channel.unsubscribe(heard)
-        except ValueError as e:  # closed between the two
-            raise NetworkError("The connection was closed.", code="closed") from e
-        finally:
-            with self._lock:
-                self._calls.discard(waiter)
-        if not ready.is_set():
-            raise NetworkError(f"The cloud at {self.address} cannot be reached.", code="unavailable")
-        with self._lock:
-            if not self._up:
-                self._up = True
-                self.connections += 1
-        return True
 
     def call(self, service: str, method: str, request: Any, seconds: float) -> Any:
         """One unary call, e.g. ("adaptation", "OfferSamples"). Raises a RefoldError (see `error_of`)."""
@@ -158,13 +122,14 @@ class Link:
             future = getattr(getattr(self, service), method).future(request, timeout=seconds)
             self._calls.add(future)
         try:
-            return future.result()
+            answer = future.result()
+            self.up = True
+            return answer
         except grpc.FutureCancelledError:
             raise NetworkError("The call was cancelled.", code="closed") from None
         except grpc.RpcError as e:
             error = error_of(e, self.address)
-            if isinstance(error, NetworkError) and not isinstance(error, BusyError):
-                self._up = False
+            self.up = error.code not in DEAD
             if error.code == "deadline-exceeded":  # a half-open connection looks alive for a quarter of an hour
                 self.reset()
             raise error from e
@@ -180,13 +145,3 @@ class Link:
         for call in calls:
             call.cancel()
         self._channel.close()
-
-
-class _Waiter:
-    """Lets `Link.close` end a wait for the connection as it ends a call."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self._event = event
-
-    def cancel(self) -> None:
-        self._event.set()

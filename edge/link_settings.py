@@ -26,8 +26,9 @@ class LinkSettings(_Section):
     )
     poll_pause_s: float = Field(default=1.0, ge=0, description="least pause after a poll that brought nothing at once")
     deadline_s: float = Field(
-        default=30.0, gt=0, description="of any call, beyond a poll's wait; a 150 KB batch at 64 kbit/s takes 19 s"
+        default=30.0, gt=0, description="of any call, beyond a poll's wait and the time its bytes may take"
     )
+    slowest_bytes_per_s: float = Field(default=4000.0, gt=0, description="a link this slow is still given its time: 32 kbit/s")
     retry_first_s: float = Field(default=1.0, gt=0, description="first delay after a failure, before jitter; doubles each time")
     retry_most_s: float = Field(
         default=60.0, gt=0, description="longest such delay: a cloud that returns is found within a minute"
@@ -50,8 +51,8 @@ class OutboxSettings(_Section):
     limit_bytes: int = Field(
         default=64 * 2**20, ge=0, description="samples kept while the cloud is away; the lowest scores go first"
     )
-    bytes_per_hour: int | Literal["unlimited"] = Field(
-        default=64 * 2**20, ge=0, description="sent per sliding hour, everything counted; 0 sends no samples or statistics"
+    bytes_per_hour: Annotated[int, Field(ge=0)] | Literal["unlimited"] = Field(
+        default=64 * 2**20, description="sent per sliding hour, everything counted; 0 sends no samples or statistics"
     )
 
     @property

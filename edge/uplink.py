@@ -95,7 +95,6 @@ class Uplink:
         self._lock = threading.Lock()
         self._counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
         self._last_error = ""
-        self._handshakes = 0
         self._refused = Backoff(settings.refused_first_s, settings.refused_most_s)
         self._samples = self._loop("samples", self._send_samples)
         self._statistics = self._loop("statistics", self._send_statistics)
@@ -153,20 +152,28 @@ class Uplink:
     # ── one call ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _call(self, service: str, method: str, request: Any, *, must: bool, wait: float = 0.0) -> Any:
-        """Connects, counts, then sends. Raises BusyError when the hour's bytes are spent and the call need not be made now."""
-        self._link.wait_ready(self.settings.deadline_s)
-        size = wire_bytes(request)
-        with self._lock:
-            new, self._handshakes = self._link.connections - self._handshakes, self._link.connections
-        if new:
-            self._charge(new * HANDSHAKE_BYTES)
-        if must:
+        """Counts the bytes, sends, and tells the others when the cloud has come back.
+
+        Raises:
+            _NotYetError: the hour's bytes are spent or the cloud is away, and the call may wait (`must` is False).
+        """
+        size, was_up = wire_bytes(request), self._link.up
+        if not must:
+            if not was_up:  # heartbeats and polls knock; what costs more waits until they are let in
+                raise _NotYetError(math.inf)
+            if not self._budget.spend(size):
+                raise _NotYetError(self._budget.seconds_until(size))
+        elif was_up:
             self._charge(size)
-        elif not self._budget.spend(size):
-            raise _OverBudgetError(self._budget.seconds_until(size))
-        self._count(bytes_up=size)
-        response = self._link.call(service, method, request, self.settings.deadline_s + wait)
+        deadline = self.settings.deadline_s + wait + size / self.settings.slowest_bytes_per_s
+        try:
+            response = self._link.call(service, method, request, deadline)
+        finally:
+            if self._link.up and not was_up:  # to a cloud that is away nothing was sent
+                self._charge(size + HANDSHAKE_BYTES)
+                self.wake()
         with self._lock:
+            self._counts["bytes_up"] += size
             self._counts["bytes_down"] += response.ByteSize()
             self._counts["connected"] = 1
             self._last_error = ""
@@ -186,8 +193,8 @@ class Uplink:
             self._samples.pause(self.settings.linger_s)
         try:
             return self._offer()
-        except _OverBudgetError as e:
-            return Pause(min(e.seconds, IDLE_S), wakeable=False)
+        except _NotYetError as e:
+            return e.pause
 
     def _offer(self) -> Pause:
         headers = self._affordable()
@@ -229,7 +236,7 @@ class Uplink:
                     break
                 fitting += 1
             if not fitting:
-                raise _OverBudgetError(self._budget.seconds_until(costs[0] + 2 * CALL_BYTES))
+                raise _NotYetError(self._budget.seconds_until(costs[0] + 2 * CALL_BYTES))
             return headers[:fitting]
 
     def _upload(self, digests: list[str]) -> int:
@@ -261,8 +268,8 @@ class Uplink:
             try:
                 self._call("adaptation", "UploadStatistics", pb.UploadStatisticsRequest(report=report), must=False)
                 self._count(statistics_uploaded=1)
-            except _OverBudgetError as e:
-                return Pause(min(e.seconds, IDLE_S), wakeable=False)
+            except _NotYetError as e:
+                return e.pause
             except InputError as e:
                 log.warning("The cloud refuses a statistics report: %s", e.message)
                 self._count(statistics_refused=1)
@@ -325,11 +332,12 @@ COUNTS = (
 )  # fmt: skip
 
 
-class _OverBudgetError(BusyError):
-    """The hour's bytes are spent: not a failure, a pause."""
+class _NotYetError(NetworkError):
+    """No failure: the hour's bytes are spent, or the cloud is away. Worth another look after `seconds`, or when woken."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__("The hour's byte budget is spent.", seconds)
+        super().__init__("Nothing is sent now.")
+        self.pause = Pause(min(seconds, IDLE_S), wakeable=math.isinf(seconds))
 
 
 def _cost(header: samples_pb2.SampleHeader) -> int:

@@ -463,8 +463,6 @@ def test_errors_have_their_kind_and_code(cloud):
     link.close()
     with pytest.raises(NetworkError, match="closed"):
         link.call("fleet", "Heartbeat", fleet_pb2.HeartbeatRequest(), 5.0)
-    with pytest.raises(NetworkError, match="closed"):
-        link.wait_ready(5.0)
 
 
 def test_delays_double_with_jitter_and_stop_growing():

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,8 @@ __all__ = ["Adaptation"]
 
 log = logging.getLogger(__name__)
 U8 = NDArray[np.uint8]
+FRAMES_WAITING = 64  # pictures the adapter may be behind, at a burst of taps; older ones are not looked at
+LONGEST_WAIT = 0.02  # seconds a picture waits for company: waking a thread costs more than looking at a picture
 
 
 class Adaptation:
@@ -50,53 +53,58 @@ class Adaptation:
         self.adapter = adapter
         self.domain = adapter.domain
         self.release: Release | None = None
-        self.taps_skipped = self.states_refused = 0
+        self.frames_unwatched = self.states_refused = 0
         self._factory = factory
         self._slot = slot
         self._runner = runner
         self._on_report = on_report
-        self._deciding = threading.Lock()  # the adapter is not thread-safe; held for microseconds
-        self._changing = threading.Lock()  # one build at a time, in the order decided
+        self._changing = threading.Lock()  # the adapter is not thread-safe, and builds happen in the order decided
+        self._waiting: deque[tuple[int, U8, float, int]] = deque(maxlen=FRAMES_WAITING)
+        self._since = 0
+        self._offered = 0.0
         self._taps: TapEngine | None = None
         self._watching = factory.has_taps
 
     # The frame loop ----------------------------------------------------------------------------------------------------------
 
     def watch(self, frame: int, image: U8, entropy: float, predicted: int) -> None:
-        """Shows the adapter one frame, unless it is just deciding; asks the runner for taps when they are wanted."""
+        """Leaves one frame for the adapter, which looks at it while the engine is busy with the next. Waits for nothing."""
         if not self._watching:
             return
-        if not self._deciding.acquire(blocking=False):
-            self.taps_skipped += 1
-            return
-        try:
-            wanted = self.adapter.wants_taps(FrameFeatures(image, entropy, predicted))
-            self.domain = self.adapter.domain
-        finally:
-            self._deciding.release()
-        if wanted and not self._runner.offer(partial(self._observe, frame, image)):
-            self.taps_skipped += 1
+        if len(self._waiting) == FRAMES_WAITING:
+            self.frames_unwatched += 1  # the oldest makes room
+        self._waiting.append((frame, image, entropy, predicted))
+        self._since += 1
+        now = time.perf_counter()
+        if self._since >= self._runner.batch or now - self._offered > LONGEST_WAIT:
+            self._since, self._offered = 0, now
+            self._runner.offer(self._look)
 
     # The worker --------------------------------------------------------------------------------------------------------------
 
-    def _observe(self, frame: int, image: U8) -> None:
-        with self._changing:
-            serving = self._slot.current.serving
-            if self._taps is None or self._taps.serving is not serving:
-                self._taps = self._factory.build_taps(serving)
-            moments = self._taps.run(self._factory.bundle.preprocess.apply(image))[0]
-            with self._deciding:
-                state = self.adapter.observe_taps(frame, moments, serving)
-                report = self.adapter.take_statistics()
+    def _look(self) -> None:
+        while self._waiting:
+            frame, image, entropy, predicted = self._waiting.popleft()
+            with self._changing:
+                if self.adapter.wants_taps(FrameFeatures(image, entropy, predicted)):
+                    self._observe(frame, image)
                 self.domain = self.adapter.domain
-            if state is not None:
-                try:
-                    self._serve(state)
-                except RefoldError as e:
-                    self.states_refused += 1
-                    log.warning("A state made on this device is not served: %s", e)
-        if report is not None and self._on_report is not None:
-            self._on_report(report)
+                report = self.adapter.take_statistics()
+            if report is not None and self._on_report is not None:
+                self._on_report(report)
+
+    def _observe(self, frame: int, image: U8) -> None:
+        serving = self._slot.current.serving
+        if self._taps is None or self._taps.serving is not serving:
+            self._taps = self._factory.build_taps(serving)
+        moments = self._taps.run(self._factory.bundle.preprocess.apply(image))[0]
+        state = self.adapter.observe_taps(frame, moments, serving)
+        if state is not None:
+            try:
+                self._serve(state)
+            except RefoldError as e:
+                self.states_refused += 1
+                log.warning("A state made on this device is not served: %s", e)
 
     def _serve(self, state: ServingState) -> None:
         engine = self._factory.build(state)
@@ -119,27 +127,26 @@ class Adaptation:
         """
         with self._changing:
             before = self.release.version if self.release else 0
-            with self._deciding:
-                if release is None or release.version < before:
-                    state: ServingState | None = self.adapter.on_rollback(release)
-                else:
-                    state = self.adapter.on_release(release)
-                self.domain = self.adapter.domain
+            if release is None or release.version < before:
+                state: ServingState | None = self.adapter.on_rollback(release)
+            else:
+                state = self.adapter.on_release(release)
+            self.domain = self.adapter.domain
             if state is not None:
                 self._serve(state)
             self.release = release
 
     def dump(self) -> bytes:
-        with self._deciding:
+        with self._changing:
             return self.adapter.dump()
 
     def metrics(self) -> dict[str, float]:
-        with self._deciding:
+        with self._changing:
             values = self.adapter.metrics()
         served = self._slot.current.serving
         return {
             **{f"adapt_{name}": value for name, value in values.items()},
-            "taps_skipped": float(self.taps_skipped),
+            "frames_unwatched": float(self.frames_unwatched),
             "states_refused": float(self.states_refused),
             "swaps": float(self._slot.swaps),
             "serving_version": float(served.release_version),

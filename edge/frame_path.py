@@ -23,6 +23,7 @@ from edge.adaptation import Adaptation
 from edge.engine import EngineSlot
 from edge.select import Selector, Verdict
 from edge.serving import ServingState
+from edge.softmax import softmax
 from refold.preprocess import Preprocess
 
 __all__ = ["Frame", "FramePath", "Prediction"]
@@ -106,14 +107,11 @@ class FramePath:
 
     def account(self, frame: Frame, logits: F32, serving: ServingState, started: float) -> Prediction:
         """Everything after the engine, for an answer wherever it was computed. logits: float32 (classes,)."""
-        probabilities = np.exp(logits - logits.max())
-        probabilities /= probabilities.sum()
-        index = int(probabilities.argmax())
+        probabilities, index, entropy = softmax(logits)
+        kept = False
         if self._selector is not None:
-            verdict = self._selector.judge(probabilities)
-            entropy, kept = verdict.entropy, verdict.keep
-        else:
-            entropy, kept = -float(probabilities @ np.log(probabilities + 1e-30)), False
+            verdict = self._selector.judge(probabilities, entropy)
+            kept = verdict.keep
         adaptation = self._adaptation
         if adaptation is not None:
             adaptation.watch(frame.number, frame.image, entropy, index)

@@ -22,6 +22,7 @@ class Runner:
     """Where the frame path hands work to. `last_error` is the latest failure's sentence, empty when none."""
 
     last_error = ""
+    batch = 1  # tasks of one kind worth collecting before the thread is woken
 
     def offer(self, task: Task) -> bool:
         """False when there is no room: the task is dropped and counted by whoever offered it."""
@@ -67,6 +68,8 @@ class Worker(Runner):
         depth: tasks that may wait.
         niceness: added to the thread's own; the frame loop's core is not the worker's to take.
     """
+
+    batch = 4
 
     def __init__(self, name: str, depth: int, *, niceness: int = 5) -> None:
         self.depth = depth

@@ -94,8 +94,8 @@ class BudgetSelector:
         """Follows a budget that changed (0 stops uploads)."""
         self.rate = min(max(rate, 0.0), 1.0)
 
-    def judge(self, probs: Probabilities) -> Verdict:
-        entropy = entropy_of(probs)
+    def judge(self, probs: Probabilities, entropy: float | None = None) -> Verdict:
+        entropy = entropy_of(probs) if entropy is None else entropy
         if not math.isfinite(entropy):
             return Verdict(False, 0.0, entropy, "not-finite")
         self._credit = min(self._credit + self.rate, float(self.settings.burst))

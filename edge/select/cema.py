@@ -60,8 +60,8 @@ class CemaPaperSelector:
             return self._static
         return self._static * (self._total / self._seen / self._reference) * self.settings.coefficient
 
-    def judge(self, probs: Probabilities) -> Verdict:
-        entropy = entropy_of(probs)
+    def judge(self, probs: Probabilities, entropy: float | None = None) -> Verdict:
+        entropy = entropy_of(probs) if entropy is None else entropy
         if not math.isfinite(entropy):
             return Verdict(False, 0.0, entropy, "not-finite")
         self._seen += 1

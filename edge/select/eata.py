@@ -53,8 +53,8 @@ class EataSelector:
         self._mean: NDArray[np.float64] | None = None
         self._mean_norm = 0.0
 
-    def judge(self, probs: Probabilities) -> Verdict:
-        entropy = entropy_of(probs)
+    def judge(self, probs: Probabilities, entropy: float | None = None) -> Verdict:
+        entropy = entropy_of(probs) if entropy is None else entropy
         if not math.isfinite(entropy):
             return Verdict(False, 0.0, entropy, "not-finite")
         if entropy >= self._high:

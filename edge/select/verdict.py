@@ -36,11 +36,12 @@ class Verdict(NamedTuple):
 class Selector(Protocol):
     """A state machine over frames: no clock, no I/O; not thread-safe."""
 
-    def judge(self, probs: Probabilities) -> Verdict:
+    def judge(self, probs: Probabilities, entropy: float | None = None) -> Verdict:
         """Judges the next frame.
 
         Args:
             probs: float32 (class_count,), softmax of the engine's dequantised logits.
+            entropy: of `probs` in nats where it is known already; None computes it.
         """
         ...
 

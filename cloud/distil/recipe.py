@@ -89,6 +89,8 @@ def learn(
     uploads = torch.from_numpy(images).permute(0, 3, 1, 2)
     sharp = torch.from_numpy(targets).double() ** settings.sharpen
     wanted = (sharp / sharp.sum(1, keepdim=True)).float()
+    trust = torch.from_numpy(targets).max(1).values ** settings.trust
+    trust = trust / trust.mean()
     style, source, source_wanted = None, uploads, wanted
     if len(calibration.images) and len(population) >= LEAST_STYLE and settings.restyled > 0:
         source = torch.from_numpy(calibration.images).permute(0, 3, 1, 2)
@@ -106,7 +108,7 @@ def learn(
     for step in range(settings.steps):
         pick = torch.randint(0, len(uploads), (settings.group - restyled,), generator=generator)
         x = [flip_and_move(uploads[pick].float() / 255, generator)]
-        y = [wanted[pick]]
+        y = [wanted[pick] * trust[pick, None]]  # cross-entropy is linear in its target
         if style is not None:
             pick = torch.randint(0, len(source), (restyled,), generator=generator)
             x.append(style(flip_and_move(source[pick].float() / 255, generator), generator))

@@ -51,6 +51,7 @@ class DistilSettings(BaseModel):
         default=0.5, ge=0, lt=1, description="share of a step's pictures that are calibration pictures in the domain's style"
     )
     sharpen: float = Field(default=2.0, gt=0, description="power the teachers' probabilities are raised to")
+    trust: float = Field(default=0.0, ge=0, description="power of the teachers' confidence that weighs an upload; 0 weighs all alike")
     pull: float = Field(default=0.0, ge=0, description="weight of the squared distance to the last release's gamma and beta")
     refresh: int = Field(default=25, ge=1, description="steps after which statistics are measured again behind the moved norms")
 

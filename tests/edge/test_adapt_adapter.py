@@ -1,0 +1,242 @@
+"""The adapter on real engines: a shift is met with an overlay, home with none, and what was met before is recalled."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from small_nets import images
+
+from edge.adapt import HOME, Adapter, AdaptSettings, FrameFeatures, Reference
+from edge.engine import EngineFactory
+from edge.serving import ServingState
+from refold import Bundle, NormState
+from refold.errors import InputError, StorageError
+from refold.release import Release
+
+U8 = NDArray[np.uint8]
+SETTINGS = AdaptSettings(probe_frames=8, burst=16, report_frames=8, watch_every=1)
+
+
+def noisy(pictures: U8) -> U8:
+    return np.clip(pictures + np.random.default_rng(5).normal(0, 45, pictures.shape), 0, 255).astype(np.uint8)
+
+
+def dim(pictures: U8) -> U8:
+    return (pictures * 0.25).astype(np.uint8)
+
+
+class Device:
+    """Serves frames one by one as the daemon does, without threads."""
+
+    def __init__(self, bundle: Bundle, factory: EngineFactory, adapter: Adapter | None = None) -> None:
+        self.side = bundle.preprocess.height
+        self.preprocess = bundle.preprocess
+        self.factory = factory
+        self.adapter = adapter or Adapter(
+            bundle.norms,
+            SETTINGS,
+            bundle.manifest.class_count,
+            reference=Reference.measure(images(256, self.side)),
+            bundle_digest=bundle.digest,
+        )
+        self.serve(ServingState(domain=HOME))
+        self.frame = 0
+        self.tapped = 0
+        self.domains: list[str] = []
+
+    def serve(self, serving: ServingState) -> None:
+        self.serving = serving
+        self.engine = self.factory.build(serving)
+        self.taps = self.factory.build_taps(serving)
+
+    def show(self, pictures: U8) -> None:
+        for picture in pictures:
+            x = self.preprocess.apply(picture)
+            logits = self.engine.run(x)[0].astype(np.float64)
+            p = np.exp(logits - logits.max())
+            if self.adapter.wants_taps(FrameFeatures.of(picture, p / p.sum())):
+                self.tapped += 1
+                serving = self.adapter.observe_taps(self.frame, self.taps.run(x)[0], self.serving)
+                if serving is not None:
+                    self.serve(serving)
+            self.frame += 1
+            self.domains.append(self.adapter.domain)
+
+
+@pytest.fixture
+def device(bundle: Bundle, factory: EngineFactory) -> Device:
+    return Device(bundle, factory)
+
+
+def release(bundle: Bundle, version: int, domain: str = "", scale: float = 1.1) -> Release:
+    states = {
+        s.name: NormState(s.exported.gamma * scale, s.exported.beta, s.exported.mean, s.exported.variance)
+        for s in bundle.norms.norms
+    }
+    return Release(bundle.digest, "cohort", version, states, domain=domain)
+
+
+def same(a: NDArray[np.float32], b: NDArray[np.float32]) -> bool:
+    return bool(np.allclose(a, b, rtol=1e-6))
+
+
+def test_home_is_served_as_exported_and_tapped_seldom(device: Device) -> None:
+    device.show(images(300, device.side, seed=11))
+    assert device.adapter.domain == HOME
+    assert not device.serving.overlay
+    assert device.tapped <= 300 / SETTINGS.interval + 1
+
+
+def test_a_shift_is_met_with_an_overlay_that_brings_the_statistics_back(device: Device, bundle: Bundle) -> None:
+    device.show(images(60, device.side, seed=11))
+    device.show(noisy(images(120, device.side, seed=12)))
+    assert device.adapter.domain == "d1"
+    assert device.serving.overlay
+    assert device.serving.domain == "d1"
+    first = bundle.norms.norms[0]
+    shifted = device.serving.states[first.name].variance / first.exported.variance
+    assert np.median(shifted) > 1.02  # noise adds to what a first layer sees
+    bundle.norms.check(device.serving.states)
+    assert device.adapter.metrics()["overlay_weight"] > 0.3
+    assert device.adapter.metrics()["shifts"] >= 1
+
+
+def test_a_domain_met_before_is_recalled_with_its_evidence(device: Device) -> None:
+    device.show(noisy(images(150, device.side, seed=12)))
+    device.show(images(150, device.side, seed=13))
+    assert device.adapter.domain == HOME
+    assert not device.serving.overlay
+    tapped = device.tapped
+    device.show(noisy(images(60, device.side, seed=14)))
+    assert device.adapter.domain == "d1"
+    assert device.serving.overlay
+    assert device.adapter.metrics()["recalls"] >= 2
+    assert device.tapped - tapped < 50
+
+
+def test_two_shifts_are_two_domains(device: Device) -> None:
+    device.show(noisy(images(100, device.side, seed=12)))
+    device.show(dim(images(100, device.side, seed=13)))
+    assert {"d1", "d2"} <= set(device.domains)
+    assert device.adapter.domain == "d2"
+
+
+def test_a_release_for_the_domain_is_served_as_it_is_and_recalled_later(device: Device, bundle: Bundle) -> None:
+    device.show(noisy(images(100, device.side, seed=12)))
+    made = release(bundle, 1, "d1")
+    serving = device.adapter.on_release(made)
+    assert serving is not None
+    assert serving.release_version == 1
+    assert not serving.overlay
+    assert all(same(serving.states[n].variance, s.variance) for n, s in made.states.items())
+    device.serve(serving)
+    device.show(images(100, device.side, seed=13))
+    assert device.serving.release_version == 0
+    device.show(noisy(images(60, device.side, seed=15)))
+    assert device.serving.release_version == 1
+
+
+def test_a_release_for_an_absent_domain_waits_and_for_an_unknown_one_is_left(device: Device, bundle: Bundle) -> None:
+    device.show(noisy(images(100, device.side, seed=12)))
+    device.show(images(150, device.side, seed=13))
+    assert device.adapter.on_release(release(bundle, 1, "d1")) is None
+    assert device.adapter.on_release(release(bundle, 2, "d77")) is None
+    device.show(noisy(images(60, device.side, seed=14)))
+    assert device.serving.release_version == 1
+
+
+def test_a_release_for_all_domains_is_the_base_of_each(device: Device, bundle: Bundle) -> None:
+    made = release(bundle, 3)
+    serving = device.adapter.on_release(made)
+    assert serving is not None
+    assert serving.release_version == 3
+    device.serve(serving)
+    device.show(noisy(images(100, device.side, seed=12)))
+    assert device.serving.overlay
+    assert device.serving.release_version == 3
+    assert all(same(device.serving.states[n].gamma, s.gamma) for n, s in made.states.items())
+
+
+def test_a_rollback_forgets_every_newer_release(device: Device, bundle: Bundle) -> None:
+    device.show(noisy(images(100, device.side, seed=12)))
+    good = release(bundle, 1)
+    device.adapter.on_release(good)
+    device.adapter.on_release(release(bundle, 2, "d1", scale=3.0))
+    back = device.adapter.on_rollback(good)
+    assert back.release_version == 1
+    assert back.overlay
+    bare = device.adapter.on_rollback(None)
+    assert bare.release_version == 0
+    assert "d1" in {bare.domain}
+
+
+def test_statistics_are_reported_once_and_per_domain(device: Device, bundle: Bundle) -> None:
+    device.show(noisy(images(100, device.side, seed=12)))
+    reports = []
+    while (report := device.adapter.take_statistics()) is not None:
+        reports.append(report)
+    assert reports
+    assert {r.domain for r in reports} == {"d1"}
+    assert sum(r.frames for r in reports) <= device.tapped
+    assert all(a.last_frame < b.first_frame for a, b in zip(reports[:-1], reports[1:], strict=True))
+    assert len({r.digest for r in reports}) == len(reports)
+    assert [s.site for s in reports[0].sites] == [s.name for s in bundle.norms.norms]
+    assert reports[0].bundle_digest == bundle.digest
+
+
+def test_the_bank_outlives_a_restart(device: Device, bundle: Bundle, factory: EngineFactory) -> None:
+    device.show(noisy(images(150, device.side, seed=12)))
+    device.adapter.on_release(release(bundle, 4, "d1"))
+    content = device.adapter.dump()
+    again = Adapter.load(
+        content, bundle.norms, SETTINGS, bundle.manifest.class_count, reference=Reference.measure(images(256, device.side))
+    )
+    restarted = Device(bundle, factory, again)
+    restarted.show(noisy(images(60, device.side, seed=14)))
+    assert again.domain == "d1"
+    assert restarted.serving.release_version == 4
+
+
+def test_a_damaged_or_foreign_bank_is_refused(device: Device, bundle: Bundle) -> None:
+    content = device.adapter.dump()
+    for wrong in (b"", b"not a bank", content[: len(content) // 2]):
+        with pytest.raises(StorageError):
+            Adapter.load(wrong, bundle.norms, SETTINGS, 10)
+    with pytest.raises(StorageError, match="another bundle"):
+        Adapter.load(device.adapter._bank.dump("other"), bundle.norms, SETTINGS, 10)
+
+
+def test_the_bank_stays_bounded_and_keeps_home(bundle: Bundle, factory: EngineFactory) -> None:
+    side = bundle.preprocess.height
+    small = AdaptSettings(probe_frames=6, burst=4, watch_every=1, domains=3)
+    adapter = Adapter(bundle.norms, small, 10, reference=Reference.measure(images(256, side)))
+    device = Device(bundle, factory, adapter)
+    pictures = images(40, side, seed=20)
+    for kind in (noisy(pictures), dim(pictures), 255 - dim(pictures), np.repeat(pictures[:, ::4, ::4], 4, 1).repeat(4, 2)):
+        device.show(kind)
+    assert adapter.metrics()["domains"] <= 3
+    assert adapter._bank.get(HOME) is not None
+
+
+def test_without_a_reference_the_first_frames_are_home(bundle: Bundle, factory: EngineFactory) -> None:
+    device = Device(bundle, factory, Adapter(bundle.norms, SETTINGS, 10))
+    device.show(images(80, device.side, seed=11))
+    assert device.adapter.domain == HOME
+    device.show(noisy(images(60, device.side, seed=12)))
+    assert device.adapter.domain == "d1"
+
+
+def test_switched_off_it_taps_nothing_and_serves_releases(bundle: Bundle, factory: EngineFactory) -> None:
+    off = Adapter(bundle.norms, AdaptSettings(enabled=False), 10, reference=Reference.measure(images(64, 16)))
+    device = Device(bundle, factory, off)
+    device.show(noisy(images(40, device.side, seed=12)))
+    assert device.tapped == 0
+    serving = off.on_release(release(bundle, 1))
+    assert serving is not None
+    assert not serving.overlay
+
+
+def test_moments_that_do_not_fit_are_refused(device: Device) -> None:
+    with pytest.raises(InputError):
+        device.adapter.observe_taps(0, np.zeros((2, 1), np.float32), device.serving)

@@ -1,0 +1,117 @@
+"""Chooses every activation's scale: a float run sees the ranges, then the observers compete on the network's own output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from export.interpret import Parameters, batches, float_parameters, run, simulated
+from export.ir import Graph
+from export.placement import Placement
+from export.scales import OBSERVERS, Range, Scale, scale_of, squared_error
+from refold.errors import InputError
+
+__all__ = ["Calibration", "calibrate"]
+
+CHOICES = ("auto", *OBSERVERS)
+MEASURED = 64  # pictures on which the observers compete; the differences between them are far above its noise
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scales by value, the float logits they were judged against, and what each observer's output error was.
+
+    Attributes:
+        float_logits: float32 (N, classes), of the unquantised model.
+        errors: observer → root mean square error of the logits over their standard deviation.
+        chosen: the observer kept ("mixed": each activation its own).
+    """
+
+    scales: Mapping[str, Scale]
+    float_logits: NDArray[np.float32]
+    errors: Mapping[str, float]
+    chosen: str
+
+
+def calibrate(
+    graph: Graph,
+    placement: Placement,
+    x: NDArray[np.float32],
+    quantised: Callable[[Mapping[str, Scale]], Parameters],
+    observer: str = "auto",
+    progress: Progress = lambda what: None,
+) -> Calibration:
+    """Args:
+        x: calibration inputs, float32 (N, 3, H, W).
+        quantised: makes the parameters of the integer model (dequantised codes), to measure with.
+        observer: one of minmax, percentile, entropy, or auto: the best of these and of the mixture in which every activation
+            takes the observer with the least squared error.
+
+    Raises:
+        InputError: the network gives the same output for every picture.
+    """  # fmt: skip
+    clamps = {n.output: n.activation for n in graph.nodes if n.activation is not None}
+    wanted = set(placement.scaled)
+    parameters = float_parameters(graph)
+    ranges = {value: Range() for value in wanted}
+
+    def widen(value: str, t: torch.Tensor) -> torch.Tensor:
+        if value in wanted:
+            ranges[value].widen(t.numpy())
+        return t
+
+    def count(value: str, t: torch.Tensor) -> torch.Tensor:
+        if value in wanted:
+            ranges[value].count(t.numpy())
+        return t
+
+    with torch.no_grad():
+        progress("ranges")
+        logits = np.concatenate([run(graph, b, parameters, widen).numpy() for b in batches(x)])
+        if not np.isfinite(logits).all():
+            raise InputError("The model's logits on the calibration pictures are not finite: check --preprocess and weights.")
+        if len(logits) > 1 and float(logits.std(0).max()) < 1e-6 * max(1.0, float(np.abs(logits).max())):
+            raise InputError(
+                "The model answers every calibration picture alike: check --preprocess (the pictures may be scaled wrongly) and "
+                "that the calibration set shows different things.",
+                code="calibration-uniform",
+            )
+        progress("histograms")
+        for b in batches(x):
+            run(graph, b, parameters, count)
+    by_observer = {
+        name: {v: scale_of(*OBSERVERS[name](ranges[v]), clamps.get(v)) for v in placement.scaled}
+        for name in (OBSERVERS if observer == "auto" else (observer,))
+    }
+    if observer == "auto":
+        by_observer["mixed"] = {
+            v: min((scales[v] for scales in by_observer.values()), key=lambda s, v=v: squared_error(ranges[v], s))  # type: ignore[misc]
+            for v in placement.scaled
+        }
+    errors = {}
+    for name, scales in by_observer.items():
+        progress(f"observer {name}")
+        errors[name] = _output_error(graph, placement, x, logits, scales, quantised(scales))
+    chosen = min(errors, key=lambda n: errors[n])
+    return Calibration(by_observer[chosen], logits, errors, chosen)
+
+
+def spread(placement: Placement, scales: Mapping[str, Scale]) -> dict[str, Scale]:
+    """The scale of every quantised value, moved codes included."""
+    return {value: scales[source] for value, source in placement.scale_of.items()}
+
+
+def _output_error(
+    graph: Graph, placement: Placement, x: NDArray[np.float32], logits: NDArray[np.float32], scales: Mapping[str, Scale],
+    parameters: Parameters,
+) -> float:  # fmt: skip
+    part = np.linspace(0, len(x) - 1, min(MEASURED, len(x))).astype(int)
+    own = simulated(scales)
+    with torch.no_grad():
+        got = np.concatenate([run(graph, b, parameters, own).numpy() for b in batches(x[part])])
+    return float(np.sqrt(np.mean((got - logits[part]) ** 2)) / max(float(logits.std()), 1e-12))

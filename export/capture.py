@@ -1,0 +1,159 @@
+"""From what the user names (MODEL, weights) to a captured graph, norms kept as they are."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from export.ir import Graph
+from export.lower import lower
+from export.weights import load_weights
+from refold.errors import InputError, ModelError, RefoldError, UsageError
+
+__all__ = ["capture", "load_model"]
+
+
+def load_model(spec: str, weights: Path | None = None) -> nn.Module | ExportedProgram:
+    """MODEL of the command line.
+
+    Args:
+        spec: `file.py:callable`, `package.module:callable` (a module class or a function without required arguments that
+            returns a module), or the path of a `.pt2` exported program.
+        weights: see `export.weights`; needed unless the callable or the `.pt2` brings its own.
+
+    Raises:
+        UsageError: there is no such file, module or callable.
+        ModelError: it fails, or does not give a torch module.
+        InputError: the weights do not fit.
+    """
+    if spec.endswith(".pt2"):
+        if weights is not None:
+            raise UsageError("A .pt2 program carries its own weights: leave --weights out.")
+        return _load_program(Path(spec))
+    target, colon, name = spec.rpartition(":")
+    if not colon or not name.isidentifier():
+        raise UsageError(f"MODEL {spec!r} is neither file.py:callable, package.module:callable nor a .pt2 file.")
+    factory = getattr(_import(target), name, None)
+    if not callable(factory):
+        raise UsageError(f"{target} has no callable {name!r}.", code="no-model")
+    try:
+        module = factory()
+    except RefoldError:
+        raise
+    except Exception as e:
+        raise ModelError(f"{spec} failed when it was called without arguments: {type(e).__name__}: {e}") from e
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"{spec} returned {type(module).__name__}; it must return a torch.nn.Module.")
+    if weights is not None:
+        load_weights(module, weights)
+    return module.eval()
+
+
+def _import(target: str) -> object:
+    if not target.endswith(".py"):
+        sys.path.insert(0, str(Path.cwd()))
+        try:
+            return importlib.import_module(target)
+        except ImportError as e:
+            raise UsageError(f"The module {target} cannot be imported: {e}.", code="no-model") from e
+        finally:
+            sys.path.remove(str(Path.cwd()))
+    path = Path(target).resolve()
+    if not path.is_file():
+        raise UsageError(f"There is no file {target}.", code="no-model")
+    roots = [str(path.parent), str(Path.cwd())]
+    spec = importlib.util.spec_from_file_location(f"refold_model_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module
+    sys.path[:0] = roots
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise ModelError(f"{target} cannot be run: {type(e).__name__}: {e}") from e
+    finally:
+        for root in roots:
+            sys.path.remove(root)
+    return module
+
+
+def _load_program(path: Path) -> ExportedProgram:
+    if not path.is_file():
+        raise UsageError(f"There is no file {path}.", code="no-model")
+    try:
+        return torch.export.load(path)
+    except Exception as e:  # zip, json and schema errors of many kinds
+        raise ModelError(f"{path} is not an exported program this torch ({torch.__version__}) reads.", detail=str(e)) from e
+
+
+def capture(model: nn.Module | ExportedProgram, height: int, width: int) -> Graph:
+    """The graph of a model at one input size, any batch size.
+
+    Raises:
+        InputError: a weight is NaN or infinite.
+        ModelError: torch cannot capture it, it is in training mode, or it uses an operator export does not know.
+    """
+    if isinstance(model, ExportedProgram):
+        program = model
+        shape = tuple(program.graph_signature.user_inputs and _input_shape(program))
+        if shape[1:] != (3, height, width):
+            raise ModelError(
+                f"The program takes {shape}; the preprocessing makes (batch, 3, {height}, {width}).", code="inputs"
+            )
+    else:
+        _check_training(model)
+        program = _export(model.float(), (3, height, width))
+    for name, tensor in program.state_dict.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{name} contains NaN or infinity: these weights cannot be exported.", code="not-finite")
+    graph = lower(program)
+    for name, value in graph.constants.items():
+        if not np.isfinite(value).all():
+            raise InputError(f"{name} contains NaN or infinity: these weights cannot be exported.", code="not-finite")
+    return graph
+
+
+def _input_shape(program: ExportedProgram) -> tuple[int, ...]:
+    wanted = program.graph_signature.user_inputs[0]
+    node = next(n for n in program.graph.nodes if n.name == wanted)
+    return tuple(int(s) if isinstance(s, int) else -1 for s in node.meta["val"].shape)
+
+
+def _check_training(model: nn.Module) -> None:
+    left = [name or "the model itself" for name, m in model.named_modules() if m.training]
+    if left:
+        raise ModelError(
+            f"{left[0]} is in training mode: call .eval() last in the function that makes the model.", code="training"
+        )
+
+
+def _export(model: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
+    example = torch.zeros(2, *shape)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            model(example)
+        except Exception as e:
+            raise ModelError(f"The model does not take an input of (2, {', '.join(map(str, shape))}): {_line(e)}") from e
+        try:
+            return torch.export.export(model, (example,), dynamic_shapes=({0: Dim("batch")},))
+        except Exception as e:  # torch._dynamo and the symbolic shapes have their own trees
+            raise ModelError(
+                f"torch.export cannot capture the model: {_line(e)} Control flow that depends on the picture, or a batch size "
+                "written into the code, are the usual reasons.",
+                code="capture",
+                detail=str(e),
+            ) from e
+
+
+def _line(e: Exception) -> str:
+    first = next((part.strip() for part in str(e).splitlines() if part.strip()), type(e).__name__)
+    return first[:300].rstrip(".") + "."

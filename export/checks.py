@@ -1,0 +1,189 @@
+"""The self-check: nothing is saved unless the written files do what a bundle promises. Every check leaves its numbers.
+
+integer_layers       every convolution and linear layer really fused to its integer kernel
+argmax_float         the engine and the float model choose the same class on the calibration pictures
+exported_identical   engine(refold(exported state)) is bit-identical to a model with the values inside
+perturbed_identical  engine(refold(state 1 % away)) is bit-identical to a fresh export at that state, integers included
+student_*            the cloud's student computes what the engine computes
+taps_finite          the tap model runs and gives two moments for each channel
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from export.engines import fusion, infer, session
+from export.quantise import IntegerModel
+from export.targets import Artefact
+from refold.errors import GateError
+from refold.norms import NormKind, NormSite, NormState, NormTable
+
+__all__ = ["Evidence", "perturbed", "run_checks"]
+
+F32 = NDArray[np.float32]
+IDENTITY = 8  # pictures on which bit-identity is asked: any difference shows in the first
+STUDENT_ARGMAX, STUDENT_STEPS = 0.995, 0.99
+FLOAT_ERROR = 0.25  # error of the logits over their spread, below which differing argmaxes are near-ties of an undecided net
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the checks look at: pictures as model input, labels if known, and the float model's logits."""
+
+    x: F32
+    labels: NDArray[np.int64] | None
+    float_logits: F32
+    min_agreement: float = 0.9
+
+
+def run_checks(
+    target: str,
+    artefact: Artefact,
+    model: IntegerModel,
+    student: bytes,
+    evidence: Evidence,
+    fresh: Callable[[Mapping[str, NormState]], tuple[Artefact, IntegerModel]],
+) -> dict[str, float]:
+    """All checks of one target; the numbers for `Target.checks`.
+
+    Args:
+        fresh: a fresh export at other norm states, its tensors embedded (`export.pipeline.fresh_export`).
+
+    Raises:
+        GateError: naming the check, the layer where there is one, and the reason.
+    """
+    exact, tensors = model.qmax > 64, model.table.tensors()
+    numbers = _integer_layers(target, artefact, tensors)
+    engine = session(artefact.model, tensors, exact=exact)
+    logits = infer(engine, evidence.x)
+    numbers |= _against_float(target, logits, evidence)
+    numbers |= _identities(target, artefact, model, evidence.x[:IDENTITY], logits[:IDENTITY], fresh, exact)
+    numbers |= _student(target, student, logits, evidence)
+    if artefact.taps:
+        numbers |= _taps(target, artefact, model, evidence.x[:IDENTITY], exact)
+    return numbers
+
+
+def _integer_layers(target: str, artefact: Artefact, tensors: Mapping[str, NDArray[np.generic]]) -> dict[str, float]:
+    found = fusion(artefact.model, tensors, artefact.fused)
+    if found.unfused:
+        raise GateError(
+            f"{target}: ONNX Runtime runs {found.unfused[0]} in float although it was written in integers"
+            f"{f' (and {len(found.unfused) - 1} more)' if len(found.unfused) > 1 else ''}. "
+            f"Export it with --keep-float {found.unfused[0]!r}, or report it with the model.",
+            code="not-fused",
+            detail=str(dict(found.operators)),
+        )
+    wanted = len(artefact.fused)
+    return {"integer_layers": wanted - len(found.unfused), "integer_layers_expected": wanted}
+
+
+def _against_float(target: str, logits: F32, evidence: Evidence) -> dict[str, float]:
+    truth = evidence.float_logits
+    if not np.isfinite(logits).all():
+        raise GateError(f"{target}: the integer engine's logits are not finite: nothing was saved.", code="not-finite")
+    agreement = float((logits.argmax(1) == truth.argmax(1)).mean())
+    error = float(np.sqrt(np.mean((logits - truth) ** 2)) / max(float((truth - truth.mean(0)).std()), 1e-12))
+    numbers = {"argmax_float": agreement, "logit_error": error}
+    if evidence.labels is not None:
+        numbers["accuracy_float"] = float((truth.argmax(1) == evidence.labels).mean())
+        numbers["accuracy_int8"] = float((logits.argmax(1) == evidence.labels).mean())
+    if agreement < evidence.min_agreement and error > FLOAT_ERROR:
+        raise GateError(
+            f"{target}: the integer engine chooses the float model's class on only {agreement:.1%} of the calibration pictures "
+            f"(error {error:.2f} of the logits' spread). Give more or better calibration pictures, try --observer minmax, keep the "
+            "first or last layers in float (--keep-float), or lower --min-agreement.",
+            code="accuracy",
+        )
+    return numbers
+
+
+def _identities(
+    target: str,
+    artefact: Artefact,
+    model: IntegerModel,
+    x: F32,
+    logits: F32,
+    fresh: Callable[[Mapping[str, NormState]], tuple[Artefact, IntegerModel]],
+    exact: bool,
+) -> dict[str, float]:
+    states = perturbed(model.table, 0.01)
+    cases = {
+        "exported_identical": ({}, logits),
+        "perturbed_identical": (
+            states,
+            infer(session(artefact.model, model.table.tensors(states), exact=exact), x),
+        ),
+    }
+    numbers = {}
+    for name, (case, ours) in cases.items():
+        written, again = fresh(case)
+        codes = next((n.name for n in model.graph.nodes if n.output in model.weights
+                      and not np.array_equal(model.codes(n), again.codes(n))), "")  # fmt: skip
+        theirs = infer(session(written.model, exact=exact), x)
+        if codes or not np.array_equal(ours, theirs):
+            raise GateError(
+                f"{target}: an engine with refolded norms differs from a fresh export at the same state"
+                f"{f' (the integers of {codes} differ)' if codes else ''}: it could not be updated safely, so nothing was saved.",
+                code="not-identical",
+                detail=f"{name}: {float(np.abs(ours - theirs).max())}",
+            )
+        numbers[name] = 1.0
+    return numbers
+
+
+def perturbed(table: NormTable, strength: float, seed: int = 0) -> dict[str, NormState]:
+    """Admissible states about `strength` away from the exported ones, every number by another amount."""
+    rng = np.random.default_rng(seed)
+    return {site.name: _near(site, strength, rng) for site in table.norms}
+
+
+def _near(site: NormSite, strength: float, rng: np.random.Generator) -> NormState:
+    s = site.exported
+
+    def around(values: F32) -> F32:
+        return np.asarray(values * rng.uniform(1 - strength, 1 + strength, values.shape), np.float32)
+
+    beta = s.beta + rng.uniform(-strength, strength, s.beta.shape)
+    if not site.kind.has_statistics:
+        return NormState(around(s.gamma), np.asarray(beta, np.float32)) if site.kind is not NormKind.RMS else NormState(
+            around(s.gamma), s.beta
+        )  # fmt: skip
+    mean = s.mean + rng.uniform(-strength, strength, s.mean.shape) * np.sqrt(s.variance)
+    return NormState(around(s.gamma), np.asarray(beta, np.float32), np.asarray(mean, np.float32), around(s.variance))
+
+
+def _student(target: str, student: bytes, logits: F32, evidence: Evidence) -> dict[str, float]:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.export.load(io.BytesIO(student)).module()
+        x = torch.from_numpy(evidence.x)
+        got = np.concatenate([program(x[i : i + 32]).numpy() for i in range(0, len(x), 32)])
+    step = float(evidence.float_logits.max() - evidence.float_logits.min()) / 255
+    rows = np.arange(len(got))
+    ours, theirs = logits.argmax(1), got.argmax(1)
+    tied = logits[rows, ours] - logits[rows, theirs] <= step
+    same = float((ours == theirs).mean())
+    close = float((np.abs(got - logits) <= 2 * step).mean())
+    if float(((ours == theirs) | tied).mean()) < STUDENT_ARGMAX or close < STUDENT_STEPS:
+        raise GateError(
+            f"{target}: the cloud's student and the engine choose the same class on {same:.1%} of the calibration pictures "
+            f"and are within two output steps on {close:.1%}: training it would train another model, so nothing was saved.",
+            code="student-differs",
+        )
+    return {"student_argmax": same, "student_within_two_steps": close}
+
+
+def _taps(target: str, artefact: Artefact, model: IntegerModel, x: F32, exact: bool) -> dict[str, float]:
+    moments = infer(session(artefact.taps, model.table.tensors(), exact=exact), x)
+    channels = sum(s.channels for s in model.table.norms if s.kind.has_statistics)
+    if moments.shape != (len(x), 2, channels) or not np.isfinite(moments).all():
+        raise GateError(f"{target}: the tap model's moments are not finite: nothing was saved.", code="taps")
+    return {"tap_channels": float(channels), "taps_finite": 1.0}

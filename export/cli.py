@@ -1,0 +1,137 @@
+"""The command line of `refold export`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from export.calibrate import CHOICES
+from export.capture import load_model
+from export.pictures import load_pictures
+from export.pipeline import Exported, Options, export_model
+from export.preprocessing import parse_preprocess
+from export.targets import TARGETS
+from refold.errors import UsageError
+from refold.signing import SigningKey
+
+__all__ = ["export"]
+
+STEPS = 12  # about as many steps as the pipeline announces; the bar only has to move
+
+
+def _classes(text: str | None) -> list[str]:
+    """Names from `a,b,c` or from a file with one a line."""
+    if not text:
+        return []
+    path = Path(text)
+    if path.suffix in (".txt", ".names") or path.is_file():
+        try:
+            return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as e:
+            raise UsageError(f"--classes: {path} cannot be read as text: {e}.") from e
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+@click.command()
+@click.argument("model")
+@click.option("--weights", type=click.Path(path_type=Path), help="npz, safetensors or a torch state dict (never unpickled).")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of pictures, or npz with images uint8 (N, H, W, 3).",
+)
+@click.option("--preprocess", required=True, help="As in 32x32,imagenet or a TOML/JSON file: docs/guide/export.md.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    default=("ort-x86-avx2",),
+    show_default=True,
+    type=click.Choice(list(TARGETS)),
+    help="Repeat for several.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The .refold file to write.")
+@click.option("--name", help="Name of the model; default: the output's.")
+@click.option("--classes", help="Class names: a,b,c or a file with one a line.")
+@click.option("--input-size", metavar="WxH", help="Overrides the size in --preprocess.")
+@click.option(
+    "--sample-limit", type=click.IntRange(1, 512), default=512, show_default=True, help="Calibration pictures to use and keep."
+)
+@click.option(
+    "--observer", type=click.Choice(CHOICES), default="auto", show_default=True, help="How activation ranges are chosen."
+)
+@click.option("--keep-float", multiple=True, metavar="GLOB", help="Layers to leave in float; repeat for several.")
+@click.option(
+    "--min-agreement",
+    type=click.FloatRange(0, 1),
+    default=0.9,
+    show_default=True,
+    help="Share of pictures on which int8 and float must choose the same class.",
+)
+@click.option("--key", "keys", multiple=True, type=click.Path(path_type=Path), help="Sign with this private key (PEM).")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of torch, while exporting.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def export(
+    model: str, weights: Path | None, calibration: Path, preprocess: str, targets: tuple[str, ...], output: Path,
+    name: str | None, classes: str | None, input_size: str | None, sample_limit: int, observer: str,
+    keep_float: tuple[str, ...], min_agreement: float, keys: tuple[Path, ...], threads: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Quantise MODEL (file.py:callable, package.module:callable or a .pt2) into a bundle.
+
+    The norms stay updatable: a release of a few kilobytes changes them on a device without touching an integer.
+    """
+    torch.set_num_threads(threads)
+    started = time.monotonic()
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=as_json) as bar:
+        task = bar.add_task("reading the pictures", total=STEPS)
+
+        def progress(what: str) -> None:
+            bar.update(task, description=what, advance=1)
+            if not console.is_terminal and not as_json:
+                console.print(what, highlight=False)
+
+        plan = parse_preprocess(preprocess, input_size)
+        names = _classes(classes)
+        signers = [SigningKey.load(k) for k in keys]
+        pictures = load_pictures(calibration, plan, sample_limit, names)
+        progress("loading the model")
+        options = Options(targets, name or output.stem, names, observer, keep_float, min_agreement)
+        done = export_model(load_model(model, weights), output, plan, pictures, options, keys=signers, progress=progress)
+    _report(done, len(pictures.images), pictures.skipped, time.monotonic() - started, as_json)
+
+
+def _report(done: Exported, used: int, skipped: tuple[str, ...], seconds: float, as_json: bool) -> None:
+    layers, calibration = done.bundle.manifest.layers, done.recipe.calibration
+    integer = sum(layer.runs_in == "int8" for layer in layers)
+    if as_json:
+        click.echo(json.dumps({
+            "path": str(done.bundle.path), "digest": done.bundle.digest, "bytes": done.bundle.size, "pictures": used,
+            "skipped": list(skipped), "observer": calibration.chosen, "observer_errors": dict(calibration.errors),
+            "integer_layers": integer, "float_layers": len(layers) - integer, "seconds": round(seconds, 1),
+            "checks": {t: dict(c) for t, c in done.checks.items()},
+        }, indent=1))  # fmt: skip
+        return
+    if skipped:
+        click.echo(
+            f"{len(skipped)} pictures were skipped: {' '.join(skipped[:5])}{' ...' if len(skipped) > 5 else ''}", err=True
+        )
+    errors = ", ".join(f"{k} {v:.3f}" for k, v in calibration.errors.items())
+    click.echo(f"{done.bundle.path}  {done.bundle.size:,} bytes  digest {done.bundle.digest[:16]}  {seconds:.0f} s")
+    click.echo(f"{used} calibration pictures; output error by observer: {errors}; kept {calibration.chosen}")
+    norms = done.bundle.norms.norms
+    click.echo(
+        f"{integer} integer layers of {done.recipe.model.bits} bits, {len(layers) - integer} float operators; "
+        f"{len(norms)} updatable norms, {sum(s.channels for s in norms):,} channels"
+    )
+    for target, checks in done.checks.items():
+        told = ", ".join(f"{k} {v:.4g}" for k, v in checks.items())
+        click.echo(f"{target}: every check passed ({told})")

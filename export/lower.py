@@ -1,0 +1,209 @@
+"""From a torch.export program to the graph: one small function for each ATen operator that is understood.
+
+Parts that do not depend on the picture are computed at once and become constants. An operator that is not in the table is
+named, with the layer it sits in, and the model is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from export.ir import Graph, Node
+from refold.errors import ModelError
+
+__all__ = ["BATCH", "HANDLERS", "Lowering", "Several", "handles", "lower"]
+
+Handler = Callable[["Lowering", fx.Node, str], "str | None"]
+HANDLERS: dict[Any, Handler] = {}
+
+
+class _Batch:
+    """Stands for the batch size (or a number made from it), which is not known when a model is exported."""
+
+
+BATCH = _Batch()
+
+
+def handles(*targets: Any) -> Callable[[Handler], Handler]:
+    def register(function: Handler) -> Handler:
+        HANDLERS.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+def lower(program: ExportedProgram) -> Graph:
+    """Raises ModelError naming the operator and the layer that cannot be expressed."""
+    from export import aten  # noqa: F401  (fills HANDLERS)
+
+    return Lowering(program).run()
+
+
+def _static(size: Any) -> int:
+    return int(size) if isinstance(size, int) else -1
+
+
+class Lowering:
+    def __init__(self, program: ExportedProgram) -> None:
+        self.program = program
+        self.env: dict[fx.Node, Any] = {}
+        self.names: dict[int, str] = {}
+        self.tensors: list[Tensor] = []
+        self.graph = Graph("", "", [], {}, {})
+
+    def run(self) -> Graph:
+        signature, state = self.program.graph_signature, dict(self.program.state_dict)
+        state.update({k: v for k, v in self.program.constants.items() if isinstance(v, Tensor)})
+        given = {
+            **signature.inputs_to_parameters,
+            **signature.inputs_to_buffers,
+            **signature.inputs_to_lifted_tensor_constants,
+        }
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                if node.name in given:
+                    self.env[node] = self.remember(state[given[node.name]], given[node.name])
+                elif self.graph.input:
+                    raise ModelError("The model takes more than one input; only one picture goes in.", code="inputs")
+                else:
+                    self.graph.input = self.env[node] = "input"
+                    self._shape("input", node)
+            elif node.op == "call_function":
+                self.env[node] = self._call(node)
+            elif node.op == "output":
+                self._output(node)
+        self.graph.prune()
+        return self.graph
+
+    def remember(self, tensor: Tensor, name: str) -> Tensor:
+        tensor = tensor.detach()
+        self.names[id(tensor)] = name
+        self.tensors.append(tensor)  # keeps the id alive
+        return tensor
+
+    def _shape(self, value: str, node: fx.Node) -> None:
+        self.graph.shapes[value] = tuple(_static(s) for s in node.meta["val"].shape)
+
+    def _output(self, node: fx.Node) -> None:
+        results = [r for r in _flat(node.args[0]) if isinstance(r, fx.Node)]
+        if len(results) != 1 or not isinstance(self.env[results[0]], str):
+            raise ModelError(
+                f"The model returns {len(results)} tensors; an image classifier returns one, the logits. Wrap it in a module "
+                "that returns only those.",
+                code="outputs",
+            )
+        self.graph.output = self.env[results[0]]
+        shape = self.graph.shapes[self.graph.output]
+        if len(shape) != 2 or shape[0] != -1 or shape[1] < 2:
+            raise ModelError(
+                f"The model's output has shape {_told(shape)}; logits are (batch, classes) with at least two classes.",
+                code="outputs",
+            )
+
+    def _call(self, node: fx.Node) -> Any:
+        arguments = [*_flat(node.args), *_flat(node.kwargs.values())]
+        reads = [self.env[a] for a in arguments if isinstance(a, fx.Node)]
+        value = node.meta.get("val")
+        if not isinstance(value, (Tensor, tuple, list)):
+            return BATCH if value is not None and not isinstance(value, (int, float, bool)) else value
+        if not any(isinstance(r, (str, _Batch, Several)) for r in reads):
+            args = fx.map_arg(node.args, lambda n: self.env[n])
+            kwargs = fx.map_arg(node.kwargs, lambda n: self.env[n])
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        handler = HANDLERS.get(node.target)
+        if handler is None:
+            raise ModelError(
+                f"Layer {self.layer(node)} uses {_op_name(node.target)}, which Refold cannot export. Replace it, or wrap the "
+                "model so that this part runs outside.",
+                code="operator",
+            )
+        result = handler(self, node, node.name)
+        if isinstance(result, str):
+            self._shape(result, node)
+        return result
+
+    def layer(self, node: fx.Node) -> str:
+        """The module path the node was written in, else its own name."""
+        stack = node.meta.get("nn_module_stack") or {}
+        path = next((str(v[0]) for v in reversed(list(stack.values())) if v[0]), "")
+        return path.removeprefix("L['self'].") or node.name
+
+    def arg(self, node: fx.Node, index: int, name: str = "", default: Any = None) -> Any:
+        """Argument `index` with values for graph nodes: a value's name, a constant tensor, or a plain number."""
+        raw = node.args[index] if index < len(node.args) else node.kwargs.get(name, default)
+        return fx.map_arg(raw, lambda n: self.env[n]) if raw is not None else default
+
+    def constant(self, tensor: Tensor, role: str, layer: str) -> str:
+        """Name under which a constant is kept: its own, if it is a parameter of the model."""
+        name = self.names.get(id(tensor), f"{layer}.{role}")
+        known = self.graph.constants.get(name)
+        array = tensor.detach().to(torch.float32).numpy()
+        while known is not None and not np.array_equal(known, array, equal_nan=True):
+            name += "_"
+            known = self.graph.constants.get(name)
+        self.graph.constants[name] = array
+        return name
+
+    def owner(self, tensor: Tensor | None, fallback: str) -> str:
+        """Module path of a parameter: "layer1.0.bn1" of layer1.0.bn1.weight."""
+        name = self.names.get(id(tensor), "") if tensor is not None else ""
+        return name.rpartition(".")[0] or fallback
+
+    def add(
+        self,
+        op: str,
+        inputs: Sequence[Any],
+        output: str,
+        *,
+        name: str = "",
+        parameters: dict[str, Tensor | None] | None = None,
+        shape_made: Sequence[int] | None = None,
+        **attributes: Any,
+    ) -> str:
+        layer = name or output
+        held = {role: self.constant(t, role, layer) for role, t in (parameters or {}).items() if t is not None}
+        self.graph.nodes.append(Node(layer, op, tuple(inputs), output, held, attributes))
+        if shape_made is not None:
+            self.graph.shapes[output] = tuple(shape_made)
+        return output
+
+    def shape_of(self, node: fx.Node) -> tuple[int, ...]:
+        return tuple(_static(s) for s in node.meta["val"].shape)
+
+    def reshape(self, source: str, output: str, shape: Sequence[int], layer: str = "") -> str:
+        """Raises ModelError when the batch would be spread over two axes."""
+        if list(shape).count(-1) > 1:
+            raise ModelError(f"Layer {layer or output} spreads the batch over two axes: export cannot follow it.", code="batch")
+        return self.add("reshape", [source], output, shape_made=shape, shape=tuple(shape))
+
+
+class Several(list[Any]):
+    """What split, chunk and unbind give: value names, taken by getitem."""
+
+
+def _flat(values: Any) -> list[Any]:
+    out: list[Any] = []
+    for value in values if isinstance(values, (list, tuple)) or hasattr(values, "__iter__") else [values]:
+        if isinstance(value, (list, tuple)):
+            out += _flat(value)
+        elif isinstance(value, dict):
+            out += _flat(list(value.values()))
+        else:
+            out.append(value)
+    return out
+
+
+def _op_name(target: Any) -> str:
+    return (
+        str(target).replace("aten.", "torch.ops.aten.") if "aten" in str(target) else getattr(target, "__name__", str(target))
+    )
+
+
+def _told(shape: Sequence[int]) -> str:
+    return "(" + ", ".join("batch" if s == -1 else str(s) for s in shape) + ")"

@@ -1,0 +1,133 @@
+"""Calibration pictures: a folder of images (one sub-folder for each class, or not) or an `.npz`; what cannot be used is named."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from refold.errors import InputError
+from refold.limits import LIMITS
+from refold.preprocess import Preprocess, Resize
+
+__all__ = ["Pictures", "load_pictures"]
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
+FEWEST_LEVELS = 8.0  # standard deviation over all pixels of a set below which it shows nothing
+U8 = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """images uint8 (N, H, W, 3); labels int64 (N,) or None; skipped: one sentence for each picture that could not be used."""
+
+    images: U8
+    labels: NDArray[np.int64] | None
+    skipped: tuple[str, ...] = ()
+
+
+def load_pictures(source: Path, preprocess: Preprocess, limit: int = 512, classes: Sequence[str] = ()) -> Pictures:
+    """Reads at most `limit` pictures, spread evenly over what is there.
+
+    Raises:
+        InputError: nothing there, nothing usable, or every picture of one colour.
+    """
+    if source.is_dir():
+        found = _from_folder(source, preprocess, limit, classes)
+    elif source.is_file():
+        found = _from_npz(source, preprocess, limit)
+    else:
+        raise InputError(f"There is no calibration set at {source}.", code="no-images")
+    if not len(found.images):
+        raise InputError(f"No calibration picture in {source} can be used: {found.skipped[0]}", code="no-images")
+    flat = found.images.reshape(len(found.images), -1)
+    if float(flat.std()) < 1e-9 or (len(flat) > 1 and float(flat.astype(np.float32).std(1).max()) < FEWEST_LEVELS / 8):
+        raise InputError(
+            f"The {len(found.images)} calibration pictures in {source} are each of one colour: ranges taken from them would be "
+            "wrong for real pictures. Give pictures like those the device will see.",
+            code="calibration-uniform",
+        )
+    return found
+
+
+def _spread(count: int, limit: int) -> NDArray[np.int64]:
+    return np.unique(np.linspace(0, count - 1, min(count, limit)).astype(np.int64))
+
+
+def _from_folder(folder: Path, preprocess: Preprocess, limit: int, classes: Sequence[str]) -> Pictures:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise InputError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))}).", code="no-images")
+    names = list(classes) or sorted({p.parent.name for p in files if p.parent != folder})
+    images, labels, skipped = [], [], []
+    for index in _spread(len(files), limit):
+        file = files[int(index)]
+        try:
+            images.append(_read(file, preprocess))
+        except InputError as e:
+            skipped.append(e.message)
+            continue
+        labels.append(names.index(file.parent.name) if file.parent.name in names else -1)
+    known = bool(labels) and min(labels) >= 0
+    shape = (0, preprocess.height, preprocess.width, 3)
+    return Pictures(
+        np.stack(images) if images else np.zeros(shape, np.uint8),
+        np.asarray(labels, np.int64) if known else None,
+        tuple(skipped),
+    )
+
+
+def _read(file: Path, preprocess: Preprocess) -> U8:
+    try:
+        with Image.open(file) as picture:
+            if picture.width * picture.height > LIMITS.image_pixels:
+                raise InputError(f"{file.name} has more than {LIMITS.image_pixels} pixels.", code="too-large")
+            if picture.mode != "RGB":
+                raise InputError(f"{file.name} is {picture.mode}, not RGB.", code="not-rgb")
+            return _fitted(picture, preprocess, file.name)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise InputError(f"{file.name} cannot be read as a picture.", code="unreadable", detail=str(e)) from e
+
+
+def _fitted(picture: Image.Image, preprocess: Preprocess, name: str) -> U8:
+    size = (preprocess.width, preprocess.height)
+    if preprocess.resize is Resize.EXACT and picture.size != size:
+        raise InputError(f"{name} is {picture.width}x{picture.height}, not {size[0]}x{size[1]}.", code="wrong-size")
+    if preprocess.resize is Resize.STRETCH:
+        picture = picture.resize(size, Image.Resampling.BILINEAR)
+    elif preprocess.resize is Resize.CENTRE_CROP:
+        ratio = preprocess.resize_short / min(picture.size)
+        near = (max(size[0], round(picture.width * ratio)), max(size[1], round(picture.height * ratio)))
+        picture = picture.resize(near, Image.Resampling.BILINEAR)
+        left, top = (near[0] - size[0]) // 2, (near[1] - size[1]) // 2
+        picture = picture.crop((left, top, left + size[0], top + size[1]))
+    return np.asarray(picture, np.uint8)
+
+
+def _from_npz(file: Path, preprocess: Preprocess, limit: int) -> Pictures:
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = {k: archive[k] for k in archive.files} if hasattr(archive, "files") else {"images": archive}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+        raise InputError(f"The calibration set {file} cannot be read as .npz.", code="unreadable", detail=str(e)) from e
+    name = "images" if "images" in arrays else next((k for k, a in arrays.items() if a.ndim == 4), "")
+    if not name:
+        raise InputError(f"{file} holds no array of pictures: name it `images`, uint8 (N, H, W, 3).", code="no-images")
+    images = arrays[name]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise InputError(
+            f"{name} in {file} is {images.dtype} {images.shape}; calibration pictures are uint8 (N, H, W, 3), RGB.",
+            code="not-rgb",
+        )
+    labels = next((arrays[k] for k in ("labels", "y") if k in arrays and arrays[k].shape == images.shape[:1]), None)
+    index = _spread(len(images), limit) if len(images) else np.zeros(0, np.int64)
+    images = images[index]
+    if len(images) and (preprocess.resize is not Resize.EXACT or images.shape[1:3] != (preprocess.height, preprocess.width)):
+        images = np.stack([_fitted(Image.fromarray(i), preprocess, f"{name} in {file.name}") for i in images])
+    shown = (f"{file.name} is empty.",) if not len(images) else ()
+    return Pictures(np.ascontiguousarray(images), None if labels is None else labels[index].astype(np.int64), shown)

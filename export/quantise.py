@@ -1,0 +1,190 @@
+"""Float graph → integers and norm sites: weights quantised before folding, one scale for each output channel, symmetric."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from export.interpret import Parameters
+from export.ir import Graph, Node
+from export.operators import Role
+from export.placement import Placement
+from export.scales import Scale
+from refold.errors import ModelError
+from refold.norms import ActivationScale, NormKind, NormSite, NormState, NormTable, SiteTensors
+
+__all__ = ["IntegerModel", "WeightCodes", "integer_model", "quantise_weights"]
+
+F32 = NDArray[np.float32]
+EXPLICIT = {
+    "batch_norm": NormKind.BATCH,
+    "layer_norm": NormKind.LAYER,
+    "group_norm": NormKind.GROUP,
+    "rms_norm": NormKind.RMS,
+}
+
+
+@dataclass(frozen=True)
+class WeightCodes:
+    """W ≈ scale[c] * codes[c]; int8, |code| ≤ qmax. Scale 0 where a whole channel is zero.
+
+    The codes are those of the unfolded weights; the sign of a folded norm is multiplied in by `signed`.
+    """
+
+    codes: NDArray[np.int8]
+    scale: F32
+
+    def signed(self, sign: NDArray[np.int8]) -> NDArray[np.int8]:
+        return np.asarray(self.codes * sign.reshape(-1, *[1] * (self.codes.ndim - 1)), np.int8)
+
+    def dequantised(self) -> F32:
+        return np.asarray(self.codes * self.scale.reshape(-1, *[1] * (self.codes.ndim - 1)), np.float32)
+
+
+def quantise_weights(weight: F32, qmax: int) -> WeightCodes:
+    """Per output channel (axis 0), symmetric, narrow range."""
+    flat = np.abs(weight.reshape(weight.shape[0], -1)).max(1)
+    scale = (flat.astype(np.float64) / qmax).astype(np.float32)
+    safe = np.where(scale > 0, scale, 1).astype(np.float64).reshape(-1, *[1] * (weight.ndim - 1))
+    codes = np.clip(np.rint(weight / safe), -qmax, qmax).astype(np.int8)
+    return WeightCodes(codes, scale)
+
+
+@dataclass(frozen=True)
+class IntegerModel:
+    """Everything a writer needs: the graph, where it runs, the integers by layer output, and the norm table.
+
+    `table` is in execution order; `sites` maps a node's output to its site.
+    """
+
+    graph: Graph
+    placement: Placement
+    weights: Mapping[str, WeightCodes]
+    table: NormTable
+    sites: Mapping[str, NormSite]
+    qmax: int
+
+    def codes(self, node: Node) -> NDArray[np.int8]:
+        """The integers that ship: sign included."""
+        return self.weights[node.output].signed(self.sites[node.output].sign)
+
+    @property
+    def bits(self) -> int:
+        return 7 if self.qmax <= 64 else 8
+
+
+def is_integer_layer(placement: Placement, node: Node) -> bool:
+    return node.op in ("conv", "linear") and placement.roles[node.output] is Role.INTEGER
+
+
+def quantised_weights(graph: Graph, placement: Placement, qmax: int) -> dict[str, WeightCodes]:
+    return {
+        n.output: quantise_weights(graph.constants[n.parameters["weight"]], qmax)
+        for n in graph.nodes
+        if is_integer_layer(placement, n)
+    }
+
+
+def dequantised_parameters(graph: Graph, weights: Mapping[str, WeightCodes]) -> Parameters:
+    """Parameters with the weights as an integer engine sees them."""
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in graph.constants.items()}
+    rounded = {output: torch.from_numpy(w.dequantised()) for output, w in weights.items()}
+
+    def of(node: Node) -> dict[str, torch.Tensor]:
+        found = {role: tensors[name] for role, name in node.parameters.items()}
+        if node.output in rounded:
+            found["weight"] = rounded[node.output]
+        return found
+
+    return of
+
+
+def integer_model(
+    graph: Graph,
+    placement: Placement,
+    weights: Mapping[str, WeightCodes],
+    scales: Mapping[str, Scale],
+    qmax: int,
+    floors: Mapping[str, NormSite] | None = None,
+) -> IntegerModel:
+    """Puts the norm table together.
+
+    Args:
+        scales: of the values with a scale of their own.
+        floors: sites of the bundle a fresh export is compared with; its dead channels keep that bundle's floors and signs,
+            which, like the activation scales, are numbers of the calibration and not of the norm state.
+
+    Raises:
+        ModelError: two layers share a norm, or the model has none.
+    """
+    sites: dict[str, NormSite] = {}
+    for node in graph.nodes:
+        site = _site(graph, placement, node, weights, scales)
+        if site is None:
+            continue
+        if site.name in {s.name for s in sites.values()}:
+            if site.has_norm:
+                raise ModelError(
+                    f"The norm {site.name} is used twice: its statistics cannot follow two places at once. Give each its own.",
+                    code="shared-norm",
+                )
+            site = _renamed(site, f"{site.name}@{node.output}")
+        sites[node.output] = _with_floor(site, floors[site.name]) if floors else site
+    activations = tuple(
+        ActivationScale(v, scales[v].scale, scales[v].zero_point, f"{v}.scale", f"{v}.zero_point") for v in placement.scaled
+    )
+    table = NormTable(tuple(sites.values()), activations)
+    if not table.norms:
+        raise ModelError(
+            "The model has no norm layer (BatchNorm, LayerNorm, GroupNorm, RMSNorm): nothing in it could adapt on a device.",
+            code="no-norm",
+        )
+    return IntegerModel(graph, placement, weights, table, sites, qmax)
+
+
+def _renamed(site: NormSite, name: str) -> NormSite:
+    tensors = SiteTensors(*(t and f"{name}{t.removeprefix(site.name)}" for t in vars(site.tensors).values()))
+    return replace(site, name=name, tensors=tensors)
+
+
+def _with_floor(site: NormSite, known: NormSite) -> NormSite:
+    if site.kind is not NormKind.FOLDED:
+        return site
+    a = np.abs(site.exported.gamma) / np.sqrt(site.exported.variance.astype(np.float64) + site.epsilon)
+    dead = site.weight_scale * a <= known.scale_floor
+    return replace(site, scale_floor=known.scale_floor, sign=np.where(dead, known.sign, site.sign).astype(np.int8))
+
+
+def _site(
+    graph: Graph, placement: Placement, node: Node, weights: Mapping[str, WeightCodes], scales: Mapping[str, Scale]
+) -> NormSite | None:
+    held = {role: graph.constants[name] for role, name in node.parameters.items()}
+    if is_integer_layer(placement, node):
+        channels = held["weight"].shape[0]
+        normed = "gamma" in held
+        one, zero = np.ones(channels, np.float32), np.zeros(channels, np.float32)
+        source = placement.scale_of[node.inputs[0]]
+        return NormSite.folded(
+            node.site if normed else node.name,
+            weight_scale=weights[node.output].scale,
+            layer_bias=held.get("bias", zero),
+            exported=_state(held) if normed else NormState(one, zero, zero, one),
+            input_tensor=source,
+            input_scale=scales[source].scale,
+            epsilon=node.attributes["epsilon"] if normed else 0.0,
+            has_norm=normed,
+        )
+    if node.op in EXPLICIT and node.site:
+        kind = EXPLICIT[node.op]
+        tensors = SiteTensors(multiply=f"{node.site}.multiply", add="" if kind is NormKind.RMS else f"{node.site}.add")
+        return NormSite(node.site, kind, _state(held), float(node.attributes["epsilon"]), tensors=tensors)
+    return None
+
+
+def _state(held: Mapping[str, F32]) -> NormState:
+    empty = np.zeros(0, np.float32)
+    return NormState(held["gamma"], held.get("beta", empty), held.get("mean", empty), held.get("variance", empty))

@@ -1,0 +1,128 @@
+"""Scales and zero points of activations from what calibration saw of them, by three observers.
+
+minmax      the whole range: no clipping, coarser steps
+percentile  all but a few outliers
+entropy     the clipping whose 8-bit histogram diverges least from the true one (as TensorRT's calibrator)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["OBSERVERS", "Range", "Scale", "scale_of"]
+
+BINS = 2048
+OUTLIERS = 1e-4  # share of values the percentile observer leaves outside
+F64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """real = scale * (code - zero_point), code in 0..255."""
+
+    scale: float
+    zero_point: int
+
+
+@dataclass
+class Range:
+    """What was seen of one activation: extremes first, then a histogram between them."""
+
+    low: float = 0.0
+    high: float = 0.0
+    counts: F64 = field(default_factory=lambda: np.zeros(BINS))
+
+    def widen(self, values: NDArray[np.float32]) -> None:
+        self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
+
+    def count(self, values: NDArray[np.float32]) -> None:
+        self.counts += np.histogram(values, BINS, (self.low, self.high))[0] if self.high > self.low else 0
+
+    @property
+    def edges(self) -> F64:
+        return np.linspace(self.low, self.high, BINS + 1)
+
+    @property
+    def centres(self) -> F64:
+        edges = self.edges
+        return np.asarray((edges[1:] + edges[:-1]) / 2)
+
+
+def minmax(seen: Range) -> tuple[float, float]:
+    return seen.low, seen.high
+
+
+def percentile(seen: Range) -> tuple[float, float]:
+    total = np.cumsum(seen.counts)
+    if not total[-1]:
+        return seen.low, seen.high
+    share, edges = total / total[-1], seen.edges
+    low = edges[int(np.searchsorted(share, OUTLIERS / 2, side="right"))] if seen.low < 0 else 0.0
+    high = edges[min(int(np.searchsorted(share, 1 - OUTLIERS / 2)) + 1, BINS)]
+    return min(0.0, float(low)), max(0.0, float(high))
+
+
+def entropy(seen: Range) -> tuple[float, float]:
+    if not seen.counts.sum():
+        return seen.low, seen.high
+    best, chosen = np.inf, (seen.low, seen.high)
+    for keep in np.linspace(1.0, 0.3, 15):
+        low, high = seen.low * keep, seen.high * keep
+        divergence = _divergence(seen, low, high)
+        if divergence < best:
+            best, chosen = divergence, (low, high)
+    return chosen
+
+
+def _divergence(seen: Range, low: float, high: float) -> float:
+    """KL of the histogram from what is left of it after clipping to (low, high) and rounding to 256 levels."""
+    centres, counts = seen.centres, seen.counts
+    level = np.clip(np.floor((centres - low) / max(high - low, 1e-30) * 256), 0, 255).astype(int)
+    inside = (centres >= low) & (centres <= high) & (counts > 0)
+    mass = np.bincount(level, weights=counts * inside, minlength=256)
+    width = np.bincount(level, weights=inside.astype(float), minlength=256)
+    approximation = np.where(inside, mass[level] / np.maximum(width[level], 1), 0.0)
+    clipped = counts * inside
+    for edge, outside in ((0, counts[centres < low].sum()), (-1, counts[centres > high].sum())):
+        where = np.flatnonzero(inside)
+        if where.size:
+            clipped[where[edge]] += outside
+    p, q = clipped / clipped.sum(), approximation / max(approximation.sum(), 1e-30)
+    some = p > 0
+    return float((p[some] * np.log(p[some] / np.maximum(q[some], 1e-12))).sum())
+
+
+OBSERVERS: dict[str, Callable[[Range], tuple[float, float]]] = {"minmax": minmax, "percentile": percentile, "entropy": entropy}
+
+
+def squared_error(seen: Range, scale: Scale) -> float:
+    """Mean squared rounding and clipping error of the histogram under a scale."""
+    centres = seen.centres
+    codes = np.clip(np.rint(centres / scale.scale) + scale.zero_point, 0, 255)
+    error = (codes - scale.zero_point) * scale.scale - centres
+    return float((error**2 * seen.counts).sum() / max(seen.counts.sum(), 1))
+
+
+def scale_of(low: float, high: float, clamp: tuple[float, float] | None = None) -> Scale:
+    """The scale whose 256 codes cover low..high and contain 0 exactly.
+
+    Args:
+        clamp: bounds of an absorbed activation function; the codes then never reach outside, so that a runtime may drop it.
+    """
+    low, high = min(0.0, low), max(0.0, high)
+    if clamp is not None:
+        low, high = max(low, clamp[0]), min(high, clamp[1])
+    scale = np.float32(max((high - low) / 255, 1e-8))
+    zero_point = int(np.clip(np.rint(-low / float(scale)), 0, 255))
+    if clamp is not None:
+        while (255 - zero_point) * scale > np.float32(clamp[1]) or -zero_point * scale < np.float32(clamp[0]):
+            room = [
+                clamp[1] / max(255 - zero_point, 1) if np.isfinite(clamp[1]) else np.inf,
+                -clamp[0] / zero_point if zero_point and np.isfinite(clamp[0]) else np.inf,
+            ]
+            scale = np.nextafter(min(scale, np.float32(min(room))), np.float32(0))
+    return Scale(float(scale), zero_point)

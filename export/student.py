@@ -1,0 +1,147 @@
+"""The cloud's student: the integer model as a trainable torch program, with the same codes and the same scales.
+
+    norms.<site>.{gamma, beta}            parameters      <site> with "__" for "."
+    norms.<site>.{mean, variance}         buffers
+    layers.<layer>.{codes, scale, bias}   buffers         int8 codes of the unfolded weights, their scales
+    constants.<name>                                      everything else
+
+Activation scales are arguments of aten.fake_quantize_per_tensor_affine nodes. torch 2.13 cannot trace these (no fake kernel), so
+the program is exported with a clone in each one's place, and the clones are replaced afterwards.
+
+Distilling a float twin would train another function than the device's; here the rounding is in the forward pass and gradients
+go straight through it (Bengio et al. 2013), to the norms alone.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from export.interpret import FakeQuantise, run, simulated
+from export.ir import Node
+from export.quantise import IntegerModel
+from export.scales import Scale
+from refold.errors import ModelError
+
+__all__ = ["Student", "student_program"]
+
+ROLES = ("gamma", "beta", "mean", "variance")
+
+
+class _Holder(nn.Module):
+    """A named place for tensors."""
+
+    def buffer(self, name: str, value: NDArray[np.generic]) -> None:
+        self.register_buffer(name, torch.from_numpy(np.array(value)))
+
+    def child(self, name: str) -> _Holder:
+        if name not in self._modules:
+            self.add_module(name, _Holder())
+        found = self._modules[name]
+        assert isinstance(found, _Holder)
+        return found
+
+
+def flat(name: str) -> str:
+    """A module path as one identifier."""
+    return name.replace(".", "__").replace("@", "__at__")
+
+
+class Student(nn.Module):
+    """float32 (N, 3, H, W) → logits float32 (N, classes); any N."""
+
+    def __init__(self, model: IntegerModel) -> None:
+        super().__init__()
+        self._graph, self._sites = model.graph, model.sites
+        self.norms, self.layers, self.constants = _Holder(), _Holder(), _Holder()
+        self._integer = set(model.weights)
+        self.at: FakeQuantise | None = None
+        self._scales = {a.tensor: Scale(a.scale, a.zero_point) for a in model.table.activations}
+        for node in model.graph.nodes:
+            self._hold(model, node)
+
+    def _hold(self, model: IntegerModel, node: Node) -> None:
+        site = model.sites.get(node.output)
+        kept = set(node.parameters)
+        if site is not None and site.has_norm:
+            place = self.norms.child(flat(site.name))
+            for role in ROLES:
+                value = getattr(site.exported, role)
+                if value.size and role in ("gamma", "beta"):
+                    place.register_parameter(role, nn.Parameter(torch.from_numpy(np.array(value))))
+                elif value.size:
+                    place.buffer(role, value)
+            kept -= set(ROLES)
+        if node.output in model.weights:
+            w, place = model.weights[node.output], self.layers.child(flat(node.output))
+            place.buffer("codes", w.codes)
+            place.buffer("scale", w.scale.reshape(-1, *[1] * (w.codes.ndim - 1)))
+            if "bias" in kept:
+                place.buffer("bias", model.graph.constants[node.parameters["bias"]])
+            kept -= {"weight", "bias"}
+        for role in kept:
+            name = flat(node.parameters[role])
+            if not hasattr(self.constants, name):
+                self.constants.buffer(name, model.graph.constants[node.parameters[role]])
+
+    def _parameters_of(self, node: Node) -> Mapping[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        site = self._sites.get(node.output)
+        for role, name in node.parameters.items():
+            if site is not None and site.has_norm and role in ROLES:
+                found[role] = getattr(self.norms.child(flat(site.name)), role)
+            elif node.output in self._integer and role in ("weight", "bias"):
+                place = self.layers.child(flat(node.output))
+                found[role] = place.codes.to(torch.float32) * place.scale if role == "weight" else place.bias
+            else:
+                found[role] = getattr(self.constants, flat(name))
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run(self._graph, x, self._parameters_of, self.at or simulated(self._scales))
+
+    def marked(self, rounded: list[Scale]) -> Student:
+        """Lets every rounding be a clone, and notes in `rounded` which scale it stands for."""
+
+        def at(value: str, x: Tensor) -> Tensor:
+            if value not in self._scales:
+                return x
+            rounded.append(self._scales[value])
+            return x.clone()
+
+        self.at = at
+        return self
+
+
+def student_program(model: IntegerModel) -> bytes:
+    """`student.pt2`: the exported program, batch size free. Raises ModelError when torch cannot export it."""
+    size = model.graph.shapes[model.graph.input][1:]
+    rounded: list[Scale] = []
+    student = Student(model).eval().marked(rounded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(student, (torch.zeros(2, *size),), dynamic_shapes=({0: Dim("batch")},))
+        except Exception as e:
+            raise ModelError("torch.export cannot express the student of this model.", code="student", detail=str(e)) from e
+        _put_rounding(program, rounded)
+        out = io.BytesIO()
+        torch.export.save(program, out)
+    return out.getvalue()
+
+
+def _put_rounding(program: ExportedProgram, rounded: list[Scale]) -> None:
+    """Graph surgery: the n-th clone becomes the n-th fake-quantisation."""
+    clones = [n for n in program.graph.nodes if n.target == torch.ops.aten.clone.default]
+    for node, scale in zip(clones, rounded[-len(clones) :], strict=True):
+        node.target = torch.ops.aten.fake_quantize_per_tensor_affine.default
+        node.args = (node.args[0], scale.scale, scale.zero_point, 0, 255)
+        node.kwargs = {}
+    program.graph_module.recompile()

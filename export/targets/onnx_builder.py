@@ -1,0 +1,104 @@
+"""Builds an ONNX graph of quantise/dequantise pairs: names, initialisers (inline or to be given later), codes and floats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from export.ir import Node
+from export.quantise import IntegerModel
+
+__all__ = ["IR_VERSION", "OPSET", "OnnxBuilder"]
+
+OPSET = 17  # LayerNormalization; everything else is older. ONNX Runtime 1.20 reads it
+IR_VERSION = 8
+KINDS = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32, np.dtype(np.uint8): TensorProto.UINT8}
+
+
+class OnnxBuilder:
+    """For each value v: `v` (float as computed), `v.q` (codes), `v.dq` (float again). Made only when asked for.
+
+    Args:
+        embedded: adaptable tensors are stored with their exported values; otherwise they are external references without data.
+    """
+
+    def __init__(self, model: IntegerModel, *, embedded: bool = False) -> None:
+        self.model = model
+        self.graph = model.graph
+        self.nodes: list[onnx.NodeProto] = []
+        self.tensors: dict[str, onnx.TensorProto] = {}
+        self._made: set[str] = set()
+        for name, value in model.table.tensors().items():
+            self.tensors[name] = numpy_helper.from_array(np.asarray(value), name) if embedded else _external(name, value)
+
+    def node(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        """Adds a node unless its output is there already. Returns the output's name."""
+        if output not in self._made:
+            self._made.add(output)
+            given = {k: v for k, v in attributes.items() if v is not None}
+            self.nodes.append(helper.make_node(op, list(inputs), [output], name=given.pop("name", output), **given))
+        return output
+
+    def constant(self, name: str, value: Any, dtype: Any = np.float32) -> str:
+        """An inline initialiser; the same name always holds the same value."""
+        if name not in self.tensors:
+            self.tensors[name] = numpy_helper.from_array(np.ascontiguousarray(value, dtype), name)
+        return name
+
+    def integers(self, name: str, *values: int) -> str:
+        return self.constant(name, np.asarray(values, np.int64), np.int64)
+
+    def parameter(self, node: Node, role: str) -> str:
+        """The float constant of a node's role."""
+        name = node.parameters[role]
+        return self.constant(name, self.graph.constants[name])
+
+    def scale(self, value: str) -> tuple[str, str]:
+        """Names of the scale and zero point tensors of a quantised value."""
+        source = self.model.placement.scale_of[value]
+        return f"{source}.scale", f"{source}.zero_point"
+
+    def quantised(self, value: str) -> bool:
+        return self.model.placement.is_quantised(value)
+
+    def codes(self, value: str) -> str:
+        """Name of a quantised value's uint8 codes, from `value` in float unless an operator already made them."""
+        return self.node("QuantizeLinear", [value, *self.scale(value)], f"{value}.q")
+
+    def real(self, value: str) -> str:
+        """Name of what readers of a value see: dequantised codes, or the float itself."""
+        if not self.quantised(value):
+            return value
+        return self.node("DequantizeLinear", [self.codes(value), *self.scale(value)], f"{value}.dq")
+
+    def clamped(self, node: Node, source: str, output: str) -> str:
+        """The absorbed activation function, `source` to `output`. It stays in the graph: a runtime drops it where codes clamp."""
+        low, high = node.activation or (-np.inf, np.inf)
+        if low == 0 and np.isinf(high):
+            return self.node("Relu", [source], output)
+        bounds = [self.constant(f"clip.{b:g}", b) if np.isfinite(b) else "" for b in (low, high)]
+        return self.node("Clip", [source, *bounds] if bounds[1] else [source, bounds[0]], output)
+
+    def finished(self, output: str, shape: Sequence[int | str]) -> bytes:
+        """The model's bytes. `output` is an existing tensor's name."""
+        size = list(self.graph.shapes[self.graph.input])[1:]
+        entry = helper.make_tensor_value_info(self.graph.input, TensorProto.FLOAT, ["batch", *size])
+        answer = helper.make_tensor_value_info(output, TensorProto.FLOAT, list(shape))
+        graph = helper.make_graph(self.nodes, "refold", [entry], [answer], list(self.tensors.values()))
+        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+        made.producer_name = "refold"
+        return bytes(made.SerializeToString(deterministic=True))
+
+
+def _external(name: str, value: NDArray[np.generic]) -> onnx.TensorProto:
+    tensor = TensorProto(name=name, data_type=KINDS[value.dtype], dims=value.shape, data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="adaptable")
+    return tensor
+
+
+Attributes = Mapping[str, Any]

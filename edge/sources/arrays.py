@@ -26,8 +26,11 @@ class ArraySource:
         self._preprocess = preprocess
         self._name = path.name
         try:
-            loaded = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix == ".npy" else None)
-            images = loaded["images"] if path.suffix == ".npz" else loaded
+            if path.suffix == ".npy":
+                images = np.load(path, allow_pickle=False, mmap_mode="r")
+            else:
+                with path.open("rb") as f, np.load(f, allow_pickle=False) as archive:
+                    images = archive["images"]
         except KeyError:
             raise InputError(f"{path} has no array called images.") from None
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:

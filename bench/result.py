@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from refold.atomic import write_atomically
 
-__all__ = ["Claim", "Options", "Result", "console", "progress", "show"]
+__all__ = ["Claim", "Options", "Result", "console", "number", "progress", "show", "stage"]
 
 console = Console()
+if not console.is_terminal:
+    console = Console(width=160)  # a log file has no width of its own, and eighty columns fold every table
 Cell = str | int | float | bool | None
 
 
@@ -103,6 +105,20 @@ def progress() -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+def stage(bar: Progress, task: TaskID, name: str) -> Callable[[str], None]:
+    """For whatever tells what it is doing: its words go beside the bar."""
+
+    def tell(what: str) -> None:
+        bar.update(task, description=f"{name}: {what}")
+
+    return tell
+
+
+def number(value: Cell) -> float:
+    """A cell as a number; NaN where it is none, which no claim survives."""
+    return float(value) if isinstance(value, (int, float)) else float("nan")
 
 
 def show(result: Result) -> None:

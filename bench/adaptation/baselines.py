@@ -42,10 +42,13 @@ class AlphaBN(Source):
 
 
 class Tent(BatchMethod):
-    """Wang et al. 2021: batch statistics, and gamma and beta follow the gradient of the batch's mean entropy."""
+    """Wang et al. 2021: batch statistics, and gamma and beta follow the gradient of the batch's mean entropy.
 
-    def __init__(self, net: nn.Module, *, lr: float = 1e-3, batch: int = 200) -> None:
-        self.net = adaptable(net, Statistics.BATCH)
+    `alpha` below 1 mixes the source's statistics in, as α-BN does; the paper has none of that.
+    """
+
+    def __init__(self, net: nn.Module, *, lr: float = 1e-3, batch: int = 200, alpha: float = 1.0) -> None:
+        self.net = adaptable(net, Statistics.BATCH if alpha == 1 else Statistics.MIXED, alpha)
         self.batch = batch
         self.optimiser = torch.optim.Adam(affine_parameters(self.net), lr=lr, betas=(0.9, 0.999))
 
@@ -90,11 +93,12 @@ class EATA(Tent):
         *,
         lr: float = 1e-3,
         batch: int = 200,
+        alpha: float = 1.0,
         margin: float = 0.4,
         redundancy: float = 0.4,
         fisher: float = 1.0,
     ) -> None:
-        super().__init__(net, lr=lr, batch=batch)
+        super().__init__(net, lr=lr, batch=batch, alpha=alpha)
         self.margin, self.redundancy, self.fisher_weight = margin, redundancy, fisher
         self.anchor = [p.detach().clone() for p in affine_parameters(self.net)]
         self.fisher = fisher_information(self.net, clean)

@@ -51,7 +51,7 @@ def weights(name: str) -> Path:
     """A weights file of the data folder. Raises InputError where REFOLD_DATA is unset."""
     folder = data_folder()
     if folder is None or not (folder / name).is_file():
-        raise InputError(f"The adaptation benchmark needs {name}: set REFOLD_DATA to the folder that holds it.", code="no-data")
+        raise InputError(f"This benchmark needs {name}: set REFOLD_DATA to the folder that holds it.", code="no-data")
     return folder / name
 
 

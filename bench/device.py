@@ -1,0 +1,247 @@
+"""The process that is measured: a real daemon beside a bare session of the same file. Run by `bench.overhead`; no torch in it.
+
+    python -m bench.device time   BUNDLE FRAMES.npz '{"pairs": 9, "frames": 500, "swaps": 50}'
+    python -m bench.device memory BUNDLE FRAMES.npz '{"what": "bare" | "daemon", "frames": 500}'
+
+Every line on standard output is a JSON object: `{"done": i, "of": n}` while it works, the figures at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from bench.paired import paired
+from edge.daemon import Daemon
+from edge.engine import choose_target
+from edge.link_settings import SelectSettings
+from edge.metrics import resident_bytes
+from edge.settings import EdgeSettings, Predictions, Source
+from refold.bundle import Bundle
+from refold.norms import NormState
+from refold.release import Release
+
+__all__ = ["bare_session", "main", "measure_time"]
+
+F32 = NDArray[np.float32]
+PREDICTIONS = "predictions.jsonl"
+SEGMENTS = 5  # steady and swapping stretches in turn
+
+
+def bare_session(bundle: Bundle) -> ort.InferenceSession:
+    """What a user of ONNX Runtime alone writes: the bundle's model, its exported tensors, one thread, nothing else."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    tensors = bundle.norms.tensors({})
+    options.add_external_initializers(
+        list(tensors), [ort.OrtValue.ortvalue_from_numpy(np.asarray(v)) for v in tensors.values()]
+    )
+    model = bundle.read(bundle.target(choose_target(bundle, None)).model)
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def whole_daemon(bundle: Path, frames: Path, folder: Path) -> Daemon:
+    """Everything on: adaptation and taps, selector, outbox on disk, predictions to a file, status file."""
+    return Daemon(
+        EdgeSettings(
+            bundle=str(bundle),
+            data=str(folder / "data"),
+            source=Source(path=str(frames), loop=True),
+            predictions=Predictions(path=str(folder / PREDICTIONS), limit_mb=0),
+            select=SelectSettings(),
+        )
+    )
+
+
+class Loop:
+    """The daemon's own frame loop, in pieces."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._stream = iter(daemon.stream)
+        self.offered = 0
+
+    def serve(self, count: int) -> None:
+        step = self._daemon.path.step
+        for frame in self._stream:
+            if frame is not None:
+                step(frame)
+                count -= 1
+                self.offered += 1
+            if not count:
+                return
+
+    def latencies(self, until: threading.Event) -> list[float]:
+        """Seconds from frame to frame until the event is set."""
+        out = []
+        last = time.perf_counter()
+        while not until.is_set():
+            self.serve(1)
+            now = time.perf_counter()
+            out.append(now - last)
+            last = now
+        return out
+
+    def drain(self) -> None:
+        """Waits until the workers have nothing left to do: a bare block must not pay for the daemon's."""
+        for worker in (self._daemon.building, self._daemon.storage):
+            done = threading.Event()
+            while not worker.offer(done.set):
+                time.sleep(0.002)
+            done.wait(30)
+
+
+def perturbed(bundle: Bundle, version: int) -> Release:
+    """A release within a few per cent of the exported state; every one different."""
+    rng = np.random.default_rng(version)
+    states = {}
+    for site in bundle.norms.norms:
+        e = site.exported
+        factor = rng.uniform(0.97, 1.03, e.gamma.shape).astype(np.float32)
+        states[site.name] = NormState(e.gamma * factor, e.beta + np.float32(0.01) * (factor - 1), e.mean, e.variance)
+    return Release(bundle.digest, "bench", version, states, parent_version=version - 1)
+
+
+def measure_time(bundle_path: Path, frames: Path, folder: Path, pairs: int, count: int, swaps: int) -> dict[str, Any]:
+    """Ratio of the daemon's loop to bare runs, then swaps under load."""
+    bundle = Bundle.open(bundle_path)
+    bare = bare_session(bundle)
+    with np.load(frames) as z:
+        x: F32 = bundle.preprocess.apply(z["images"][:1])
+    name, outputs = bare.get_inputs()[0].name, [bare.get_outputs()[0].name]
+
+    def run_bare() -> None:
+        for _ in range(count):
+            bare.run(outputs, {name: x})
+
+    with whole_daemon(bundle_path, frames, folder) as daemon:
+        loop = Loop(daemon)
+        loop.serve(2 * count)  # the adapter has seen something; the outbox has its first commits behind it
+        cpu = [0.0, 0.0]
+
+        def run_daemon() -> None:
+            started = time.process_time()
+            loop.serve(count)
+            cpu[0] += time.process_time() - started
+
+        def run_bare_counted() -> None:
+            started = time.process_time()
+            run_bare()
+            cpu[1] += time.process_time() - started
+
+        times = paired(
+            run_daemon, run_bare_counted, pairs, before_each=loop.drain, after_pair=lambda i: tell(i, pairs + SEGMENTS)
+        )
+        full_ms, bare_ms = times.each(count)
+        figures: dict[str, Any] = {
+            "ratio": times.ratio,
+            "ratios": [round(r, 4) for r in times.ratios],
+            "daemon_ms": full_ms,
+            "bare_ms": bare_ms,
+            "cpu_ratio": cpu[0] / cpu[1],
+            "integer_layers": daemon.factory.integer_layers,
+            "expected_integer_layers": daemon.factory.expected_integer_layers,
+        }
+        figures |= _swaps(daemon, loop, swaps, pairs) if swaps else {}
+        figures["metrics"] = {k: v for k, v in daemon.metrics().items() if k.startswith(("adapt_", "taps", "samples", "swaps"))}
+        lost = daemon.metrics()["frames_lost"]
+    lines = predictions_written(folder / PREDICTIONS)
+    figures |= {"frames": loop.offered, "predictions": lines, "frames_lost": loop.offered - lines + int(lost)}
+    return figures
+
+
+def predictions_written(path: Path) -> int:
+    with path.open("rb") as f:
+        return sum(1 for _ in f)
+
+
+def _swaps(daemon: Daemon, loop: Loop, swaps: int, told: int) -> dict[str, Any]:
+    """Latency from frame to frame with and without releases being applied by another thread, in turn."""
+    steady: list[float] = []
+    swapping: list[float] = []
+    apply_seconds: list[float] = []
+    version = 0
+    for segment in range(SEGMENTS):
+        releases = [perturbed(daemon.bundle, version + i + 1) for i in range(swaps // SEGMENTS)]
+        version += len(releases)
+        done = threading.Event()
+
+        def apply(releases: list[Release] = releases, done: threading.Event = done) -> None:
+            try:
+                for release in releases:
+                    started = time.perf_counter()
+                    daemon.adaptation.apply(release)
+                    apply_seconds.append(time.perf_counter() - started)
+                    time.sleep(0.05)
+            finally:
+                done.set()
+
+        thread = threading.Thread(target=apply)
+        thread.start()
+        swapping += loop.latencies(done)
+        thread.join()
+        loop.drain()
+        rest, seconds = threading.Event(), max(1.0, 1.2 * sum(apply_seconds[-len(releases) :]))
+        threading.Timer(seconds, rest.set).start()
+        steady += loop.latencies(rest)
+        tell(told + segment + 1, told + SEGMENTS)
+    p99, steady99 = (float(np.percentile(v, 99)) for v in (swapping, steady))
+    return {
+        "swaps": version,
+        "apply_ms": 1e3 * median(apply_seconds),
+        "p50_steady_ms": 1e3 * median(steady),
+        "p99_steady_ms": 1e3 * steady99,
+        "p50_swapping_ms": 1e3 * median(swapping),
+        "p99_swapping_ms": 1e3 * p99,
+        "p99_ratio": p99 / steady99,
+        "max_swapping_ms": 1e3 * max(swapping),
+        "frames_while_swapping": len(swapping),
+    }
+
+
+def measure_memory(bundle_path: Path, frames: Path, folder: Path, what: str, count: int) -> dict[str, Any]:
+    """Resident memory after some frames, of a bare session or of the whole daemon. Both have imported the same."""
+    if what == "daemon":
+        with whole_daemon(bundle_path, frames, folder) as daemon:
+            loop = Loop(daemon)
+            loop.serve(count)
+            loop.drain()
+            return {"resident_mb": resident_bytes() / 2**20}
+    bundle = Bundle.open(bundle_path)
+    bare = bare_session(bundle)
+    with np.load(frames) as z:
+        x = bundle.preprocess.apply(z["images"][:1])
+    for _ in range(count):
+        bare.run(None, {bare.get_inputs()[0].name: x})
+    return {"resident_mb": resident_bytes() / 2**20}
+
+
+def tell(done: int, of: int) -> None:
+    sys.stdout.write(json.dumps({"done": done, "of": of}) + "\n")
+    sys.stdout.flush()
+
+
+def main(arguments: list[str]) -> None:
+    mode, bundle, frames, options = arguments[0], Path(arguments[1]), Path(arguments[2]), json.loads(arguments[3])
+    with tempfile.TemporaryDirectory(prefix="refold-device-") as folder:
+        if mode == "time":
+            figures = measure_time(bundle, frames, Path(folder), options["pairs"], options["frames"], options["swaps"])
+        else:
+            figures = measure_memory(bundle, frames, Path(folder), options["what"], options["frames"])
+    sys.stdout.write(json.dumps(figures) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

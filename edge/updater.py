@@ -92,11 +92,18 @@ class Result(Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an order. `version` is what runs now; `error` says why it is not what was ordered."""
+    """What became of an order.
+
+    Attributes:
+        version: what runs now.
+        error: why that is not what was ordered.
+        refused: version of a genuine release that this device will never run, else 0: a later one may be asked for.
+    """
 
     result: Result
     version: int
     error: RefoldError | None = None
+    refused: int = 0
 
     @property
     def settled(self) -> bool:
@@ -178,7 +185,15 @@ class Updater:
                 return Outcome(Result.FAILED, self.version, e)
             except RefoldError as e:
                 log.warning("A release was refused: %s", e.message)
-                return Outcome(Result.FAILED if e.code == "try-again" else Result.REFUSED, self.version, e)
+                if e.code == "try-again":
+                    return Outcome(Result.FAILED, self.version, e)
+                return Outcome(Result.REFUSED, self.version, e, self._genuine_version(response.release))
+
+    def _genuine_version(self, signed: norms_pb2.SignedRelease) -> int:
+        try:
+            return open_signed(signed, self._home.ring).version
+        except RefoldError:
+            return 0
 
     def offer(self, signed: norms_pb2.SignedRelease) -> Outcome:
         """Installs a release that came by other ways than the poll, when it is newer than all before.

@@ -95,6 +95,7 @@ class Uplink:
         self._lock = threading.Lock()
         self._counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
         self._last_error = ""
+        self._passed_over = 0
         self._refused = Backoff(settings.refused_first_s, settings.refused_most_s)
         self._samples = self._loop("samples", self._send_samples)
         self._statistics = self._loop("statistics", self._send_statistics)
@@ -280,11 +281,16 @@ class Uplink:
     # ── releases ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _poll_release(self) -> Pause:
-        began, wait = time.monotonic(), self.settings.poll_wait_s
+        """One long poll.
+
+        A release this device refuses must not stand in the way of the next one (releases for several domains come one after
+        another): from then on polls name the refused version as installed, until the cloud answers with an older one.
+        """
+        began, wait, runs = time.monotonic(), self.settings.poll_wait_s, self._callbacks.version()
         request = pb.PollReleaseRequest(
             bundle_digest=self._bundle_digest,
             cohort=self._identity.cohort,
-            installed_version=self._callbacks.version(),
+            installed_version=max(runs, self._passed_over),
             wait_ms=int(wait * 1000),
         )
         response = self._call("adaptation", "PollRelease", request, must=True, wait=wait)
@@ -293,13 +299,16 @@ class Uplink:
             quick = time.monotonic() - began < min(wait, 1.0)
             return Pause(max(response.next_in_ms / 1000, self.settings.poll_pause_s if quick else 0.0))
         outcome = self._callbacks.follow(response)
-        if outcome.settled and outcome.version != request.installed_version:
+        passed_over, self._passed_over = self._passed_over, outcome.refused
+        if outcome.settled and (outcome.version != runs or passed_over):
             self._refused.reset()
-            self._count(releases=1)
+            self._count(releases=outcome.version != runs)
             self._heartbeat.wake()
             return Pause(0)
-        # The same answer would come again at once: a refused release, or a cloud that does not know what it asked for.
         self._count(releases_refused=1)
+        if outcome.refused > passed_over:
+            return Pause(max(self.settings.poll_pause_s, response.next_in_ms / 1000), wakeable=False)
+        # The same answer would come again at once: nothing genuine, a full disk, or a cloud that does not listen.
         return Pause(max(self._refused.next(), response.next_in_ms / 1000), wakeable=False)
 
     # ── heartbeat ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -147,6 +147,7 @@ def test_a_failing_release_is_remembered_and_not_tried_again(device):
     device.fails = {2}
     outcome = device.order(2)
     assert outcome.result is Result.REFUSED and "canary" in outcome.error.message and outcome.version == 1 == device.running
+    assert outcome.refused == 2 == device.order(2).refused
     device.fails = set()
     before = list(device.applied)
     assert device.order(2).error.code == "failed-before" and device.applied == before
@@ -195,6 +196,9 @@ def test_a_forged_release_that_claims_the_highest_version_raises_no_floor(device
 
 
 def test_a_release_for_another_bundle_is_refused(device):
+    forged = seal(release(device.bundle, 7), SigningKey.generate())
+    outcome = device.updater.follow(PollReleaseResponse(release=forged))
+    assert outcome.error.code == "unsigned" and outcome.refused == 0
     assert device.order(1, bundle_digest="e" * 64).error.code == "wrong-bundle"
     assert device.order(1, cohort="cellar").error.code == "wrong-cohort"
     assert device.order(1, expires_unix_ms=5).error.code == "expired"

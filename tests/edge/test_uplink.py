@@ -269,7 +269,8 @@ def test_a_budget_is_not_exceeded_and_the_best_go_first(cloud, make):
     until(lambda: len(cloud.samples) >= 4)
     until(lambda: (device.budget.available() or 0) < 4000)
     assert device.budget.spent() <= 20_000
-    assert set(cloud.samples) == set(digests[-len(cloud.samples) :]) and len(device.outbox) == 30 - len(cloud.samples)
+    until(lambda: len(device.outbox) == 30 - len(cloud.samples))
+    assert set(cloud.samples) == set(digests[-len(cloud.samples) :])
 
 
 def test_a_budget_of_nothing_silences_samples_but_not_the_device(cloud, make):
@@ -350,6 +351,37 @@ def test_a_refused_release_is_not_asked_for_in_a_hurry(cloud, make):
     until(lambda: cloud.calls["Heartbeat"] > 5)
     assert cloud.calls["PollRelease"] == len(device.answers) == 1
     assert device.uplink.metrics()["releases_refused"] == 1
+
+
+def test_a_refused_release_does_not_stand_in_the_way_of_the_next(cloud, make):
+    """Version 5 fails here; the cloud offers the lowest version above the installed one, so the device says it is past 5."""
+    versions = [5]
+    cloud.answer_poll = lambda request: next((answer(v) for v in versions if v > request.installed_version), None)
+    device = make(start=False, refused_first_s=1000.0)
+    follow = device.follow
+
+    def picky(response):
+        if response.release.payload == b"5":
+            return Outcome(Result.REFUSED, device.version, ReleaseError("No.", code="canary"), 5)
+        return follow(response)
+
+    device.follow = picky
+    device.uplink._callbacks = Callbacks(lambda: device.version, picky, lambda: device.status)
+    device.uplink.start()
+    until(lambda: cloud.polls and cloud.polls[-1].installed_version == 5)
+    assert device.version == 0 and cloud.heartbeats[-1].release_version == 0
+    versions.append(6)
+    until(lambda: device.version == 6)
+
+
+def test_a_rollback_below_a_refused_release_is_followed(cloud, make):
+    """The device runs 4 and refused 5, so it polls as 5; the cloud takes 5 back, and all is as if it had never been."""
+    cloud.answer_poll = lambda request: answer(4) if request.installed_version == 5 else None
+    device = make(start=False, refused_first_s=1000.0)
+    device.version, device.uplink._passed_over = 4, 5
+    device.uplink.start()
+    until(lambda: cloud.polls and cloud.polls[-1].installed_version == 4)
+    assert device.version == 4 and cloud.calls["PollRelease"] == 2
 
 
 def test_an_empty_answer_at_once_does_not_make_it_spin(cloud, make):

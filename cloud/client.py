@@ -37,7 +37,7 @@ class Operator:
         host = {"0.0.0.0": "localhost", "[::]": "localhost", "::": "localhost"}.get(host, host)
         self._address = f"{host}:{settings.server.port}"
         self._channel = grpc.secure_channel(self._address, credentials)
-        self.admin = admin_pb2_grpc.AdminStub(self._channel)
+        self.admin = admin_pb2_grpc.AdminStub(self._channel)  # type: ignore[no-untyped-call]
 
     def call(self, method: Callable[..., T], request: object) -> T:
         try:

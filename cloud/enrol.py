@@ -32,7 +32,7 @@ def make_token(store: Store, cohort: str, hours: float, uses: int) -> str:
     """A join token, told once and stored as its hash.
 
     Raises:
-        UsageError: a cohort's name with other characters than letters, digits, dots, dashes and underscores; no lifetime or use.
+        UsageError: a cohort's name with other characters than letters, digits, dots, dashes and underscores; no lifetime.
     """
     if cohort and not COHORT.fullmatch(cohort):
         raise UsageError(f"{cohort!r} is not a cohort's name: letters, digits, '.', '-' and '_', at most 64.")

@@ -1,13 +1,13 @@
 """The release gate: a candidate runs in the very engine the device runs, on pictures its training never saw.
 
     admissible    the norm table takes every state (`refold.norms.check_state`) and no bias overflows
-    agreement     with the teacher's argmax on held-back uploads must rise against what devices serve now; when it stays equal, the
-                  cross-entropy against the teacher's probabilities must fall
+    agreement     with the teacher's argmax on held-back uploads must rise against what devices serve now; when it stays
+                  equal, the cross-entropy against the teacher's probabilities must fall
     clean         accuracy on the calibration slice may fall by `clean_points`
     collapse      the entropy of the predicted classes may not fall below a share of the teacher's
 
-"What devices serve now" is the domain's newest release, else what a device makes of the exported state by itself: its overlay of the
-domain's statistics (docs/adr/005-gate.md).
+"What devices serve now" is the domain's newest release, else what a device makes of the exported state by itself: its overlay
+of the domain's statistics (docs/adr/005-gate.md).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Samples and statistics in. Everything is idempotent by digest, nothing is believed, and bad input is refused by name.
 
-A share of the samples, chosen by digest, is held back: training never sees it, the release gate judges with it. The choice is a function
-of the content, so a picture that two devices send cannot end up on both sides.
+A share of the samples, chosen by digest, is held back: training never sees it, the release gate judges with it. The choice is
+a function of the content, so a picture that two devices send cannot end up on both sides.
 """
 
 from __future__ import annotations

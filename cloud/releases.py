@@ -1,8 +1,8 @@
 """Which release a device should have, and how one comes to be: version, signature, roll-out, rollback.
 
-A cohort's releases are for domains. A device that polls gets, one after another, the newest good release of each domain that it has
-not yet seen, in the order of versions; the last of them is the cohort's current version. After a rollback it is first led back below
-everything that was rolled back.
+A cohort's releases are for domains. A device that polls gets, one after another, the newest good release of each domain that
+it has not yet seen, in the order of versions; the last of them is the cohort's current version. After a rollback it is first
+led back below everything that was rolled back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ from refold.v1 import norms_pb2
 
 __all__ = ["Next", "Outcome", "Releases", "check_cohort", "next_version"]
 
+Notify = Callable[[str, str], None]
 REASON = 300  # characters of an operator's reason
+
+
+def _nobody(bundle_digest: str, cohort: str) -> None:
+    """Nobody listens."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,15 @@ class Outcome:
 
 
 class Releases:
-    """Makes, hands out and takes back releases. `notify(bundle_digest, cohort)` is called whenever a pointer moved."""
+    """Makes, hands out and takes back releases.
 
-    def __init__(self, store: Store, key: SigningKey, notify: Callable[[str, str], None] = lambda bundle, cohort: None) -> None:
-        self._store, self._key, self._notify = store, key, notify
+    Args:
+        notify: called with (bundle digest, cohort) whenever a pointer moved.
+        rolled_back: the same, when it moved back.
+    """
+
+    def __init__(self, store: Store, key: SigningKey, notify: Notify = _nobody, rolled_back: Notify = _nobody) -> None:
+        self._store, self._key, self._notify, self._rolled_back = store, key, notify, rolled_back
         self._publishing = threading.Lock()
 
     def publish(self, outcome: Outcome) -> int:
@@ -132,6 +142,7 @@ class Releases:
             ReleaseError: there is no such earlier good version.
         """
         version = self._store.roll_back(bundle_digest, cohort, to_version, reason[:REASON] or "rolled back by an operator")
+        self._rolled_back(bundle_digest, cohort)
         self._notify(bundle_digest, cohort)
         return version
 

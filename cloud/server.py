@@ -73,7 +73,7 @@ class Cloud:
             register(self._store, self._objects, entry.path, [(t.spec, t.weights) for t in entry.teachers])
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="rooms")
         self._board = Board()
-        releases = Releases(self._store, self._key, self._board.notify)
+        releases = Releases(self._store, self._key, self._board.notify, lambda b, c: self._supervisor.renew(b, c))
         self._supervisor = Supervisor(self.settings, self._store, self._objects, releases)
         ingest = Ingest(
             self._store, self._objects, self.settings.quota, self.settings.workers.held_back, self._supervisor.notify
@@ -115,7 +115,8 @@ class Cloud:
             detail = ""
         if not bound:
             raise UsageError(
-                f"{address} cannot be listened on: another program does, or the address is not this machine's. Change server.{name}.",
+                f"{address} cannot be listened on: another program does, or the address is not this machine's. "
+                f"Change server.{name}.",
                 code="port-in-use",
                 detail=detail,
             )
@@ -123,9 +124,9 @@ class Cloud:
 
     async def _start_main(self, rooms: Rooms) -> None:
         server = self._server()
-        fleet_pb2_grpc.add_FleetServicer_to_server(FleetService(rooms), server)
-        adaptation_pb2_grpc.add_AdaptationServicer_to_server(AdaptationService(rooms), server)
-        admin_pb2_grpc.add_AdminServicer_to_server(AdminService(rooms), server)
+        fleet_pb2_grpc.add_FleetServicer_to_server(FleetService(rooms), server)  # type: ignore[no-untyped-call]
+        adaptation_pb2_grpc.add_AdaptationServicer_to_server(AdaptationService(rooms), server)  # type: ignore[no-untyped-call]
+        admin_pb2_grpc.add_AdminServicer_to_server(AdminService(rooms), server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
         mutual = grpc.ssl_server_credentials([self._pair], self._authority.pem, require_client_auth=True)
@@ -134,7 +135,7 @@ class Cloud:
 
     async def _start_enrolment(self, rooms: Rooms) -> None:
         server = self._server()
-        fleet_pb2_grpc.add_FleetServicer_to_server(EnrolService(rooms), server)
+        fleet_pb2_grpc.add_FleetServicer_to_server(EnrolService(rooms), server)  # type: ignore[no-untyped-call]
         one_sided = grpc.ssl_server_credentials([self._pair])
         self.enrol_port = self._bind(server, self.settings.server.enrol_port, one_sided, "enrol_port")
         await server.start()

@@ -1,3 +1,4 @@
+# ruff: noqa: N802  (a method is called what the protocol calls it)
 """The three gRPC services. Each method: who asks, one call of plain code on a thread, one answer."""
 
 from __future__ import annotations

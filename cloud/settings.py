@@ -46,10 +46,10 @@ class ServerSettings(_Section):
     enrol_port: int = Field(default=7444, ge=0, le=65535, description="server TLS only: join token in, device certificate out")
     metrics_port: int = Field(default=0, ge=0, le=65535, description="Prometheus text on loopback; 0 is off")
     grace_s: float = Field(default=5.0, ge=0, description="seconds that running calls get after SIGTERM")
-    message_bytes: int = Field(
-        default=64 * 1024**2, ge=1024**2, description="largest gRPC message, bytes; a full upload of 32 pictures of 2 MB"
+    message_bytes: int = Field(default=64 * 1024**2, ge=1024**2, description="largest gRPC message, bytes; 32 pictures of 2 MB")
+    concurrent_calls: int = Field(
+        default=4096, ge=1, description="calls at once, long polls included; more are refused, not queued"
     )
-    concurrent_calls: int = Field(default=4096, ge=1, description="calls at once, long polls included; more are refused, not queued")
 
 
 class TlsSettings(_Section):
@@ -62,53 +62,61 @@ class TlsSettings(_Section):
         default=(), description="further public keys that devices should trust, 64 hex digits each: for rotation"
     )
     device_days: float = Field(
-        default=90.0, gt=0, description="days a device certificate lasts; devices renew after two thirds, a lost one dies with it"
+        default=90.0, gt=0, description="days a device certificate lasts; devices renew it, a lost one dies with it"
     )
 
 
 class StorageSettings(_Section):
     database: str = Field(
-        default="sqlite:///refold.db", description="SQLAlchemy URL; postgresql+psycopg://... for many thousand devices"
+        default="sqlite:///refold.db", description="SQLAlchemy URL; postgresql+psycopg://... for large fleets"
     )
     objects: Path = Field(default=Path("objects"), description="directory of pictures and bundles, by content")
     samples_per_cohort: int = Field(
         default=20_000, ge=100, description="newest samples kept per bundle and cohort; CEMA replays 10,000"
     )
     retention_days: float = Field(default=30.0, gt=0, description="days a sample is kept: pictures are personal data")
-    statistics_per_cohort: int = Field(default=10_000, ge=100, description="newest statistics reports kept per bundle and cohort")
+    statistics_per_cohort: int = Field(
+        default=10_000, ge=100, description="newest statistics reports kept per bundle and cohort"
+    )
     free_bytes: int = Field(
-        default=256 * 1024**2, ge=0, description="bytes that stay free on the disk; uploads are refused before it is full"
+        default=256 * 1024**2, ge=0, description="bytes that stay free on the disk; uploads are refused first"
     )
 
 
 class DeviceSettings(_Section):
-    heartbeat_ms: int = Field(default=30_000, ge=1000, description="interval between heartbeats; a device adds its own jitter")
+    heartbeat_ms: int = Field(default=30_000, ge=1000, description="between two heartbeats; a device adds its jitter")
     poll_wait_ms: int = Field(
         default=25_000,
         ge=0,
         le=110_000,
-        description="longest time a poll is held open; below the 4 minutes after which clouds drop idle TCP",
+        description="a poll is held open this long at most; clouds drop idle TCP after 4 minutes",
     )
     poll_next_ms: int = Field(default=1000, ge=0, description="pause a device makes between two polls")
 
 
 class QuotaSettings(_Section):
     calls_per_minute: float = Field(default=600.0, gt=0, description="per device, after a burst of the same size")
-    bytes_per_hour: float = Field(default=256 * 1024**2, gt=0, description="uploaded bytes per device, after a burst of the same size")
-    samples_per_device: int = Field(default=50_000, ge=1, description="stored samples per device; the newest are refused beyond")
-    retry_ms: int = Field(default=60_000, ge=100, le=3_600_000, description="longest delay asked of a device that is over its quota")
+    bytes_per_hour: float = Field(
+        default=256 * 1024**2, gt=0, description="uploaded per device, after a burst of the same size"
+    )
+    samples_per_device: int = Field(
+        default=50_000, ge=1, description="stored samples per device; the newest are refused beyond"
+    )
+    retry_ms: int = Field(default=60_000, ge=100, le=3_600_000, description="longest delay asked of a device over its quota")
 
 
 class WorkerSettings(_Section):
     mode: Literal["process", "thread", "none"] = Field(
-        default="process", description="process: torch stays out of the server and its crash costs nothing; thread: for tests"
+        default="process", description="process: torch stays out of the server; thread: for tests"
     )
     threads: int = Field(default=1, ge=1, description="torch and ONNX Runtime threads of each worker")
     nice: int = Field(default=10, ge=0, le=19, description="priority given up by workers so that devices are answered first")
-    look_s: float = Field(default=2.0, gt=0, description="seconds between two looks for new evidence when nobody woke the worker")
+    look_s: float = Field(default=2.0, gt=0, description="seconds between two looks for evidence when nobody woke the worker")
     interval_s: float = Field(default=10.0, ge=0, description="seconds between two trainings of the same domain")
-    held_back: float = Field(default=0.25, gt=0, lt=1, description="share of samples, by digest, never trained on: the gate's own")
-    restarts: int = Field(default=5, ge=0, description="restarts of a crashing worker before it is left alone until the next start")
+    held_back: float = Field(
+        default=0.25, gt=0, lt=1, description="share of samples, by digest, never trained on: the gate's own"
+    )
+    restarts: int = Field(default=5, ge=0, description="restarts of a crashing worker before it is left alone")
     restart_s: float = Field(default=2.0, ge=0, description="delay before the first restart, seconds; doubles each time")
     distiller: str = Field(
         default="cloud.lesson:make_lesson", description="package.module:callable that makes the distiller and its teachers"
@@ -120,15 +128,13 @@ class GateSettings(_Section):
     held_back_most: int = Field(default=512, ge=16, description="newest held-back samples used; more cost time and add little")
     agreement_points: float = Field(
         default=0.0,
-        description="points by which agreement with the teacher must rise; at 0 an equal one passes if the divergence falls",
+        description="points by which agreement with the teacher must rise; at 0 an equal one may pass",
     )
     clean_points: float = Field(default=0.5, ge=0, description="points by which accuracy on the calibration slice may fall")
     shifted_clean_points: float = Field(
-        default=2.0, ge=0, description="the same for a release of a shifted domain, whose affine parameters never serve clean pictures"
+        default=2.0, ge=0, description="the same for a release of a shifted domain, which serves no clean pictures"
     )
-    entropy_share: float = Field(
-        default=0.7, ge=0, le=1, description="entropy of the predicted classes against the teacher's; less is a collapse"
-    )
+    entropy_share: float = Field(default=0.7, ge=0, le=1, description="entropy of the predicted classes against the teacher's")
 
 
 class TeacherSpec(_Section):

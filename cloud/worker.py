@@ -1,7 +1,7 @@
 """One worker: evidence of one (bundle, cohort) in, judged candidates out. Runs in a process of its own, where torch is loaded.
 
-Everything it knows it can learn again from the store, so its death costs nothing: buffers are rebuilt from the stored evidence, and what
-the newest decision of a domain has already seen does not count as new.
+Everything it knows it can learn again from the store, so its death costs nothing: buffers are rebuilt from the stored evidence,
+and what the newest decision of a domain has already seen does not count as new.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class Worker:
 def work(job: Job, link: connection.Connection, *, own_process: bool = True) -> None:
     """A worker's life, until it is told to stop or its parent is gone.
 
-    Over `link` come "wake" and "stop"; back go ("status", text), ("outcome", Outcome) and, when it cannot even begin, ("fatal", text).
+    Over `link` come "wake" and "stop"; back go ("status", text), ("outcome", Outcome) and, if it cannot begin, ("fatal", text).
     """
     if own_process:
         _settle_in(job)

@@ -124,7 +124,9 @@ class Keeper:
 
     def _hear(self, message: tuple[str, Any]) -> str:
         kind, content = message
-        if kind == "outcome":
+        if kind == "outcome" and self._recall:
+            log.info("%s: a candidate from before the rollback is dropped", self._job.cohort)
+        elif kind == "outcome":
             try:
                 version = self._publish(content)
                 log.info("%s: %s", self._job.cohort, f"release {version}" if version else f"refused: {content.reason}")

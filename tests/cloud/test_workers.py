@@ -1,0 +1,178 @@
+"""Workers in real processes, the gate with the real engine: evidence goes up, a release comes down."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from fleet_of import COHORT, Caller, Fleet, sample, shifted, statistics
+from small_nets import images
+
+from cloud.bundles import register
+from cloud.ingest import held_back
+from edge.adapt.evidence import TapLayout
+from edge.engine import EngineFactory
+from edge.serving import ServingState
+from refold.bundle import Bundle
+from refold.release import admit, open_signed
+from refold.signing import KeyRing
+from refold.v1 import adaptation_pb2, admin_pb2
+
+ENVIRONMENT = {
+    "REFOLD_CLOUD_WORKERS__DISTILLER": "school_of_tests:make",
+    "REFOLD_CLOUD_WORKERS__LOOK_S": "0.2",
+    "REFOLD_CLOUD_WORKERS__INTERVAL_S": "0",
+    "REFOLD_CLOUD_WORKERS__RESTART_S": "0.2",
+    "REFOLD_CLOUD_WORKERS__RESTARTS": "2",
+    "REFOLD_CLOUD_GATE__HELD_BACK": "8",
+    "REFOLD_CLOUD_GATE__SHIFTED_CLEAN_POINTS": "100",
+}
+
+
+@pytest.fixture
+def working(tmp_path: Path, small: Bundle, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+    """A service with worker processes that load the tests' distiller."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    with Fleet(tmp_path / "fleet", ENVIRONMENT) as running:
+        register(running.store, running.cloud._objects, small.path, [("none", "")])
+        yield running
+
+
+def send_population(device: Caller, bundle: Bundle, count: int = 48, seed: int = 3, domain: str = "d1") -> None:
+    """Pictures in the mist and the statistics a device would have tapped from them."""
+    misty = shifted(images(count, 16, seed))
+    taps = EngineFactory(bundle).build_taps(ServingState())
+    layout = TapLayout(bundle.norms)
+    moments = np.mean([layout.unfold(m, {}) for m in taps.run(bundle.preprocess.apply(misty))], axis=0)
+    sites = list(zip(layout.sites, layout.slices, strict=True))
+    report = statistics(
+        bundle,
+        {s.name: moments[0, cut] for s, cut in sites},
+        {s.name: np.maximum(moments[1, cut] - moments[0, cut] ** 2, 0) for s, cut in sites},
+        domain=domain,
+    )
+    device.adaptation.UploadStatistics(adaptation_pb2.UploadStatisticsRequest(report=report), timeout=20)
+    assert len(device.upload(*[sample(bundle, p, domain) for p in misty]).stored) == count
+
+
+def decisions(fleet: Fleet, count: int) -> list[admin_pb2.ReleaseRow]:
+    operator, end = fleet.operator(), time.monotonic() + 60
+    while True:
+        rows = list(operator.admin.ListReleases(admin_pb2.ListReleasesRequest(), timeout=20).releases)
+        if len(rows) >= count:
+            return rows
+        assert time.monotonic() < end, operator.admin.Status(admin_pb2.StatusRequest(), timeout=20)
+        time.sleep(0.1)
+
+
+def workers_of(pid: int) -> list[psutil.Process]:
+    """The worker processes: spawned children that are not multiprocessing's resource tracker."""
+    return [p for p in psutil.Process(pid).children() if "spawn_main" in " ".join(p.cmdline())]
+
+
+def test_evidence_becomes_a_release_that_a_waiting_device_gets(working: Fleet, small: Bundle) -> None:
+    device = working.device()
+    send_population(device, small)
+    answer = device.poll(small, wait_ms=25_000)
+    if not answer.HasField("release"):  # a busy machine: one poll's wait was not enough
+        answer = device.poll(small, wait_ms=25_000)
+    release = open_signed(answer.release, KeyRing(device.answer.release_keys))
+    admit(release, small.norms, bundle_digest=small.digest, cohort=COHORT, now_unix_ms=0)
+    assert (release.version, release.domain, release.statistics_frames) == (1, "d1", 64)
+    assert release.metrics["agreement"] > release.metrics["agreement_before"]
+    assert release.metrics["loss"] == 0.5
+    (row,) = decisions(working, 1)
+    assert row.state == "current" and "agreement" in row.reason
+
+
+def test_the_held_back_share_is_never_taught(working: Fleet, small: Bundle) -> None:
+    device = working.device()
+    send_population(device, small)
+    (row,) = decisions(working, 1)
+    rows = working.store.samples_after(small.digest, COHORT, 0, 1000)
+    kept = [r for r in rows if r.held_back]
+    assert row.evidence.samples == len(rows) - len(kept)
+    assert row.evidence.metrics["held_back"] == len(kept) > 0
+    assert all(r.held_back == held_back(r.digest, 0.25) for r in rows)
+
+
+def test_a_killed_worker_starts_again_and_releases_nothing_twice(working: Fleet, small: Bundle) -> None:
+    device = working.device()
+    send_population(device, small)
+    decisions(working, 1)
+    (worker,) = workers_of(os.getpid())
+    worker.send_signal(signal.SIGKILL)
+    worker.wait(10)
+    end = time.monotonic() + 60
+    while (status := working.cloud._supervisor.status(small.digest, COHORT)) != "waiting for evidence":
+        assert time.monotonic() < end, status
+        time.sleep(0.05)
+    time.sleep(1.0)  # five looks: enough for a second release, were there one
+    assert len(decisions(working, 1)) == 1
+    send_population(device, small, seed=11)
+    rows = decisions(working, 2)
+    assert rows[1].evidence.samples > rows[0].evidence.samples  # the buffers were rebuilt from the store
+
+
+def test_a_worker_that_always_crashes_is_left_alone_and_the_service_goes_on(
+    working: Fleet, small: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCHOOL", "crash")
+    device = working.device()
+    send_population(device, small)
+    end = time.monotonic() + 60
+    while not (status := working.cloud._supervisor.status(small.digest, COHORT)).startswith("stopped"):
+        assert time.monotonic() < end, status
+        time.sleep(0.05)
+    assert "crashed too often" in status
+    send_population(device, small, seed=5)
+
+
+def test_a_candidate_gone_wrong_is_refused_with_the_reason(
+    working: Fleet, small: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCHOOL", "collapse")
+    device = working.device()
+    send_population(device, small)
+    (row,) = decisions(working, 1)
+    assert row.state == "refused" and "agreement with the teacher does not rise" in row.reason
+    assert not device.poll(small).HasField("release")
+
+
+def test_a_rollback_makes_the_worker_forget(working: Fleet, small: Bundle) -> None:
+    device, operator = working.device(), working.operator()
+    send_population(device, small)
+    decisions(working, 1)
+    (before,) = workers_of(os.getpid())
+    request = admin_pb2.RollbackRequest(bundle_digest=small.digest, cohort=COHORT, to_version=0, reason="test")
+    operator.admin.Rollback(request, timeout=20)
+    before.wait(10)
+    send_population(device, small, seed=12)
+    rows = decisions(working, 2)
+    assert [(r.version, r.state) for r in rows] == [(1, "rolled-back"), (2, "current")]
+
+
+def test_an_unknown_distiller_stops_the_worker_with_a_sentence(tmp_path: Path, small: Bundle) -> None:
+    environment = {**ENVIRONMENT, "REFOLD_CLOUD_WORKERS__DISTILLER": "no.such:thing"}
+    with Fleet(tmp_path / "fleet", environment) as fleet:
+        register(fleet.store, fleet.cloud._objects, small.path, [])
+        fleet.device().upload(sample(small, images(1, 16)[0]))
+        end = time.monotonic() + 60
+        while not (status := fleet.cloud._supervisor.status(small.digest, COHORT)).startswith("stopped"):
+            assert time.monotonic() < end, status
+            time.sleep(0.05)
+        assert "workers.distiller" in status
+
+
+def test_the_service_itself_never_loads_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, cloud.server, cloud.cli, cloud.workers; assert 'torch' not in sys.modules, 'torch was loaded'"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -115,7 +115,7 @@ class Stream:
         self._source = open_source()
         self._pictures: Prefetch | Source = Prefetch(self._source) if self._reads_ahead else self._source
         self._lost = self._skipped = 0
-        self.last_skipped = ""
+        self._last_skipped = ""
         self.number = 0
 
     @property
@@ -130,8 +130,12 @@ class Stream:
     @property
     def skipped(self) -> int:
         """Pictures that could not be used."""
-        self.last_skipped = self._source.skipped.last or self.last_skipped
         return self._skipped + self._source.skipped.count
+
+    @property
+    def last_skipped(self) -> str:
+        """Name and reason of the latest one."""
+        return self._source.skipped.last or self._last_skipped
 
     def __iter__(self) -> Iterator[Frame | None]:
         """Frames; None where there is none at the moment (the caller may look after other things)."""
@@ -171,7 +175,7 @@ class Stream:
 
     def _again(self) -> None:
         self.close()
-        self._lost, self._skipped = self.lost, self.skipped
+        self._lost, self._skipped, self._last_skipped = self.lost, self.skipped, self.last_skipped
         self._source = self._open()
         self._pictures = Prefetch(self._source) if self._reads_ahead else self._source
 

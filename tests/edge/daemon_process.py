@@ -1,0 +1,71 @@
+"""`refold edge run` as a real process, for tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class DaemonProcess:
+    """Started at once; ended, however, when the `with` block ends."""
+
+    def __init__(self, *arguments: object, data: Path, **environment: str) -> None:
+        self.data = data
+        self.predictions = data / "predictions.jsonl"
+        data.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "refold.cli", "edge", "run", "--data", data, "--predictions", self.predictions]
+        self.log = (data / "log.txt").open("ab+")
+        self.process = subprocess.Popen(
+            [str(c) for c in (*command, *arguments)],
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            env={**os.environ, "REFOLD_EDGE_METRICS__STATUS_S": "0.1", "OMP_NUM_THREADS": "1", **environment},
+            text=True,
+        )
+
+    def __enter__(self) -> DaemonProcess:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+        self.log.close()
+
+    def lines(self) -> list[dict[str, Any]]:
+        try:
+            text = self.predictions.read_text()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text.splitlines()]
+
+    def status(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.data / "status.json").read_text()))
+        except FileNotFoundError:
+            return {}
+
+    def said(self) -> str:
+        return (self.data / "log.txt").read_text()
+
+    def until(self, true: Any, seconds: float = 60.0) -> None:
+        """Waits for something the daemon will do; fails with its log when it ends first or does not."""
+        end = time.monotonic() + seconds
+        while not true():
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < end, self.said()
+            time.sleep(0.02)
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self, seconds: float = 60.0) -> int:
+        self.output, _ = self.process.communicate(timeout=seconds)
+        return self.process.returncode

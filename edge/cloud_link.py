@@ -83,6 +83,7 @@ class CloudLink:
             identity.ring,
             self._adaptation.apply,
             cohort=identity.cohort,
+            fleet=identity.ca_pem,
             canary=self._adaptation.canary,
         )
         self.updater.start()
@@ -171,7 +172,12 @@ def roll_back(settings: EdgeSettings) -> str:
     directory.lock()
     try:
         updater = Updater(
-            directory.updates, Bundle.open(settings.bundle), identity.ring, lambda release: None, cohort=identity.cohort
+            directory.updates,
+            Bundle.open(settings.bundle),
+            identity.ring,
+            lambda release: None,
+            cohort=identity.cohort,
+            fleet=identity.ca_pem,
         )
         try:
             before = updater.start()

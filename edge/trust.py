@@ -71,7 +71,7 @@ def examine(signed: pb.SignedRelease, home: Home, memory: Memory, *, ordered: bo
     if known != name:
         raise ReleaseError(
             f"Two different releases call themselves version {release.version} ({known[:12]} and {name[:12]}): the second is "
-            "refused. If the cloud was set up anew, export the model again or use another cohort.",
+            "refused. If the cloud's database was set up anew under the same authority, use another cohort.",
             code="equivocation",
         )
     if name in memory.refused:

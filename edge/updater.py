@@ -115,11 +115,12 @@ class Updater:
     """Keeps exactly one release in use. Thread-safe.
 
     Args:
-        directory: for the state and the release files of all bundles; each bundle and cohort has a folder of its own.
+        directory: for the state and the release files of all bundles; each bundle, cohort and fleet has a folder of its own.
         bundle: the one that runs.
         ring: trusted release keys.
         apply: see the module; called with None for the exported state.
         cohort: of this device.
+        fleet: anything that names the fleet, e.g. its CA certificate: another fleet counts its versions anew.
         canary: tries a release without swapping; raises to refuse it.
         now_ms: the wall clock.
         at: called with a name of STEPS when that step is done; tests use it to end the process there.
@@ -136,11 +137,13 @@ class Updater:
         apply: Apply,
         *,
         cohort: str,
+        fleet: bytes = b"",
         canary: Callable[[Release], None] | None = None,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         at: Callable[[str], None] = lambda step: None,
     ) -> None:
-        folder = Path(directory) / f"{bundle.digest[:16]}-{hashlib.sha256(cohort.encode()).hexdigest()[:8]}"
+        member = hashlib.sha256(cohort.encode() + b"\0" + fleet).hexdigest()
+        folder = Path(directory) / f"{bundle.digest[:16]}-{member[:8]}"
         self._home = Home(bundle.digest, cohort, bundle.norms, ring)
         self._apply, self._canary, self._now_ms, self._at = apply, canary, now_ms, at
         self._lock = threading.RLock()

@@ -94,7 +94,8 @@ class Uplink:
         self._link = Link(settings.address, identity, settings.server_name)
         self._lock = threading.Lock()
         self._counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
-        self._last_error = ""
+        self._errors: dict[str, str] = {}
+        self._refusal = ""
         self._passed_over = 0
         self._refused = Backoff(settings.refused_first_s, settings.refused_most_s)
         self._samples = self._loop("samples", self._send_samples)
@@ -129,13 +130,14 @@ class Uplink:
 
     @property
     def last_error(self) -> str:
-        """The latest failure's sentence; empty after the next success."""
-        return self._last_error
+        """The sentence of a failure that has not been followed by a success of its kind, or of the last release's refusal."""
+        with self._lock:
+            return next(reversed(self._errors.values()), self._refusal)
 
     def metrics(self) -> dict[str, float]:
-        """Counts since the start: see COUNTS; `connected` is 1 when the latest call of any kind succeeded."""
+        """Counts since the start (see COUNTS), and `connected`: 1 when the latest call that ended got an answer."""
         with self._lock:
-            return dict(self._counts)
+            return {"connected": float(self._link.up), **self._counts}
 
     def _count(self, **by: float) -> None:
         with self._lock:
@@ -144,10 +146,9 @@ class Uplink:
 
     def _failed(self, name: str, error: RefoldError) -> None:
         with self._lock:
-            news = error.message != self._last_error
-            self._last_error = error.message
+            news = self._errors.pop(name, "") != error.message
+            self._errors[name] = error.message
             self._counts["failures"] += 1
-            self._counts["connected"] = 0
         (log.warning if news else log.debug)("%s: %s", name, error.message)
 
     # ── one call ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -176,8 +177,7 @@ class Uplink:
         with self._lock:
             self._counts["bytes_up"] += size
             self._counts["bytes_down"] += response.ByteSize()
-            self._counts["connected"] = 1
-            self._last_error = ""
+            self._errors.pop(threading.current_thread().name, None)
         return response
 
     def _charge(self, n: int) -> None:
@@ -300,6 +300,7 @@ class Uplink:
             return Pause(max(response.next_in_ms / 1000, self.settings.poll_pause_s if quick else 0.0))
         outcome = self._callbacks.follow(response)
         passed_over, self._passed_over = self._passed_over, outcome.refused
+        self._refusal = outcome.error.message if outcome.error else ""
         if outcome.settled and (outcome.version != runs or passed_over):
             self._refused.reset()
             self._count(releases=outcome.version != runs)
@@ -330,12 +331,14 @@ class Uplink:
         try:
             self._identity = renew(self._identity, self.settings, directory)
             self._link.reset(self._identity)
+            with self._lock:
+                self._errors.pop("uplink-renew", None)
         except RefoldError as e:
             self._failed("uplink-renew", e)
 
 
 COUNTS = (
-    "connected", "failures", "bytes_up", "bytes_down", "heartbeats", "polls", "releases", "releases_refused",
+    "failures", "bytes_up", "bytes_down", "heartbeats", "polls", "releases", "releases_refused",
     "samples_offered", "samples_unwanted", "samples_uploaded", "samples_refused", "samples_dropped",
     "statistics_uploaded", "statistics_refused",
 )  # fmt: skip

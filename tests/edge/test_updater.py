@@ -310,12 +310,12 @@ def test_a_damaged_state_file_falls_back_and_keeps_the_floor(device):
     assert device.order(3).result is Result.INSTALLED
 
 
-def test_each_bundle_and_cohort_has_its_own_memory(device, tmp_path):
+def test_each_bundle_cohort_and_fleet_has_its_own_memory(device, tmp_path):
     device.order(5)
     (tmp_path / "other").mkdir()
     other = bundle(tmp_path / "other" / "m.refold", name="other")
-    for b, cohort in ((other, COHORT), (device.bundle, "cellar")):
-        updater = Updater(device.folder / "state", b, KeyRing([KEY.public]), device.apply, cohort=cohort)
+    for b, cohort, name in ((other, COHORT, b""), (device.bundle, "cellar", b""), (device.bundle, COHORT, b"another fleet")):
+        updater = Updater(device.folder / "state", b, KeyRing([KEY.public]), device.apply, cohort=cohort, fleet=name)
         assert updater.start() is None
         updater.close()
     assert device.open().version == 5

@@ -47,6 +47,7 @@ class Operator:
 
     def _error(self, e: grpc.RpcError) -> RefoldError:
         status, text = e.code(), e.details() or ""
+        code = next((str(m.value) for m in e.trailing_metadata() or () if m.key == "refold-code"), None)
         if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
             return NetworkError(
                 f"No service answers at {self._address}: start it with `refold cloud serve`, or check server.address and the "
@@ -54,12 +55,12 @@ class Operator:
                 detail=text,
             )
         if status in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
-            return AccessError(text)
+            return AccessError(text, code=code)
         if status is grpc.StatusCode.FAILED_PRECONDITION:
-            return ReleaseError(text)
+            return ReleaseError(text, code=code)
         if status is grpc.StatusCode.INVALID_ARGUMENT:
-            return UsageError(text)
-        return RefoldError(text or f"The service answered {status.name}.")
+            return UsageError(text, code=code)
+        return RefoldError(text or f"The service answered {status.name}.", code=code)
 
     def __enter__(self) -> Operator:
         return self

@@ -73,7 +73,7 @@ class Cloud:
             register(self._store, self._objects, entry.path, [(t.spec, t.weights) for t in entry.teachers])
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="rooms")
         self._board = Board()
-        releases = Releases(self._store, self._key, self._board.notify, lambda b, c: self._supervisor.renew(b, c))
+        releases = Releases(self._store, self._key, self._board.notify, self._rolled_back)
         self._supervisor = Supervisor(self.settings, self._store, self._objects, releases)
         ingest = Ingest(
             self._store, self._objects, self.settings.quota, self.settings.workers.held_back, self._supervisor.notify
@@ -91,6 +91,9 @@ class Cloud:
         self._supervisor.start()
         await self._set_ready(True)
         self._tasks = [asyncio.create_task(self._watch_readiness()), asyncio.create_task(self._collect_regularly())]
+
+    def _rolled_back(self, bundle_digest: str, cohort: str) -> None:
+        self._supervisor.renew(bundle_digest, cohort)
 
     def _server(self) -> grpc.aio.Server:
         settings = self.settings.server

@@ -1,4 +1,4 @@
-"""A whole fleet on loopback for the tests: directory, running service, devices with real certificates, a bundle with a real engine."""
+"""A whole fleet on loopback for the tests: directory, service, devices with certificates, a bundle whose engine runs."""
 
 from __future__ import annotations
 
@@ -112,7 +112,9 @@ class Caller:
     def offer(self, *samples: pb.Sample) -> adaptation_pb2.OfferSamplesResponse:
         return self.adaptation.OfferSamples(adaptation_pb2.OfferSamplesRequest(headers=[s.header for s in samples]), timeout=20)
 
-    def poll(self, bundle: Bundle, installed: int = 0, wait_ms: int = 0, cohort: str = "") -> adaptation_pb2.PollReleaseResponse:
+    def poll(
+        self, bundle: Bundle, installed: int = 0, wait_ms: int = 0, cohort: str = ""
+    ) -> adaptation_pb2.PollReleaseResponse:
         request = adaptation_pb2.PollReleaseRequest(
             bundle_digest=bundle.digest, installed_version=installed, wait_ms=wait_ms, cohort=cohort
         )

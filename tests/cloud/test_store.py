@@ -255,7 +255,7 @@ class Fleetwide(RuleBasedStateMachine):
         allowed = target <= record.current_version and target not in self.rolled_back
         if allowed:
             self.store.roll_back(BUNDLE, COHORT, target, "test")
-            self.rolled_back |= {v for v in range(target + 1, self.last + 1)}
+            self.rolled_back |= set(range(target + 1, self.last + 1))
         else:
             with pytest.raises(ReleaseError):
                 self.store.roll_back(BUNDLE, COHORT, target, "test")

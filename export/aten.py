@@ -269,9 +269,14 @@ _arithmetic("add", (aten.add.Tensor, aten.add.Scalar, aten.add_.Tensor, aten.add
 _arithmetic("sub", (aten.sub.Tensor, aten.sub.Scalar, aten.sub_.Tensor, aten.sub_.Scalar))
 _arithmetic("mul", (aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor, aten.mul_.Scalar))
 _arithmetic("div", (aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor, aten.div_.Scalar))
-_arithmetic("pow", (aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.square.default))
+_arithmetic("pow", (aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor))
 _arithmetic("maximum", (aten.maximum.default,))
 _arithmetic("minimum", (aten.minimum.default,))
+
+
+@handles(aten.square.default)
+def square(low: Lowering, node: fx.Node, out: str) -> str:
+    return low.add("pow_constant", [low.arg(node, 0)], out, parameters={"value": torch.tensor(2.0)}, reversed=False)
 
 
 @handles(aten.rsub.Scalar, aten.rsub.Tensor)
@@ -524,9 +529,9 @@ def split(low: Lowering, node: fx.Node, out: str) -> Several:
 
 
 @handles(operator.getitem)
-def getitem(low: Lowering, node: fx.Node, out: str) -> str:
+def getitem(low: Lowering, node: fx.Node, out: str) -> str | None:
     found = low.arg(node, 0)[low.arg(node, 1)]
-    if found is None:
+    if found is None and node.users:
         raise refuse(low, node, "uses the indices of a max pooling")
     return found  # type: ignore[no-any-return]
 

@@ -67,10 +67,11 @@ def percentile(seen: Range) -> tuple[float, float]:
 
 
 def entropy(seen: Range) -> tuple[float, float]:
-    if not seen.counts.sum():
+    total = seen.counts.sum()
+    if not total:
         return seen.low, seen.high
     best, chosen = np.inf, (seen.low, seen.high)
-    for keep in np.linspace(1.0, 0.3, 15):
+    for keep in np.linspace(1.0, 0.4, 25):
         low, high = seen.low * keep, seen.high * keep
         divergence = _divergence(seen, low, high)
         if divergence < best:
@@ -79,21 +80,22 @@ def entropy(seen: Range) -> tuple[float, float]:
 
 
 def _divergence(seen: Range, low: float, high: float) -> float:
-    """KL of the histogram from what is left of it after clipping to (low, high) and rounding to 256 levels."""
-    centres, counts = seen.centres, seen.counts
+    """KL of the whole histogram from what 256 levels between low and high leave of it.
+
+    The bin of exact zeros is left out: after a ReLU it holds half of everything and is represented without error.
+    """
+    centres, counts = seen.centres, seen.counts.copy()
+    counts[int(np.argmin(np.abs(centres)))] = 0
+    if not counts.sum():
+        return 0.0
     level = np.clip(np.floor((centres - low) / max(high - low, 1e-30) * 256), 0, 255).astype(int)
     inside = (centres >= low) & (centres <= high) & (counts > 0)
-    mass = np.bincount(level, weights=counts * inside, minlength=256)
+    mass = np.bincount(level, weights=counts, minlength=256)  # what is clipped piles up in the outermost levels
     width = np.bincount(level, weights=inside.astype(float), minlength=256)
-    approximation = np.where(inside, mass[level] / np.maximum(width[level], 1), 0.0)
-    clipped = counts * inside
-    for edge, outside in ((0, counts[centres < low].sum()), (-1, counts[centres > high].sum())):
-        where = np.flatnonzero(inside)
-        if where.size:
-            clipped[where[edge]] += outside
-    p, q = clipped / clipped.sum(), approximation / max(approximation.sum(), 1e-30)
+    q = np.where(inside, mass[level] / np.maximum(width[level], 1), 0.0)
+    p, q = counts / counts.sum(), q / max(float(q.sum()), 1e-30)
     some = p > 0
-    return float((p[some] * np.log(p[some] / np.maximum(q[some], 1e-12))).sum())
+    return float((p[some] * np.log(p[some] / np.maximum(q[some], 1e-9))).sum())
 
 
 OBSERVERS: dict[str, Callable[[Range], tuple[float, float]]] = {"minmax": minmax, "percentile": percentile, "entropy": entropy}

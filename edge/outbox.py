@@ -57,7 +57,7 @@ class Outbox:
 
     Args:
         path: the SQLite file; made when missing, set aside when damaged (see `edge.database`).
-        limit_bytes: of headers and payloads together; the file itself may be about a tenth larger.
+        limit_bytes: of headers and payloads together; pages make the file up to half as large again, its log adds up to 8 MB.
 
     Raises:
         StorageError: the file cannot be opened.

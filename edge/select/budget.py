@@ -82,8 +82,8 @@ class BudgetSelector:
         size = min(max(math.ceil(4.0 / max(settings.rate, 1e-6)), WINDOW[0]), WINDOW[1])
         self._scores = np.zeros(size, np.float32)
         self._decay = 1.0 - 1.0 / (10.0 * class_count)
-        self._kept = [0.0] * class_count
-        self._weight = [1.0] * class_count
+        self._kept = np.zeros(class_count)
+        self._weight = np.ones(class_count)
 
     @property
     def threshold(self) -> float:
@@ -100,7 +100,7 @@ class BudgetSelector:
             return Verdict(False, 0.0, entropy, "not-finite")
         self._credit = min(self._credit + self.rate, float(self.settings.burst))
         predicted = int(probs.argmax())
-        score = informativeness(entropy, self._log_classes, self.settings.peak) * self._weight[predicted]
+        score = informativeness(entropy, self._log_classes, self.settings.peak) * float(self._weight[predicted])
         passes = score > self._threshold
         self._follow(score)
         self._wait -= 1
@@ -133,7 +133,6 @@ class BudgetSelector:
 
     def _count(self, predicted: int) -> None:
         """Counts a kept class with decay, and makes the weights of all classes anew (kept frames are few)."""
-        self._kept = [k * self._decay for k in self._kept]
+        self._kept *= self._decay
         self._kept[predicted] += 1.0
-        even = sum(self._kept) / len(self._kept) + 1.0
-        self._weight = [(even / (k + 1.0)) ** self.settings.balance for k in self._kept]
+        self._weight = ((self._kept.mean() + 1.0) / (self._kept + 1.0)) ** self.settings.balance

@@ -11,6 +11,7 @@ training. Uploads are counted as the device would encode them, releases as they 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,11 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.adaptation.method import Log
+from bench.adaptation.student_bundle import student_bundle
 from cloud.distil import Candidate, Distiller, DistilSettings, Teachers, load_teachers
 from demo.images import data_folder
 from edge.adapt import Adapter, AdaptSettings, FrameFeatures, Reference
 from edge.encode import encode_image
-from edge.engine import EngineFactory
+from edge.engine import EngineFactory, TapEngine
 from edge.select import BudgetSelector, make_selector
 from edge.serving import ServingState
 from refold.bundle import Bundle
@@ -58,7 +60,7 @@ class Tuning:
     unbiased: float = 0.75
     delay: int = 100
     adapt: AdaptSettings = field(default_factory=AdaptSettings)
-    distil: DistilSettings = field(default_factory=lambda: DistilSettings(fresh_samples=48, growth=2.5, steps=80, group=48))
+    distil: DistilSettings = field(default_factory=lambda: DistilSettings(fresh_samples=48, growth=2.5, steps=60, group=48))
 
 
 class TrueLabels(Teachers):
@@ -123,7 +125,7 @@ class RefoldMethod:
     def _serve(self, serving: ServingState) -> None:
         self.serving = serving
         self._engine = self._factory.build(serving)
-        self._taps = None
+        self._taps: TapEngine | None = None
 
     def run(self, images: U8, labels: I64) -> tuple[I64, Log]:
         counts = {"frames_uploaded": 0.0, "bytes_up": 0.0, "bytes_down": 0.0, "releases": 0.0, "taps": 0.0, "builds": 0.0}
@@ -180,6 +182,9 @@ class RefoldMethod:
     def _arrivals(self, counts: dict[str, float]) -> None:
         while self._due and self._due[0][0] <= self._frame:
             _, candidate = self._due.pop(0)
+            if not candidate.metrics.get("share", 1.0):
+                self.events.append(f"{self._frame}: nothing learnt for {candidate.domain}, {_told(candidate)}")
+                continue
             self._version += 1
             release = Release(
                 bundle_digest=self._bundle.digest,
@@ -191,10 +196,15 @@ class RefoldMethod:
             )
             counts["bytes_down"] += len(encode(release)) + SIGNATURE_BYTES
             counts["releases"] += 1
-            self.events.append(f"{self._frame}: release {self._version} for {candidate.domain}, {candidate.samples} samples")
+            self.events.append(f"{self._frame}: release {self._version} for {candidate.domain}, {_told(candidate)}")
             serving = self.adapter.on_release(release)
             if serving is not None:
                 self._serve(serving)
+
+
+def _told(candidate: Candidate) -> str:
+    numbers = ", ".join(f"{k} {v:.3g}" for k, v in candidate.metrics.items())
+    return f"{candidate.samples} samples: {numbers}"
 
 
 @dataclass(frozen=True)
@@ -209,15 +219,11 @@ def _bundle() -> Bundle:
     named = os.environ.get("REFOLD_BENCH_BUNDLE")
     if named:
         return Bundle.open(named)
-    from bench.adaptation.student_bundle import student_bundle
-
     return student_bundle()
 
 
 @cache
 def _reference() -> Reference:
-    import io
-
     bundle = _bundle()
     with np.load(io.BytesIO(bundle.read(bundle.manifest.calibration)), allow_pickle=False) as z:
         return Reference.measure(z["images"])

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cloud.distil.cema import CemaLoop
 from cloud.distil.norm_mode import Moments, mix
-from cloud.distil.recipe import Calibration, learn
+from cloud.distil.recipe import Calibration, Task, learn
 from cloud.distil.samples import DomainEvidence
 from cloud.distil.settings import DistilSettings
 from cloud.distil.student import Student
@@ -144,10 +144,8 @@ class Distiller:
             return self._student.clamp(found)
 
         seed = s.seed * 1_000_003 + evidence.arrived
-        images = evidence.images
-        metrics = learn(
-            self._student, self._bundle.preprocess, images, targets, population, self._calibration, measure, s, seed
-        )
+        task = Task(evidence.images, targets, population, self._calibration, measure, seed)
+        metrics = learn(self._student, self._bundle.preprocess, task, s)
         moments = measure()
         return Candidate(
             states=self._student.states(moments),

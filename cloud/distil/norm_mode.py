@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from refold.errors import ModelError
 
-__all__ = ["Moments", "NormCall", "NormMode", "mix", "population_moments", "serve_moments"]
+__all__ = ["Moments", "NormCall", "NormMode", "mix", "observed_moments", "population_moments", "serve_moments"]
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,19 @@ def population_moments(
         anchor = source[call.number] if source is not None else call.source
         found.append(mix(anchor, call.observed(), weight))
         return call.normalise(found[-1])
+
+    with torch.no_grad(), NormMode(rule):
+        network(x)
+    return found
+
+
+def observed_moments(network: Callable[[Tensor], Tensor], x: Tensor, moments: Sequence[Moments]) -> list[Moments]:
+    """Moments of every norm's input over one batch, behind norms that serve `moments`."""
+    found: list[Moments] = []
+
+    def rule(call: NormCall) -> Tensor:
+        found.append(call.observed())
+        return call.normalise(moments[call.number])
 
     with torch.no_grad(), NormMode(rule):
         network(x)

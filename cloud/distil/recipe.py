@@ -2,8 +2,9 @@
 
 Each step sees two kinds of pictures: uploads, with the teachers' sharpened votes as targets, and calibration pictures
 restyled to the domain, with their labels. The first kind is real and wrongly labelled now and then, the second rightly
-labelled and not quite real; each corrects the other. Statistics are not trained: they are measured on the domain's
-population, again and again as the norms before them move.
+labelled and not quite real; the less of the shift restyling explains, the fewer of the second kind. Statistics are not
+trained: they are measured on the domain's population, again and again as the norms before them move. How far to go along what
+was learnt is decided on uploads that were held back; not at all is one of the answers.
 """
 
 from __future__ import annotations
@@ -19,16 +20,21 @@ from torch import Tensor, nn
 
 from cloud.distil.augment import flip_and_move
 from cloud.distil.norm_mode import Moments
-from cloud.distil.restyle import Style
+from cloud.distil.restyle import Style, unexplained
 from cloud.distil.settings import DistilSettings
 from cloud.distil.student import Student
 from refold.bundle import Bundle
 from refold.preprocess import Preprocess
 
-__all__ = ["Calibration", "learn"]
+__all__ = ["Calibration", "Task", "learn"]
 
 U8 = NDArray[np.uint8]
-LEAST_STYLE = 8  # pictures of a domain below which its spectrum is not known
+F32 = NDArray[np.float32]
+LEAST_STYLE = 16  # pictures of a domain below which its spectrum is not known
+LEAST_HELD_BACK = 12  # pictures below which no length of step is chosen: the whole step is taken
+COMPARED = 128  # pictures of each kind for the question what restyling explains
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the learnt step
+FULL, NONE = 0.2, 0.7  # unexplained part of the shift at which restyled pictures have their full share, and none
 
 
 @dataclass(frozen=True)
@@ -50,98 +56,148 @@ class Calibration:
         """Labels as probabilities, float32 (N, classes); what the exported student says where there are none."""
         if len(self.labels) == len(self.images) and (self.labels >= 0).all():
             return nn.functional.one_hot(torch.from_numpy(self.labels), classes).float()
+        kept = student.snapshot()
         student.load({})
         with torch.no_grad():
             parts = [
                 student.logits(torch.from_numpy(preprocess.apply(self.images[i : i + 64])))
                 for i in range(0, len(self.images), 64)
             ]
+        student.restore(kept)
         return torch.softmax(torch.cat(parts), 1)
 
 
-def learn(
-    student: Student,
-    preprocess: Preprocess,
-    images: U8,
-    targets: NDArray[np.float32],
-    population: U8,
-    calibration: Calibration,
-    measure: Callable[[], list[Moments]],
-    settings: DistilSettings,
-    seed: int,
-) -> dict[str, float]:
-    """Moves the student's gamma and beta.
+@dataclass(frozen=True)
+class Task:
+    """One training.
 
-    Args:
-        student: loaded with the states to start from.
-        images: uploads, uint8 (N, H, W, 3).
-        targets: probabilities for them, float32 (N, classes).
+    Attributes:
+        images: uploads, uint8 (N, H, W, 3), oldest first.
+        targets: the teachers' probabilities for them, float32 (N, classes).
         population: unbiased samples of the domain, uint8 (M, H, W, 3); too few leave restyling out.
         calibration: labelled pictures of the source.
-        measure: statistics behind the present gamma and beta.
+        measure: statistics behind the student's present gamma and beta.
         seed: of everything random.
-
-    Returns:
-        Metrics: mean loss of the first and last tenth of the steps, and how far the parameters moved.
     """
-    generator = torch.Generator().manual_seed(seed)
-    pixels = _Pixels(preprocess)
-    uploads = torch.from_numpy(images).permute(0, 3, 1, 2)
-    sharp = torch.from_numpy(targets).double() ** settings.sharpen
-    wanted = (sharp / sharp.sum(1, keepdim=True)).float()
-    trust = torch.from_numpy(targets).max(1).values ** settings.trust
-    trust = trust / trust.mean()
-    style, source, source_wanted = None, uploads, wanted
-    if len(calibration.images) and len(population) >= LEAST_STYLE and settings.restyled > 0:
-        source = torch.from_numpy(calibration.images).permute(0, 3, 1, 2)
-        start = student.snapshot()
-        source_wanted = calibration.targets(student, preprocess, targets.shape[1])
-        student.restore(start)
-        style = Style(source.float() / 255, torch.from_numpy(population).permute(0, 3, 1, 2).float() / 255)
-    restyled = round(settings.group * settings.restyled) if style is not None else 0
-    anchor = [p.detach().clone() for p in student.parameters]
+
+    images: U8
+    targets: F32
+    population: U8
+    calibration: Calibration
+    measure: Callable[[], list[Moments]]
+    seed: int
+
+
+def learn(student: Student, preprocess: Preprocess, task: Task, settings: DistilSettings) -> dict[str, float]:
+    """Moves the student's gamma and beta; it must be loaded with the states to start from. Returns metrics."""
+    generator = torch.Generator().manual_seed(task.seed)
+    held = _held_back(len(task.images), settings.held_back, generator)
+    taught = np.setdiff1d(np.arange(len(task.images)), held)
+    batches = _Batches(student, preprocess, task, taught, settings)
+    before = student.snapshot()
     student.trainable(True)
     optimiser = torch.optim.Adam(student.parameters, settings.rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.rate, total_steps=settings.steps, pct_start=0.1)
     losses = []
-    moments = measure()
+    moments = task.measure()
     for step in range(settings.steps):
-        pick = torch.randint(0, len(uploads), (settings.group - restyled,), generator=generator)
-        x = [flip_and_move(uploads[pick].float() / 255, generator)]
-        y = [wanted[pick] * trust[pick, None]]  # cross-entropy is linear in its target
-        if style is not None:
-            pick = torch.randint(0, len(source), (restyled,), generator=generator)
-            x.append(style(flip_and_move(source[pick].float() / 255, generator), generator))
-            y.append(source_wanted[pick])
-        logits = student.logits(pixels.normalise(torch.cat(x)), moments)
-        loss = -(torch.cat(y) * torch.log_softmax(logits, 1)).sum(1).mean()
+        x, y = batches.draw(generator)
+        loss = -(y * torch.log_softmax(student.logits(x, moments), 1)).sum(1).mean()
         losses.append(float(loss.detach()))
         if settings.pull > 0:
-            loss = loss + settings.pull * sum(((p - a) ** 2).sum() for p, a in zip(student.parameters, anchor, strict=True))
+            loss = loss + settings.pull * sum(((p - a) ** 2).sum() for p, a in zip(student.parameters, before, strict=True))
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
         if (step + 1) % settings.refresh == 0:
-            moments = measure()
+            moments = task.measure()
     student.trainable(False)
     tenth = max(len(losses) // 10, 1)
-    moved = sum(float(((p - a) ** 2).sum()) for p, a in zip(student.parameters, anchor, strict=True)) ** 0.5
-    return {
+    metrics = {
         "loss_first": float(np.mean(losses[:tenth])),
         "loss_last": float(np.mean(losses[-tenth:])),
-        "moved": moved,
-        "restyled": float(restyled > 0),
+        "restyled": batches.restyled / settings.group,
+        "unexplained": batches.unexplained,
     }
+    return metrics | _choose_share(student, preprocess, task, held, before, settings)
 
 
-class _Pixels:
-    """The bundle's normalisation for pictures in 0..1, which restyling works on."""
+def _held_back(count: int, share: float, generator: torch.Generator) -> NDArray[np.int64]:
+    held = round(count * share)
+    if held < LEAST_HELD_BACK:
+        return np.zeros(0, np.int64)
+    return np.sort(torch.randperm(count, generator=generator)[:held].numpy())
 
-    def __init__(self, preprocess: Preprocess) -> None:
+
+def _choose_share(
+    student: Student,
+    preprocess: Preprocess,
+    task: Task,
+    held: NDArray[np.int64],
+    before: list[Tensor],
+    settings: DistilSettings,
+) -> dict[str, float]:
+    """Goes back along the step to where held-back uploads agree best with the teachers (their cross-entropy is least)."""
+    if not len(held):
+        return {"share": 1.0}
+    after = student.snapshot()
+    x = torch.from_numpy(preprocess.apply(task.images[held]))
+    wanted = torch.from_numpy(task.targets[held])
+    found = []
+    for share in SHARES:
+        student.restore([a + share * (b - a) for a, b in zip(before, after, strict=True)])
+        moments = task.measure()
+        with torch.no_grad():
+            logits = torch.cat([student.logits(x[i : i + settings.batch], moments) for i in range(0, len(x), settings.batch)])
+        found.append((float(-(wanted * torch.log_softmax(logits, 1)).sum(1).mean()), share))
+    best, share = min(found)
+    student.restore([a + share * (b - a) for a, b in zip(before, after, strict=True)])
+    return {"share": share, "held_back_loss": best, "held_back_loss_before": found[0][0]}
+
+
+class _Batches:
+    """Draws steps of uploads and restyled calibration pictures."""
+
+    def __init__(
+        self, student: Student, preprocess: Preprocess, task: Task, taught: NDArray[np.int64], settings: DistilSettings
+    ) -> None:
         self._scale = 255 * preprocess.scale
         self._mean = torch.tensor(preprocess.mean).view(1, 3, 1, 1)
         self._std = torch.tensor(preprocess.std).view(1, 3, 1, 1)
+        self._group = settings.group
+        self._uploads = torch.from_numpy(task.images[taught]).permute(0, 3, 1, 2)
+        sharp = torch.from_numpy(task.targets[taught]).double() ** settings.sharpen
+        trust = torch.from_numpy(task.targets[taught]).max(1).values ** settings.trust
+        # Cross-entropy is linear in its target: a weight on the target is a weight on the picture.
+        self._wanted = (sharp / sharp.sum(1, keepdim=True)).float() * (trust / trust.mean())[:, None]
+        self.restyled = 0
+        self.unexplained = 1.0
+        if len(task.calibration.images) and len(task.population) >= LEAST_STYLE and settings.restyled > 0:
+            self._source = torch.from_numpy(task.calibration.images).permute(0, 3, 1, 2)
+            self._source_wanted = task.calibration.targets(student, preprocess, task.targets.shape[1])
+            domain = torch.from_numpy(task.population).permute(0, 3, 1, 2).float() / 255
+            self._style = Style(self._source.float() / 255, domain)
+            self.unexplained = self._left_over(student, domain, task)
+            share = settings.restyled * min(max((NONE - self.unexplained) / (NONE - FULL), 0.0), 1.0)
+            self.restyled = round(settings.group * share)
 
-    def normalise(self, pictures: Tensor) -> Tensor:
+    def _left_over(self, student: Student, domain: Tensor, task: Task) -> float:
+        generator = torch.Generator().manual_seed(task.seed)
+        moments = task.measure()
+        source = self._source[:COMPARED].float() / 255
+        kinds = (domain[-COMPARED:], self._style(source, generator), source)
+        return unexplained(*(student.observe(self._normalise(k), moments) for k in kinds))
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Inputs (group, 3, H, W) and targets (group, classes) of one step."""
+        pick = torch.randint(0, len(self._uploads), (self._group - self.restyled,), generator=generator)
+        x, y = [flip_and_move(self._uploads[pick].float() / 255, generator)], [self._wanted[pick]]
+        if self.restyled:
+            pick = torch.randint(0, len(self._source), (self.restyled,), generator=generator)
+            x.append(self._style(flip_and_move(self._source[pick].float() / 255, generator), generator))
+            y.append(self._source_wanted[pick])
+        return self._normalise(torch.cat(x)), torch.cat(y)
+
+    def _normalise(self, pictures: Tensor) -> Tensor:
         return (pictures * self._scale - self._mean) / self._std

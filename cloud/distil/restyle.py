@@ -8,10 +8,14 @@ fixed opponent axes. No corruption is named anywhere: all is measured.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["Style"]
+from cloud.distil.norm_mode import Moments
+
+__all__ = ["Style", "unexplained"]
 
 _AXES = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
 OPPONENT = _AXES / _AXES.norm(dim=1, keepdim=True)
@@ -40,6 +44,25 @@ class Style:
         spectrum = torch.fft.rfft2(z) * self.gain + white * self.noise
         restyled = torch.fft.irfft2(spectrum, s=pictures.shape[2:])
         return (torch.einsum("kc,nkhw->nchw", OPPONENT, restyled) + self.domain_mean).clamp(0, 1)
+
+
+def unexplained(domain: Sequence[Moments], restyled: Sequence[Moments], source: Sequence[Moments]) -> float:
+    """How much of a shift restyling leaves over, 0 (it makes the domain) to about 1 (it makes nothing of it).
+
+    Moments of every norm's input, in execution order, for pictures of the domain, restyled ones and the source's, all behind
+    the same norms. The larger of two shares counts: over all norms, and over the first quarter, which sees textures.
+    """
+    left = [_divergence(d, r) for d, r in zip(domain, restyled, strict=True)]
+    shift = [_divergence(d, s) for d, s in zip(domain, source, strict=True)]
+    early = max(len(left) // 4, 1)
+    return max(sum(left) / max(sum(shift), 1e-9), sum(left[:early]) / max(sum(shift[:early]), 1e-9))
+
+
+def _divergence(a: Moments, b: Moments) -> float:
+    """Symmetric divergence of two Gaussians per channel, mean over channels (specs/cema.md 3.7)."""
+    gap = (a.mean - b.mean) ** 2
+    one = (a.variance + gap) / (2 * b.variance + 1e-8) + (b.variance + gap) / (2 * a.variance + 1e-8) - 1
+    return float(one.mean())
 
 
 def _spectrum(centred: Tensor) -> Tensor:

@@ -44,14 +44,17 @@ class DistilSettings(BaseModel):
     shifts: int = Field(default=0, ge=0, le=4, description="pixels by which further votes move the picture; 0 is none")
 
     # The refold recipe
-    steps: int = Field(default=150, ge=1, description="gradient steps of one training")
-    rate: float = Field(default=2e-3, gt=0, description="largest learning rate of Adam; one cycle")
-    group: int = Field(default=64, ge=4, description="pictures per gradient step")
-    restyled: float = Field(
-        default=0.5, ge=0, lt=1, description="share of a step's pictures that are calibration pictures in the domain's style"
+    steps: int = Field(default=60, ge=1, description="gradient steps of one training")
+    rate: float = Field(default=1.5e-3, gt=0, description="largest learning rate of Adam; one cycle")
+    group: int = Field(default=48, ge=4, description="pictures per gradient step")
+    restyled: float = Field(default=0.6, ge=0, lt=1, description="largest share of restyled calibration pictures in a step")
+    held_back: float = Field(
+        default=0.25, ge=0, lt=0.9, description="share of the samples on which the length of the learnt step is chosen"
     )
     sharpen: float = Field(default=2.0, gt=0, description="power the teachers' probabilities are raised to")
-    trust: float = Field(default=0.0, ge=0, description="power of the teachers' confidence that weighs an upload; 0 weighs all alike")
+    trust: float = Field(
+        default=0.0, ge=0, description="power of the teachers' confidence that weighs an upload; 0 weighs all alike"
+    )
     pull: float = Field(default=0.0, ge=0, description="weight of the squared distance to the last release's gamma and beta")
     refresh: int = Field(default=25, ge=1, description="steps after which statistics are measured again behind the moved norms")
 

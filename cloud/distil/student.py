@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cloud.distil.norm_mode import Moments, population_moments, serve_moments
+from cloud.distil.norm_mode import Moments, observed_moments, population_moments, serve_moments
 from refold.bundle import Bundle
 from refold.errors import BundleError
 from refold.norms import NormSite, NormState
@@ -102,6 +102,10 @@ class Student:
     def measure(self, x: Tensor, weight: float) -> list[Moments]:
         """Mixed moments of a population, float32 (N, C, H, W), behind the present gamma and beta; exported ones as source."""
         return population_moments(self._network, x, weight, source=self.exported_moments())
+
+    def observe(self, x: Tensor, moments: Sequence[Moments]) -> list[Moments]:
+        """Moments of every norm's input for x, float32 (N, C, H, W), behind norms that serve `moments`."""
+        return observed_moments(self._network, x, moments)
 
     def logits(self, x: Tensor, moments: Sequence[Moments] = ()) -> Tensor:
         """float32 (N, classes), with these moments in the norms (none: those last loaded)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -179,7 +181,7 @@ def test_statistics_are_reported_once_and_per_domain(device: Device, bundle: Bun
     assert reports
     assert {r.domain for r in reports} == {"d1"}
     assert sum(r.frames for r in reports) <= device.tapped
-    assert all(a.last_frame < b.first_frame for a, b in zip(reports[:-1], reports[1:], strict=True))
+    assert all(a.last_frame < b.first_frame for a, b in itertools.pairwise(reports))
     assert len({r.digest for r in reports}) == len(reports)
     assert [s.site for s in reports[0].sites] == [s.name for s in bundle.norms.norms]
     assert reports[0].bundle_digest == bundle.digest

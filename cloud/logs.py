@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 
-__all__ = ["JsonLines", "set_up"]
+__all__ = ["JsonLines", "is_json", "set_up"]
 
 EXTRA = ("code", "detail")
 
@@ -39,3 +39,8 @@ def set_up(level: str, *, as_json: bool) -> None:
         root.setLevel(level)
     root.handlers = [handler]
     logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def is_json() -> bool:
+    """Whether the root logger writes JSON: workers write what the service writes."""
+    return any(isinstance(h.formatter, JsonLines) for h in logging.getLogger().handlers)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from cloud.bundles import open_stored
 from cloud.gate import Gate, GateResult
 from cloud.lesson import Candidate, Lesson, find_maker
+from cloud.logs import set_up
 from cloud.pictures import decode_picture
 from cloud.releases import Outcome
 from cloud.settings import GateSettings, WorkerSettings
@@ -52,7 +53,8 @@ class Job:
     workers: WorkerSettings
     gate: GateSettings
     distil: dict[str, object]
-    log_level: int = logging.WARNING
+    log_level: str = "WARNING"
+    log_json: bool = False
 
 
 class Worker:
@@ -154,7 +156,9 @@ class Worker:
 
     def _judge(self, candidate: Candidate, domain: str) -> GateResult:
         rows = self._store.held_back(*self._key, domain or None, self._job.gate.held_back_most)
-        images, _, _ = self._pictures(rows)
+        images, unbiased, _ = self._pictures(rows)
+        if unbiased.sum() >= self._job.gate.held_back:  # the selector's own choices are no fair sample of the domain
+            images = images[unbiased]
         teachers = self._lesson.teachers
         votes = teachers.probabilities(images, domain) if teachers is not None and len(images) else None
         return self._gate.judge(candidate, self._current(domain), images, votes, self._reports.get(domain, ()))
@@ -233,7 +237,7 @@ def _settle_in(job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.nice(job.workers.nice)
-    logging.basicConfig(level=job.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up(job.log_level, as_json=job.log_json)
     parent = parent_process()
     if parent is not None:
         threading.Thread(target=_die_with, args=(parent.sentinel,), name="leash", daemon=True).start()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from multiprocessing import connection
 from typing import Any
 
+from cloud.logs import is_json
 from cloud.releases import Outcome, Releases
 from cloud.settings import CloudSettings
 from cloud.store import DirectoryObjects, Store
@@ -201,9 +202,16 @@ class Supervisor:
                 return
             s = self._settings
             job = Job(
-                s.storage.database, s.storage.objects, bundle_digest, cohort, s.workers, s.gate, dict(s.distil),
-                logging.getLogger().getEffectiveLevel(),
-            )  # fmt: skip
+                database=s.storage.database,
+                objects=s.storage.objects,
+                bundle_digest=bundle_digest,
+                cohort=cohort,
+                workers=s.workers,
+                gate=s.gate,
+                distil=dict(s.distil),
+                log_level=logging.getLevelName(logging.getLogger().getEffectiveLevel()),
+                log_json=is_json(),
+            )
             keeper = Keeper(job, self._releases.publish)
             self._keepers[bundle_digest, cohort] = keeper
         keeper.start()

@@ -25,8 +25,13 @@ from cloud.provision import LOCAL, provision
 from cloud.server import Cloud
 from cloud.settings import CloudSettings, load_settings
 from cloud.store import Store
+from edge.adapt.evidence import Evidence, TapLayout
+from edge.adapt.overlay import mixed_states
+from edge.engine import EngineFactory
+from edge.serving import ServingState
 from refold.bundle import Bundle, write_bundle
 from refold.codec import table_to_pb
+from refold.norms import NormState
 from refold.v1 import adaptation_pb2, adaptation_pb2_grpc, admin_pb2_grpc, fleet_pb2, fleet_pb2_grpc, manifest_pb2
 from refold.v1 import samples_pb2 as pb
 
@@ -199,3 +204,20 @@ def statistics(bundle: Bundle, means: Mapping[str, Any], variances: Mapping[str,
         report.sites.add(site=name, mean=mean, variance=variances[name])
     report.digest = hashlib.sha256(report.SerializeToString(deterministic=True)).hexdigest()
     return report
+
+
+def population(bundle: Bundle, images: NDArray[np.uint8]) -> tuple[dict[str, NormState], pb.StatisticsReport]:
+    """The states that a population's statistics make, and the report of them.
+
+    Each round measures behind the norms that the round before corrected, as a device's taps do while its overlay grows.
+    """
+    layout, factory = TapLayout(bundle.norms), EngineFactory(bundle)
+    states: dict[str, NormState] = {}
+    for _ in layout.sites:
+        moments = factory.build_taps(ServingState(states)).run(bundle.preprocess.apply(images))
+        mean, square = np.mean([layout.unfold(m, states) for m in moments], axis=0)
+        evidence = Evidence(layout.channels)
+        evidence.add(np.stack([mean, square]))
+        states = mixed_states(layout, {}, evidence, 1.0, bundle.norms.trust_ratio)
+    means = {name: state.mean for name, state in states.items()}
+    return states, statistics(bundle, means, {name: state.variance for name, state in states.items()})

@@ -129,7 +129,8 @@ class Link:
             raise NetworkError("The call was cancelled.", code="closed") from None
         except grpc.RpcError as e:
             error = error_of(e, self.address)
-            self.up = error.code not in DEAD
+            if error.code != "cancelled":  # by a reset: says nothing of the cloud
+                self.up = error.code not in DEAD
             if error.code == "deadline-exceeded":  # a half-open connection looks alive for a quarter of an hour
                 self.reset()
             raise error from e

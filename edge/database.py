@@ -81,8 +81,13 @@ class Database:
         except sqlite3.Error as e:
             raise self._storage_error(e) from e
 
+    @property
+    def damaged(self) -> Path:
+        """Where a damaged file of this name is set aside; exists from then on."""
+        return self.path.with_name(self.path.name + ".damaged")
+
     def _move_aside(self, reason: Exception) -> None:
-        aside = self.path.with_name(self.path.name + ".damaged")
+        aside = self.damaged
         try:
             for suffix in SIDECARS:
                 old = self.path.with_name(self.path.name + suffix)

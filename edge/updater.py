@@ -150,7 +150,7 @@ class Updater:
         self._files = ReleaseFiles(folder / "releases")
         self._database = Database(folder / "updates.sqlite", SCHEMA)
         self.current: Release | None = None
-        if self._database.set_aside is not None:
+        if self._database.damaged.exists() and not self._row("highest")[0]:
             self._remember_from_files()
 
     @property

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -96,6 +97,7 @@ class Uplink:
         self._counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
         self._errors: dict[str, str] = {}
         self._refusal = ""
+        self._offered = settings.offer
         self._passed_over = 0
         self._refused = Backoff(settings.refused_first_s, settings.refused_most_s)
         self._samples = self._loop("samples", self._send_samples)
@@ -201,8 +203,13 @@ class Uplink:
         headers = self._affordable()
         if not headers:
             return Pause(IDLE_S)
-        answer = self._call("adaptation", "OfferSamples", pb.OfferSamplesRequest(headers=headers), must=False)
-        done = self._outbox.forget(answer.unwanted)
+        try:
+            answer = self._call("adaptation", "OfferSamples", pb.OfferSamplesRequest(headers=headers), must=False)
+        except InputError as e:
+            return self._narrow(headers, e)
+        self._offered = self.settings.offer
+        self._outbox.forget(answer.unwanted)
+        done = len(answer.unwanted)
         self._count(samples_offered=len(headers), samples_unwanted=len(answer.unwanted))
         sizes = {h.digest: h.size + HEADER_BYTES for h in headers}
         for batch in _batches([d for d in answer.wanted if d in sizes], sizes, self.settings.batch_bytes):
@@ -215,13 +222,22 @@ class Uplink:
             raise NetworkError("The cloud neither took nor refused what it was offered.", code="no-progress")
         return Pause(0)
 
+    def _narrow(self, headers: list[samples_pb2.SampleHeader], error: InputError) -> Pause:
+        """An offer that is not accepted at all: one header is to blame, found by offering one at a time."""
+        if len(headers) == 1:
+            log.warning("The cloud does not accept the offer of sample %s: %s", headers[0].digest[:12], error.message)
+            self._outbox.forget([headers[0].digest])
+            self._count(samples_refused=1)
+        self._offered = 1
+        return Pause(self.settings.poll_pause_s, wakeable=False)
+
     def _affordable(self) -> list[samples_pb2.SampleHeader]:
         """The best headers whose samples fit the rest of the hour; drops what no hour can hold."""
         left = self._budget.available()
         whole = self._budget.bytes_per_hour
         while True:
             limit = None if left is None else max(left - 2 * CALL_BYTES, 0)
-            headers = self._outbox.headers(self.settings.offer)
+            headers = self._outbox.headers(self._offered)
             if not headers or limit is None:
                 return headers
             costs = [_cost(h) for h in headers]
@@ -257,10 +273,10 @@ class Uplink:
         for refusal in final:
             log.warning("The cloud refuses sample %s: %s", refusal.digest[:12], refusal.message)
         self._count(samples_uploaded=len(answer.stored), samples_refused=len(final))
-        done = self._outbox.forget([*answer.stored, *(r.digest for r in final)])
-        if done < len(samples) and len(final) < len(answer.refused):
+        self._outbox.forget([*answer.stored, *(r.digest for r in final)])
+        if len(final) < len(answer.refused):
             raise BusyError("The cloud cannot store more samples now.", self.settings.retry_most_s)
-        return done
+        return len(answer.stored) + len(final)
 
     # ── statistics ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -315,7 +331,7 @@ class Uplink:
     # ── heartbeat ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _beat(self) -> Pause:
-        if self.settings.renew and self._directory is not None and self._identity.is_due(time.time()):
+        if self.settings.renew and self._directory and self._link.up and self._identity.is_due(time.time()):
             self._renew(self._directory)
         request = fleet_pb2.HeartbeatRequest()
         request.CopyFrom(self._callbacks.heartbeat())
@@ -325,7 +341,7 @@ class Uplink:
         if answer.latest_release_version != request.release_version:
             self._poll.wake()
         wanted = answer.next_in_ms / 1000 if answer.next_in_ms else self.settings.heartbeat_s
-        return Pause(Backoff(min(max(wanted, 0.5), 3600.0), 3600.0).next() * 4 / 3)  # spread by a third around it
+        return Pause(min(max(wanted, 0.05), 3600.0) * random.uniform(0.7, 1.0))  # early rather than late, and not all at once
 
     def _renew(self, directory: Path) -> None:
         try:

@@ -310,6 +310,19 @@ def test_a_damaged_state_file_falls_back_and_keeps_the_floor(device):
     assert device.order(3).result is Result.INSTALLED
 
 
+def test_damage_found_while_running_is_survived_and_the_floor_kept(device):
+    device.order(3)
+    path = next(device.folder.glob("state/*/updates.sqlite"))
+    device.updater._database.rows("PRAGMA wal_checkpoint(TRUNCATE)")
+    path.write_bytes(path.read_bytes()[:4096] + b"\xa5" * (path.stat().st_size - 4096))
+    outcomes = [device.order(4).result for _ in range(2)]
+    assert Result.INSTALLED in outcomes or device.running == 3
+    updater = device.open()
+    assert updater.version == device.running
+    with pytest.raises(ReleaseError, match="not newer"):
+        updater.offer(device.signed(2))
+
+
 def test_each_bundle_cohort_and_fleet_has_its_own_memory(device, tmp_path):
     device.order(5)
     (tmp_path / "other").mkdir()

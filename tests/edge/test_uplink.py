@@ -222,6 +222,30 @@ def test_one_bad_sample_does_not_hold_up_the_others(cloud, make):
     assert set(cloud.samples) == set(digests) - {digests[3]} and device.uplink.metrics()["samples_refused"] == 1
 
 
+def test_one_bad_header_does_not_hold_up_the_others(cloud, make):
+    device = make(start=False)
+    digests = device.put(*range(5))
+
+    def picky(context, request):
+        cloud.moods["OfferSamples"].append(picky)
+        if digests[2] in [h.digest for h in request.headers]:
+            fail(grpc.StatusCode.INVALID_ARGUMENT, "A header is broken.")(context, request)
+
+    cloud.moods["OfferSamples"] = [picky]
+    device.uplink.start()
+    until(lambda: len(device.outbox) == 0)
+    assert set(cloud.samples) == set(digests) - {digests[2]} and device.uplink.metrics()["samples_refused"] == 1
+
+
+def test_samples_evicted_on_their_way_count_as_sent(cloud, make):
+    device = make(start=False)
+    digests = device.put(1, 2)
+    cloud.after["UploadSamples"] = [lambda context, request: device.outbox.forget(digests)]
+    device.uplink.start()
+    until(lambda: device.uplink.metrics()["samples_uploaded"] == 2)
+    assert device.uplink.metrics()["failures"] == 0
+
+
 def test_a_refused_sample_is_forgotten_and_one_over_quota_is_kept(cloud, make):
     device = make(start=False)
     bad, full, good = device.put(1, 2, 3)

@@ -151,7 +151,7 @@ def group_norm(low: Lowering, node: fx.Node, out: str) -> str:
 
 @handles(aten.instance_norm.default)
 def instance_norm(low: Lowering, node: fx.Node, out: str) -> str:
-    x, gamma, beta, _, _, of_input = (low.arg(node, i) for i in range(6))
+    gamma, beta, of_input = (low.arg(node, i) for i in (1, 2, 5))
     if not of_input:
         raise refuse(low, node, "is an InstanceNorm with running statistics: use BatchNorm, which computes the same")
     return _grouped(low, node, out, rank_of(low, node)[1], gamma, beta, float(low.arg(node, 7)))
@@ -281,7 +281,7 @@ def square(low: Lowering, node: fx.Node, out: str) -> str:
 
 @handles(aten.rsub.Scalar, aten.rsub.Tensor)
 def rsub(low: Lowering, node: fx.Node, out: str) -> str:
-    value = torch.as_tensor(float(low.arg(node, 1)))
+    value = torch.as_tensor(low.arg(node, 1), dtype=torch.float32)
     return low.add("sub_constant", [low.arg(node, 0)], out, parameters={"value": value}, reversed=True)
 
 
@@ -314,7 +314,7 @@ def attention(low: Lowering, node: fx.Node, out: str) -> str:
     if low.arg(node, 5, "is_causal", False):
         raise refuse(low, node, "is causal attention, which image models do not use")
     shape, keys = rank_of(low, node), rank_of(low, node, 1)
-    scale = node.kwargs.get("scale") or 1 / math.sqrt(shape[-1])
+    scale = low.arg(node, 6, "scale") or 1 / math.sqrt(shape[-1])
     rank = len(shape)
     scores = (*shape[:-1], keys[-2])
     low.add("transpose", [k], f"{out}_kt", shape_made=(*keys[:-2], keys[-1], keys[-2]),

@@ -19,7 +19,7 @@ from refold.errors import ModelError
 
 __all__ = ["BATCH", "HANDLERS", "Lowering", "Several", "handles", "lower"]
 
-Handler = Callable[["Lowering", fx.Node, str], "str | None"]
+Handler = Callable[["Lowering", fx.Node, str], Any]
 HANDLERS: dict[Any, Handler] = {}
 
 

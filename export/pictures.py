@@ -1,4 +1,4 @@
-"""Calibration pictures: a folder of images (one sub-folder for each class, or not) or an `.npz`; what cannot be used is named."""
+"""Calibration pictures: a folder of images (a sub-folder for each class, or not) or an `.npz`; what cannot be used is named."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Options:
     """What a person may choose.
 
     Attributes:
-        targets: names of `export.targets.TARGETS`; one set of integers serves all, so the narrowest target sets the weight codes.
+        targets: names of `export.targets.TARGETS`; one set of integers serves all: the narrowest sets the weight codes.
         observer: auto, minmax, percentile or entropy.
         keep_float: globs of layer names that stay in float.
         min_agreement: share of calibration pictures on which the engine must choose the float model's class.

@@ -5,8 +5,8 @@
     layers.<layer>.{codes, scale, bias, bias_step}  buffers   int8 codes of the unfolded weights, their scales
     constants.<name>                                      everything else
 
-Activation scales are arguments of aten.fake_quantize_per_tensor_affine nodes. torch 2.13 cannot trace these (no fake kernel), so
-the program is exported with a clone in each one's place, and the clones are replaced afterwards.
+Activation scales are arguments of aten.fake_quantize_per_tensor_affine nodes. torch 2.13 cannot trace these (no fake
+kernel), so the program is exported with a clone in each one's place, and the clones are replaced afterwards.
 
 Distilling a float twin would train another function than the device's; here the rounding is in the forward pass and gradients
 go straight through it (Bengio et al. 2013), to the norms alone.
@@ -47,6 +47,11 @@ class _Holder(nn.Module):
             self.add_module(name, _Holder())
         found = self._modules[name]
         assert isinstance(found, _Holder)
+        return found
+
+    def tensor(self, name: str) -> Tensor:
+        found = getattr(self, name)
+        assert isinstance(found, Tensor)
         return found
 
 
@@ -109,24 +114,26 @@ class Student(nn.Module):
         Without it every layer is off by up to half such a step, which tips one code in a thousand and, ten layers on, a tenth.
         """
         norm = self.norms.child(flat(site.name))
-        a = norm.gamma.detach().double() * (norm.variance.double() + site.epsilon).rsqrt()
+        gamma, beta, mean, variance = (norm.tensor(role).detach().double() for role in ROLES)
+        bias = place.tensor("bias")
+        a = gamma * (variance + site.epsilon).rsqrt()
         a = torch.where(a == 0, torch.ones_like(a), a)
-        bias = norm.beta.detach().double() + (place.bias.double() - norm.mean.double()) * a
-        step = place.bias_step * a.abs()
-        return place.bias + (((bias / step).round() * step - bias) / a).to(torch.float32)
+        b = beta + (bias.double() - mean) * a
+        step = place.tensor("bias_step") * a.abs()
+        return bias + (((b / step).round() * step - b) / a).to(torch.float32)
 
     def _parameters_of(self, node: Node) -> Mapping[str, Tensor]:
         found: dict[str, Tensor] = {}
         site = self._sites.get(node.output)
         for role, name in node.parameters.items():
             if site is not None and site.has_norm and role in ROLES:
-                found[role] = getattr(self.norms.child(flat(site.name)), role)
+                found[role] = self.norms.child(flat(site.name)).tensor(role)
             elif not (node.output in self._integer and role in ("weight", "bias")):
-                found[role] = getattr(self.constants, flat(name))
+                found[role] = self.constants.tensor(flat(name))
         if node.output in self._integer and site is not None:
             place = self.layers.child(flat(node.output))
-            found["weight"] = place.codes.to(torch.float32) * place.scale
-            found["bias"] = self._rounded_bias(site, place) if site.has_norm else place.bias
+            found["weight"] = place.tensor("codes").to(torch.float32) * place.tensor("scale")
+            found["bias"] = self._rounded_bias(site, place) if site.has_norm else place.tensor("bias")
         return found
 
     def forward(self, x: Tensor) -> Tensor:

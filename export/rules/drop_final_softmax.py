@@ -1,4 +1,4 @@
-"""A softmax (or its logarithm) at the very end is dropped: devices and teachers want the logits, and take the softmax themselves."""
+"""A softmax (or its logarithm) at the very end is dropped: devices and teachers take it themselves, from the logits."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,7 @@ class OnnxBuilder:
         return self.node("DequantizeLinear", [self.codes(value), *self.scale(value)], f"{value}.dq")
 
     def clamped(self, node: Node, source: str, output: str) -> str:
-        """The absorbed activation function, `source` to `output`. It stays in the graph: a runtime drops it where codes clamp."""
+        """The absorbed activation function, `source` to `output`. It is written; a runtime drops it where the codes clamp."""
         low, high = node.activation or (-np.inf, np.inf)
         if low == 0 and np.isinf(high):
             return self.node("Relu", [source], output)
@@ -100,5 +100,3 @@ def _external(name: str, value: NDArray[np.generic]) -> onnx.TensorProto:
     tensor.external_data.add(key="location", value="adaptable")
     return tensor
 
-
-Attributes = Mapping[str, Any]

@@ -30,7 +30,7 @@ def write_ort(config: OrtTarget, model: IntegerModel, embedded: bool) -> Artefac
 
 
 def _emit_all(b: OnnxBuilder) -> list[tuple[Node, str]]:
-    """Writes every node; returns, in order, the norms with statistics and the float tensor each leaves before its activation."""
+    """Writes every node; returns the norms with statistics, and the float tensor each leaves before its activation."""
     tapped = []
     for node in b.graph.nodes:
         if b.model.placement.roles[node.output] is Role.CODES:

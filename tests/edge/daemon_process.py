@@ -43,7 +43,7 @@ class DaemonProcess:
             text = self.predictions.read_text()
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in text.splitlines()]
+        return [json.loads(line) for line in text.split("\n")[:-1]]  # the last line may be half written
 
     def status(self) -> dict[str, Any]:
         try:

@@ -60,7 +60,7 @@ class Tuning:
     unbiased: float = 0.75
     delay: int = 100
     adapt: AdaptSettings = field(default_factory=AdaptSettings)
-    distil: DistilSettings = field(default_factory=lambda: DistilSettings(fresh_samples=48, growth=2.5, steps=60, group=48))
+    distil: DistilSettings = field(default_factory=lambda: DistilSettings(fresh_samples=48, growth=2.0, steps=60, group=48))
 
 
 class TrueLabels(Teachers):

@@ -34,6 +34,7 @@ LEAST_STYLE = 16  # pictures of a domain below which its spectrum is not known
 LEAST_HELD_BACK = 12  # pictures below which no length of step is chosen: the whole step is taken
 COMPARED = 128  # pictures of each kind for the question what restyling explains
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the learnt step
+DOUBT = 1.0  # standard errors by which held-back uploads must speak for any step at all
 FULL, NONE = 0.2, 0.7  # unexplained part of the shift at which restyled pictures have their full share, and none
 
 
@@ -144,16 +145,20 @@ def _choose_share(
     after = student.snapshot()
     x = torch.from_numpy(preprocess.apply(task.images[held]))
     wanted = torch.from_numpy(task.targets[held])
-    found = []
+    losses = []
     for share in SHARES:
         student.restore([a + share * (b - a) for a, b in zip(before, after, strict=True)])
         moments = task.measure()
         with torch.no_grad():
             logits = torch.cat([student.logits(x[i : i + settings.batch], moments) for i in range(0, len(x), settings.batch)])
-        found.append((float(-(wanted * torch.log_softmax(logits, 1)).sum(1).mean()), share))
-    best, share = min(found)
+        losses.append(-(wanted * torch.log_softmax(logits, 1)).sum(1))
+    best = min(range(len(SHARES)), key=lambda i: float(losses[i].mean()))
+    gain = losses[0] - losses[best]
+    if float(gain.mean()) <= DOUBT * float(gain.std()) / len(held) ** 0.5:
+        best = 0
+    share = SHARES[best]
     student.restore([a + share * (b - a) for a, b in zip(before, after, strict=True)])
-    return {"share": share, "held_back_loss": best, "held_back_loss_before": found[0][0]}
+    return {"share": share, "held_back_loss": float(losses[best].mean()), "held_back_loss_before": float(losses[0].mean())}
 
 
 class _Batches:

@@ -149,7 +149,7 @@ def _program(path: str) -> nn.Module:
             return torch.export.load(path).module()
     except FileNotFoundError:
         raise UsageError(f"There is no teacher at {path}.") from None
-    except (RuntimeError, ValueError, KeyError, OSError) as e:
+    except Exception as e:  # a damaged archive makes torch raise almost anything
         raise ModelError(f"The teacher {path} cannot be loaded by this torch: export it again.", detail=str(e)) from e
 
 

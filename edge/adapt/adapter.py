@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from edge.adapt.bank import HOME, Domain, DomainBank
 from edge.adapt.evidence import Evidence, TapLayout
 from edge.adapt.features import FEATURES, FrameFeatures, Reference
-from edge.adapt.overlay import mixed_states
+from edge.adapt.overlay import blended_states, mixed_states
 from edge.adapt.schedule import TapSchedule
 from edge.adapt.settings import AdaptSettings
 from edge.adapt.shift import ShiftDetector
 from edge.serving import ServingState
 from refold.errors import NormStateError
-from refold.norms import NormTable
+from refold.norms import NormState, NormTable
 from refold.release import Release
 from refold.v1 import adaptation_pb2  # noqa: F401  (registers the package's messages)
 from refold.v1 import samples_pb2 as pb
@@ -241,11 +241,10 @@ class Adapter:
         version = base.version if base else 0
         self._weight = 0.0
         if self._settings.enabled and present.name != HOME and present.evidence.frames > 0:
-            share = self._settings.release_mix if present.release else self._settings.mix
             n = present.evidence.frames
-            self._weight = share * n / (n + self._settings.prior_frames)
+            self._weight = self._settings.mix * n / (n + self._settings.prior_frames)
         if self._weight > 0:
-            mixed = mixed_states(self._layout, states, present.evidence, self._weight, self._table.trust_ratio)
+            mixed = self._mixed(states)
             try:
                 self._table.check(mixed)
                 self._table.tensors(mixed, activations)
@@ -254,6 +253,21 @@ class Adapter:
                 self._refused += 1
                 self._weight = 0.0
         return ServingState(states, activations, version, present.name, overlay=False)
+
+    def _mixed(self, states: dict[str, NormState]) -> dict[str, NormState]:
+        """The base's affine parameters on the device's statistics; a release made for this domain has a say in those."""
+        evidence, release = self._present.evidence, self._present.release
+        if release is None:
+            return mixed_states(self._layout, states, evidence, self._weight, self._table.trust_ratio)
+        bare = {
+            s.name: states.get(s.name, s.exported).with_statistics(s.exported.mean, s.exported.variance)
+            if s.kind.has_statistics
+            else states.get(s.name, s.exported)
+            for s in self._table.norms
+        }
+        own = mixed_states(self._layout, bare, evidence, self._weight, self._table.trust_ratio)
+        theirs = release.statistics_frames * self._settings.release_trust
+        return blended_states(self._layout, states, own, evidence.frames / (evidence.frames + theirs), self._table.trust_ratio)
 
     # Releases ----------------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edge.adapt.evidence import Evidence, TapLayout
 from refold.norms import NormKind, NormSite, NormState
 
-__all__ = ["mixed_states", "within_trust"]
+__all__ = ["blended_states", "mixed_states", "within_trust"]
 
 F64 = NDArray[np.float64]
 MARGIN = 0.98  # stay inside the trust region by more than float32 rounds
@@ -38,6 +38,19 @@ def mixed_states(
         mean = (1 - weight) * mean_r + weight * mean_o
         variance = (1 - weight) * variance_r + weight * variance_o + weight * (1 - weight) * (mean_r - mean_o) ** 2
         states[site.name] = within_trust(site, state.with_statistics(_f32(mean), _f32(variance)), trust_ratio)
+    return states
+
+
+def blended_states(
+    layout: TapLayout, released: Mapping[str, NormState], own: Mapping[str, NormState], weight: float, trust_ratio: float
+) -> dict[str, NormState]:
+    """Two estimates of one domain's served statistics, averaged: a share `weight` of `own`. Affine parameters are `own`'s."""
+    states = dict(own)
+    for site in layout.sites:
+        a, b = released.get(site.name, site.exported), own[site.name]
+        mean = (1 - weight) * a.mean.astype(np.float64) + weight * b.mean.astype(np.float64)
+        variance = (1 - weight) * a.variance.astype(np.float64) + weight * b.variance.astype(np.float64)
+        states[site.name] = within_trust(site, b.with_statistics(_f32(mean), _f32(variance)), trust_ratio)
     return states
 
 

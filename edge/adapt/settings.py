@@ -18,7 +18,8 @@ class AdaptSettings:
         mix: share of the observed statistics once there is much evidence, 0..1. Half is better than all: the norms were
             trained on the reference statistics, and the wanted signal is part of what plain batch statistics remove.
         prior_frames: evidence, in tapped frames, at which half of `mix` is reached.
-        release_mix: as `mix`, on a release made for the very domain: its statistics already are that domain's.
+        release_trust: what a frame of a release's own statistics counts against a tapped frame of the device, where the release
+            was made for the very domain; 0 serves the release's affine parameters on the device's statistics alone.
         staleness: weight kept by older evidence each time the served state changes, 0..1: deeper sites saw other inputs then.
         evidence_frames: tapped frames remembered; older ones fade, so that slow drift is followed.
         first_rebuild: tapped frames before the first overlay of a domain; each later one waits for twice the evidence.
@@ -40,16 +41,16 @@ class AdaptSettings:
     enabled: bool = True
     mix: float = 0.5
     prior_frames: float = 12.0
-    release_mix: float = 0.0
+    release_trust: float = 1.0
     staleness: float = 0.9
     evidence_frames: float = 512.0
     first_rebuild: int = 2
     rebuild_step: int = 8
     burst: int = 64
     thinning: int = 12
-    interval: int = 48
+    interval: int = 64
     watch_every: int = 2
-    shift_threshold: float = 5.5
+    shift_threshold: float = 6.0
     shift_floor: float = 0.025
     probe_frames: int = 24
     review_frames: int = 256
@@ -57,7 +58,7 @@ class AdaptSettings:
     report_frames: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("mix", "release_mix", "staleness"):
+        for name in ("mix", "staleness"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise UsageError(f"adapt.{name} is {getattr(self, name)}; it is a share between 0 and 1.")
         for name in (
@@ -75,5 +76,7 @@ class AdaptSettings:
         for name in ("prior_frames", "evidence_frames", "shift_threshold"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"adapt.{name} is {getattr(self, name)}; it must be above 0.")
+        if self.release_trust < 0:
+            raise UsageError("adapt.release_trust is below 0; it weighs a release's statistics.")
         if self.domains < 2:
             raise UsageError("adapt.domains is 1; at least 2 are kept: the exported one and the present one.")

@@ -71,12 +71,12 @@ def device(bundle: Bundle, factory: EngineFactory) -> Device:
     return Device(bundle, factory)
 
 
-def release(bundle: Bundle, version: int, domain: str = "", scale: float = 1.1) -> Release:
+def release(bundle: Bundle, version: int, domain: str = "", scale: float = 1.1, frames: int = 10**6) -> Release:
     states = {
         s.name: NormState(s.exported.gamma * scale, s.exported.beta, s.exported.mean, s.exported.variance)
         for s in bundle.norms.norms
     }
-    return Release(bundle.digest, "cohort", version, states, domain=domain)
+    return Release(bundle.digest, "cohort", version, states, domain=domain, statistics_frames=frames)
 
 
 def same(a: NDArray[np.float32], b: NDArray[np.float32]) -> bool:
@@ -124,19 +124,32 @@ def test_two_shifts_are_two_domains(device: Device) -> None:
     assert device.adapter.domain == "d2"
 
 
-def test_a_release_for_the_domain_is_served_as_it_is_and_recalled_later(device: Device, bundle: Bundle) -> None:
+def test_a_release_for_the_domain_is_served_and_recalled_later(device: Device, bundle: Bundle) -> None:
     device.show(noisy(images(100, device.side, seed=12)))
     made = release(bundle, 1, "d1")
     serving = device.adapter.on_release(made)
     assert serving is not None
     assert serving.release_version == 1
-    assert not serving.overlay
-    assert all(same(serving.states[n].variance, s.variance) for n, s in made.states.items())
+    for name, state in made.states.items():
+        assert same(serving.states[name].gamma, state.gamma)
+        assert np.allclose(serving.states[name].variance, state.variance, rtol=1e-3)  # they stand for a million frames
     device.serve(serving)
     device.show(images(100, device.side, seed=13))
     assert device.serving.release_version == 0
     device.show(noisy(images(60, device.side, seed=15)))
     assert device.serving.release_version == 1
+
+
+def test_a_released_domain_counts_statistics_by_their_frames(device: Device, bundle: Bundle) -> None:
+    device.show(noisy(images(100, device.side, seed=12)))
+    own = device.adapter.on_rollback(None)
+    for frames, pull in ((0, 0.0), (10**6, 1.0)):
+        made = release(bundle, 1, "d1", scale=1.0, frames=frames)
+        serving = device.adapter.on_release(made)
+        assert serving is not None
+        for name, state in made.states.items():
+            expected = pull * state.variance + (1 - pull) * own.states[name].variance
+            assert np.allclose(serving.states[name].variance, expected, rtol=0.02)
 
 
 def test_a_release_for_an_absent_domain_waits_and_for_an_unknown_one_is_left(device: Device, bundle: Bundle) -> None:

@@ -6,6 +6,7 @@ Unary calls of the synchronous client only: streams and abandoned asynchronous c
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import grpc
@@ -65,7 +66,7 @@ def error_of(error: grpc.RpcError, address: str) -> RefoldError:
         return AccessError(said or "The cloud does not admit this device.", code=name)
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return InputError(said or "The cloud does not accept the request.", code=name)
-    if "handshake" in said.lower() or "CERTIFICATE" in said:
+    if "SSL_ERROR_SSL" in said or "CERTIFICATE" in said:
         said = "the two certificates do not accept each other: check the CA, the server's name and both clocks"
         return NetworkError(f"No secure connection to {address}: {said}.", code="tls", detail=str(error))
     if code is grpc.StatusCode.UNAVAILABLE:
@@ -82,13 +83,17 @@ class Link:
         address: host:port.
         identity: certificate, key and CA.
         server_name: name in the server's certificate when it is not the host.
+        on_up: called when the cloud answers for the first time, and after it was away; on the calling thread.
 
     Attributes:
         up: the latest call that ended got an answer.
     """
 
-    def __init__(self, address: str, identity: Credentials, server_name: str = "") -> None:
+    def __init__(
+        self, address: str, identity: Credentials, server_name: str = "", on_up: Callable[[], None] = lambda: None
+    ) -> None:
         self.address = address
+        self._on_up = on_up
         self._identity, self._server_name = identity, server_name
         self._lock = threading.Lock()
         self._calls: set[Any] = set()
@@ -123,20 +128,26 @@ class Link:
             self._calls.add(future)
         try:
             answer = future.result()
-            self.up = True
+            self._heard(True)
             return answer
         except grpc.FutureCancelledError:
             raise NetworkError("The call was cancelled.", code="closed") from None
         except grpc.RpcError as e:
             error = error_of(e, self.address)
             if error.code != "cancelled":  # by a reset: says nothing of the cloud
-                self.up = error.code not in DEAD
+                self._heard(error.code not in DEAD)
             if error.code == "deadline-exceeded":  # a half-open connection looks alive for a quarter of an hour
                 self.reset()
             raise error from e
         finally:
             with self._lock:
                 self._calls.discard(future)
+
+    def _heard(self, up: bool) -> None:
+        with self._lock:
+            news, self.up = up and not self.up, up
+        if news:
+            self._on_up()
 
     def close(self) -> None:
         """Cancels what is running and closes; at once, from any thread, more than once."""

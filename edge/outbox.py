@@ -5,6 +5,7 @@
     outbox.put_many([(header, payload), ...])       one commit (one fsync) for several
     outbox.headers(n), .samples(digests), .next(n)  best first; nothing is removed
     outbox.forget(digests)                          the cloud has them, or does not want them
+    outbox.demote(digests)                          something went wrong with them: others first
     outbox.put_report(report), .reports(), .forget_report(digest)
     outbox.subscribe(callback)                      called after something was put
     ByteBudget(bytes_per_hour, outbox)              shares the file: edge/budget.py
@@ -150,6 +151,11 @@ class Outbox:
         """Removes samples; unknown digests are no error. Returns how many there were."""
         with self.database.transaction() as t:
             return sum(t.execute("DELETE FROM samples WHERE digest = ?", (digest,)).rowcount for digest in set(digests))
+
+    def demote(self, digests: Iterable[str]) -> None:
+        """Halves the order (not the header's score) of samples that could not be sent, so that others go first."""
+        with self.database.transaction() as t:
+            t.executemany("UPDATE samples SET score = score / 2 WHERE digest = ?", [(digest,) for digest in set(digests)])
 
     def put_report(self, report: pb.StatisticsReport) -> None:
         """Queues a statistics report in place of an older one of the same bundle, release version and domain."""

@@ -92,12 +92,13 @@ class Uplink:
         self._identity, self._directory = identity, directory
         self._outbox, self._budget, self._callbacks = outbox, budget, callbacks
         self._bundle_digest = bundle_digest
-        self._link = Link(settings.address, identity, settings.server_name)
+        self._link = Link(settings.address, identity, settings.server_name, self._back)
         self._lock = threading.Lock()
         self._counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
         self._errors: dict[str, str] = {}
         self._refusal = ""
         self._offered = settings.offer
+        self._batch = settings.batch_bytes
         self._passed_over = 0
         self._refused = Backoff(settings.refused_first_s, settings.refused_most_s)
         self._samples = self._loop("samples", self._send_samples)
@@ -156,7 +157,7 @@ class Uplink:
     # ── one call ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _call(self, service: str, method: str, request: Any, *, must: bool, wait: float = 0.0) -> Any:
-        """Counts the bytes, sends, and tells the others when the cloud has come back.
+        """Counts the bytes and sends.
 
         Raises:
             _NotYetError: the hour's bytes are spent or the cloud is away, and the call may wait (`must` is False).
@@ -173,14 +174,18 @@ class Uplink:
         try:
             response = self._link.call(service, method, request, deadline)
         finally:
-            if self._link.up and not was_up:  # to a cloud that is away nothing was sent
-                self._charge(size + HANDSHAKE_BYTES)
-                self.wake()
+            if must and not was_up and self._link.up:  # to a cloud that is away nothing was sent
+                self._charge(size)
         with self._lock:
             self._counts["bytes_up"] += size
             self._counts["bytes_down"] += response.ByteSize()
             self._errors.pop(threading.current_thread().name, None)
         return response
+
+    def _back(self) -> None:
+        """The cloud answers, again: what waited for that goes on."""
+        self._charge(HANDSHAKE_BYTES)
+        self.wake()
 
     def _charge(self, n: int) -> None:
         with suppress(StorageError):  # a full disk must not silence a device
@@ -212,7 +217,7 @@ class Uplink:
         done = len(answer.unwanted)
         self._count(samples_offered=len(headers), samples_unwanted=len(answer.unwanted))
         sizes = {h.digest: h.size + HEADER_BYTES for h in headers}
-        for batch in _batches([d for d in answer.wanted if d in sizes], sizes, self.settings.batch_bytes):
+        for batch in _batches([d for d in answer.wanted if d in sizes], sizes, self._batch):
             if self._samples.stopped():
                 return Pause(0)
             done += self._upload(batch)
@@ -269,6 +274,14 @@ class Uplink:
             log.warning("The cloud refuses sample %s: %s", digests[0][:12], e.message)
             self._count(samples_refused=1)
             return self._outbox.forget(digests)
+        except (_NotYetError, BusyError):
+            raise
+        except NetworkError:
+            if self._link.up:  # the cloud stumbles over something in here: smaller steps, and others first
+                self._batch = max(self._batch // 4, 1)
+                self._outbox.demote(digests)
+            raise
+        self._batch = min(self._batch * 4, self.settings.batch_bytes)
         final = [r for r in answer.refused if r.code not in NOT_FOR_EVER]
         for refusal in final:
             log.warning("The cloud refuses sample %s: %s", refusal.digest[:12], refusal.message)

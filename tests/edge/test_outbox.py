@@ -54,6 +54,13 @@ def test_what_is_forgotten_is_gone_and_may_be_forgotten_again(box):
     assert box.forget([header.digest]) == 0 and len(box) == box.bytes == 0
 
 
+def test_what_could_not_be_sent_steps_back(box):
+    first, second = sample(1, 0.8), sample(2, 0.5)
+    box.put_many([first, second])
+    box.demote([first[0].digest, "unknown"])
+    assert digests(box) == [second[0].digest, first[0].digest] and box.headers(2)[1].score == pytest.approx(0.8)
+
+
 def test_a_full_outbox_gives_up_the_lowest_score_then_the_oldest(tmp_path):
     one = sum(len(x) for x in (sample(0)[1],)) + sample(0, 0.5)[0].ByteSize()
     box = Outbox(tmp_path / "o.sqlite", limit_bytes=3 * one + 20)

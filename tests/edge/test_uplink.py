@@ -237,6 +237,25 @@ def test_one_bad_header_does_not_hold_up_the_others(cloud, make):
     assert set(cloud.samples) == set(digests) - {digests[2]} and device.uplink.metrics()["samples_refused"] == 1
 
 
+def test_a_sample_the_cloud_stumbles_over_is_kept_and_overtaken(cloud, make):
+    """The server fails (INTERNAL) whenever this sample is in a batch: nobody may lose it, and nobody may wait behind it."""
+    device = make(start=False, batch_bytes=100_000)
+    digests = device.put(*range(12))
+    stone = digests[-1]
+
+    def stumble(context, request):
+        cloud.moods["UploadSamples"].append(stumble)
+        if any(s.header.digest == stone for s in request.samples):
+            fail(grpc.StatusCode.INTERNAL, "Incident 7.")(context, request)
+
+    cloud.moods["UploadSamples"] = [stumble]
+    device.uplink.start()
+    until(lambda: len(device.outbox) == 1 and len(cloud.samples) == 11)
+    assert device.outbox.headers(1)[0].digest == stone
+    cloud.moods["UploadSamples"] = []
+    until(lambda: stone in cloud.samples)
+
+
 def test_samples_evicted_on_their_way_count_as_sent(cloud, make):
     device = make(start=False)
     digests = device.put(1, 2)
@@ -477,10 +496,19 @@ def test_a_renewal_that_fails_does_not_stop_the_heart(cloud, make):
 def test_a_server_of_another_authority_is_not_talked_to(cloud, make):
     stranger = Authority("stranger")
     identity = AUTHORITY.identity(trusts=stranger)
-    device = make(identity=identity, deadline_s=0.5)
+    device = make(identity=identity, deadline_s=5.0)
     device.put(1)
-    until(lambda: device.uplink.metrics()["failures"])
+    until(lambda: "do not accept each other" in device.uplink.last_error)
     assert not cloud.calls and len(device.outbox) == 1
+
+
+def test_a_server_that_is_silent_is_not_blamed_for_its_certificate(cloud, make):
+    proxy = Proxy(cloud.port)
+    proxy.passing.clear()
+    device = make(port=proxy.port, deadline_s=0.3, poll_wait_s=0.1)
+    until(lambda: device.uplink.last_error)
+    assert "certificate" not in device.uplink.last_error
+    proxy.close()
 
 
 def test_a_device_of_another_authority_is_not_heard(cloud, make):

@@ -78,6 +78,13 @@ class Process:
         if self.exit is None:
             os.kill(self.pid, number)
 
+    def wait(self, seconds: float) -> None:
+        """Lets it end by itself for so long."""
+        try:
+            self._popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pass
+
     def stop(self, patience: float = PATIENCE_SECONDS) -> int:
         """SIGTERM, then SIGKILL after `patience` seconds; returns the exit status."""
         if self.exit is None:

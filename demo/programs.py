@@ -21,10 +21,10 @@ EXPORT_SECONDS = 300.0
 START_SECONDS = 60.0
 # A fleet trains every ten minutes or so and hears of it within one; a demo has minutes in all.
 CLOUD: dict[str, dict[str, Any]] = {
-    "workers": {"look_s": 0.5, "interval_s": 4.0},
+    "workers": {"look_s": 0.5, "interval_s": 2.0},
     "devices": {"heartbeat_ms": 2000, "poll_wait_ms": 5000, "poll_next_ms": 200},
     "quota": {"calls_per_minute": 2400.0},
-    "distil": {"fresh_samples": 32, "growth": 1.4, "steps": 60, "group": 32},
+    "distil": {"fresh_samples": 32, "growth": 1.2, "steps": 30, "group": 32},
 }
 DEVICE: dict[str, dict[str, Any]] = {
     "predictions": {"flush_ms": 100},

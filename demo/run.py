@@ -30,6 +30,7 @@ from refold.v1 import admin_pb2 as pb
 
 __all__ = ["Options", "frozen_answers", "run"]
 
+LAST_WORDS = 15.0  # seconds
 FPS = 32.0  # of the stream: leaves most of two cores to the cloud's training
 
 
@@ -118,6 +119,7 @@ def run(options: Options, view: View) -> dict[str, Any]:
             watch = Watch(tally, predictions, admin, view, device, (cloud.process,), on_frame=outage, status=status)
             watch.run()
             outage.end()
+            device.wait(LAST_WORDS)  # its source has ended: it sends what waits, and ends
             device.stop()
             watch.read()
             admin.refresh()

@@ -128,8 +128,8 @@ class Watch:
             ]  # fmt: skip
         self.metrics = self._device_metrics(status)
         samples = sum(c.samples for c in status.cohorts) if status else self.traffic.samples
-        up = int(self.metrics.get("bytes_up", self.traffic.bytes_up))
-        down = int(self.metrics.get("bytes_down", self.traffic.bytes_down))
+        up = int(self.metrics.get("link_bytes_up", self.traffic.bytes_up))
+        down = int(self.metrics.get("link_bytes_down", self.traffic.bytes_down))
         self.traffic.observe(max(self.tally.last, 0), samples, up, down)
 
     def _device_metrics(self, status: pb.StatusResponse | None) -> dict[str, float]:

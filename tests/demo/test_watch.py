@@ -55,7 +55,7 @@ class PlainAdmin:
     def status(self) -> pb.StatusResponse | None:
         if self.away:
             return None
-        devices = [pb.DeviceStatus(device_id="cam", metrics={"bytes_up": 5000.0, "bytes_down": 700.0})]
+        devices = [pb.DeviceStatus(device_id="cam", metrics={"link_bytes_up": 5000.0, "link_bytes_down": 700.0})]
         return pb.StatusResponse(devices=devices, cohorts=[pb.CohortStatus(samples=12)])
 
     def releases(self) -> pb.ListReleasesResponse | None:

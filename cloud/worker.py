@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, parent_process
@@ -39,6 +39,7 @@ __all__ = ["Job", "Worker", "work"]
 
 log = logging.getLogger(__name__)
 CHUNK = 256  # rows read at once
+KEPT_REPORTS = 256  # per domain, for the gate's picture of what devices do alone
 LINGER_S = 0.2  # after a wake-up, so that one upload of many samples is seen whole
 
 
@@ -71,7 +72,7 @@ class Worker:
         self._consumed = store.consumed(bundle.digest, job.cohort)
         self._fresh: Counter[str] = Counter()
         self._tried: dict[str, float] = {}
-        self._reports: dict[str, list[pb.StatisticsReport]] = {}
+        self._reports: dict[str, deque[pb.StatisticsReport]] = {}
         self.damaged = 0
 
     @property
@@ -91,7 +92,7 @@ class Worker:
                 except RefoldError as e:
                     log.warning("report %s is not used: %s", row.digest[:12], e.message)
                 else:
-                    self._reports.setdefault(row.domain, []).append(report)
+                    self._reports.setdefault(row.domain, deque(maxlen=KEPT_REPORTS)).append(report)
                     self._fresh[row.domain] += row.id > self._consumed.get(row.domain, (0, 0))[1]
             self._statistics_upto = reports[-1].id
         while rows := self._store.samples_after(*self._key, self._samples_upto, CHUNK):

@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -36,7 +37,7 @@ from refold.v1 import adaptation_pb2, adaptation_pb2_grpc, admin_pb2_grpc, fleet
 from refold.v1 import samples_pb2 as pb
 
 sys.path.append(str(Path(__file__).parents[1] / "edge"))
-from small_nets import TARGET, residual_net
+from small_nets import TARGET, images, residual_net
 
 SIDE, CLASSES, COHORT = 16, 5, "roof"
 
@@ -221,3 +222,17 @@ def population(bundle: Bundle, images: NDArray[np.uint8]) -> tuple[dict[str, Nor
         states = mixed_states(layout, {}, evidence, 1.0, bundle.norms.trust_ratio)
     means = {name: state.mean for name, state in states.items()}
     return states, statistics(bundle, means, {name: state.variance for name, state in states.items()})
+
+
+def send_population(device: Caller, bundle: Bundle, count: int = 48, seed: int = 3, domain: str = "d1") -> None:
+    """Pictures in the mist and the statistics a device would have tapped from them."""
+    misty = shifted(images(count, 16, seed))
+    _, report = population(bundle, misty)
+    report.domain = domain
+    device.adaptation.UploadStatistics(adaptation_pb2.UploadStatisticsRequest(report=report), timeout=20)
+    assert len(device.upload(*[sample(bundle, p, domain) for p in misty]).stored) == count
+
+
+def workers_of(pid: int) -> list[psutil.Process]:
+    """The worker processes: spawned children that are not multiprocessing's resource tracker."""
+    return [p for p in psutil.Process(pid).children() if "spawn_main" in " ".join(p.cmdline())]

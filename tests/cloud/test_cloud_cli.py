@@ -2,36 +2,61 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric import ec
-from fleet_of import COHORT, Caller, key_pem, pictures, request_pem, sample
+from fleet_of import COHORT, Caller, key_pem, pictures, request_pem, sample, send_population, workers_of
 
 from cloud.cli import cloud
 from cloud.provision import LOCAL, provision
 from cloud.store import Store
 from refold.bundle import Bundle
+from refold.cli import main
 from refold.errors import RefoldError
-from refold.v1 import fleet_pb2
+from refold.v1 import admin_pb2, fleet_pb2
 
 
-def refold(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "refold.cli", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **(environment or {})}
-    )
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def refold(*arguments: str, environment: dict[str, str] | None = None) -> Done:
+    """The very command, in this process: its exit status and what it printed."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        for name, value in (environment or {}).items():
+            patch.setenv(name, value)
+        try:
+            main(list(arguments))
+        except SystemExit as e:
+            status = int(e.code or 0)
+        finally:
+            root.handlers = handlers
+            root.setLevel(level)
+    return Done(status, out.getvalue(), err.getvalue())
 
 
 class Serving:
@@ -90,6 +115,19 @@ def join(config: Path, serving: Serving) -> Caller:
     return caller
 
 
+def steering(config: Path, serving: Serving) -> Caller:
+    folder = config.parent
+    credentials = [(folder / name).read_bytes() for name in ("ca.pem", "operator.key", "operator.pem")]
+    return Caller(f"localhost:{serving.ready['port']}", *credentials)
+
+
+def wait_for(true: Callable[[], object], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.1)
+
+
 def test_init_makes_private_keys_private_and_never_overwrites(tmp_path: Path) -> None:
     first = refold("cloud", "init", str(tmp_path / "fleet"), "--host", "cloud.example", "--json")
     assert first.returncode == 0, first.stderr
@@ -146,6 +184,55 @@ def test_a_service_killed_in_the_middle_of_uploads_loses_nothing_it_acknowledged
     rows = store.samples_after(small.digest, COHORT, 0, 999)
     assert sorted(r.digest for r in rows) == sorted(s.header.digest for s in samples)
     store.close()
+
+
+def test_a_killed_service_takes_its_workers_along_and_releases_nothing_twice(config: Path, small: Bundle) -> None:
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "REFOLD_CLOUD_WORKERS__MODE": "process",
+        "REFOLD_CLOUD_WORKERS__DISTILLER": "school_of_tests:make",
+        "REFOLD_CLOUD_WORKERS__LOOK_S": "0.2",
+        "REFOLD_CLOUD_WORKERS__INTERVAL_S": "0",
+        "REFOLD_CLOUD_GATE__HELD_BACK": "8",
+    }
+    with Serving(config, **environment) as serving:
+        device = join(config, serving)
+        send_population(device, small)
+        operator = steering(config, serving)
+        wait_for(lambda: len(operator.admin.ListReleases(admin_pb2.ListReleasesRequest(), timeout=20).releases))
+        workers = workers_of(serving.process.pid)
+        serving.end(signal.SIGKILL)
+        assert len(workers) == 1 and not psutil.wait_procs(workers, timeout=20)[1]
+        device.close()
+        operator.close()
+    with Serving(config, **environment) as serving:
+        operator = steering(config, serving)
+
+        def idle() -> bool:
+            cohorts = operator.admin.Status(admin_pb2.StatusRequest(), timeout=20).cohorts
+            return [c.distiller for c in cohorts] == ["waiting for evidence"]
+
+        wait_for(idle)
+        time.sleep(1.0)  # five looks: enough for a second decision, were there one
+        assert len(operator.admin.ListReleases(admin_pb2.ListReleasesRequest(), timeout=20).releases) == 1
+        operator.close()
+        assert serving.end()[0] == 0
+
+
+def test_the_devices_own_client_enrols_and_renews(config: Path, tmp_path: Path) -> None:
+    from edge.enrol import Identity, enrol, renew
+    from edge.link_settings import EnrolSettings, LinkSettings
+
+    token = CliRunner().invoke(cloud, ["token", "--cohort", COHORT, "--config", str(config)]).output.strip()
+    with Serving(config) as serving:
+        (tmp_path / "device").mkdir()
+        settings = EnrolSettings(address=f"localhost:{serving.ready['enrol_port']}", ca=config.parent / "ca.pem", name="Gate 7")
+        identity = enrol(settings, token, tmp_path / "device")
+        assert identity.device_id.startswith("gate-7-") and identity.cohort == COHORT
+        assert [k.hex() for k in identity.release_keys] == [(config.parent / "release.pub").read_text().strip()]
+        renewed = renew(identity, LinkSettings(address=f"localhost:{serving.ready['port']}"), tmp_path / "device")
+        assert renewed.device_id == identity.device_id and renewed.certificate_pem != identity.certificate_pem
+        assert Identity.load(tmp_path / "device").certificate_pem == renewed.certificate_pem
 
 
 def test_status_releases_and_rollback_speak_to_people_and_machines(config: Path, small: Bundle) -> None:

@@ -8,9 +8,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-from fleet_of import COHORT, Caller, Fleet, population, sample, shifted
+from fleet_of import COHORT, Fleet, sample, send_population, workers_of
 from small_nets import images
 
 from cloud.bundles import register
@@ -18,7 +17,7 @@ from cloud.ingest import held_back
 from refold.bundle import Bundle
 from refold.release import admit, open_signed
 from refold.signing import KeyRing
-from refold.v1 import adaptation_pb2, admin_pb2
+from refold.v1 import admin_pb2
 
 ENVIRONMENT = {
     "REFOLD_CLOUD_WORKERS__DISTILLER": "school_of_tests:make",
@@ -40,15 +39,6 @@ def working(tmp_path: Path, small: Bundle, monkeypatch: pytest.MonkeyPatch) -> I
         yield running
 
 
-def send_population(device: Caller, bundle: Bundle, count: int = 48, seed: int = 3, domain: str = "d1") -> None:
-    """Pictures in the mist and the statistics a device would have tapped from them."""
-    misty = shifted(images(count, 16, seed))
-    _, report = population(bundle, misty)
-    report.domain = domain
-    device.adaptation.UploadStatistics(adaptation_pb2.UploadStatisticsRequest(report=report), timeout=20)
-    assert len(device.upload(*[sample(bundle, p, domain) for p in misty]).stored) == count
-
-
 def decisions(fleet: Fleet, count: int) -> list[admin_pb2.ReleaseRow]:
     operator, end = fleet.operator(), time.monotonic() + 60
     while True:
@@ -57,11 +47,6 @@ def decisions(fleet: Fleet, count: int) -> list[admin_pb2.ReleaseRow]:
             return rows
         assert time.monotonic() < end, operator.admin.Status(admin_pb2.StatusRequest(), timeout=20)
         time.sleep(0.1)
-
-
-def workers_of(pid: int) -> list[psutil.Process]:
-    """The worker processes: spawned children that are not multiprocessing's resource tracker."""
-    return [p for p in psutil.Process(pid).children() if "spawn_main" in " ".join(p.cmdline())]
 
 
 def test_evidence_becomes_a_release_that_a_waiting_device_gets(working: Fleet, small: Bundle) -> None:

@@ -1,8 +1,7 @@
 """Networks of the sizes people deploy, for measurements where only shape and arithmetic matter.
 
 MobileNetV2 (Sandler et al. 2018) and ResNet-50 (He et al. 2016, stride in the 3x3 convolution), own definitions with random
-weights. `sane` gives them the statistics a trained network has: every norm calibrated on images and of unequal channels, so
-that quantisation meets realistic ranges.
+weights, which `sane` gives the statistics of a trained network.
 """
 
 from __future__ import annotations
@@ -11,6 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+ROUGHNESS = 0.5  # of a random kernel: trained ones are smooth, and average rounding away where white ones add it up
+DIRECTIONS = 4  # in feature space, that a random classifier listens to
 
 __all__ = ["MobileNetV2", "ResNet50", "mobilenetv2", "photographs", "resnet50", "sane"]
 
@@ -112,27 +114,39 @@ def photographs(count: int, side: int = 224, seed: int = 0) -> NDArray[np.uint8]
     return out
 
 
-def sane(net: nn.Module, seed: int) -> nn.Module:
-    """Random weights as training leaves them: He-initialised, norms calibrated on pictures, channels of unequal importance."""
+def sane(net: MobileNetV2 | ResNet50, seed: int) -> nn.Module:
+    """Random weights as training leaves them, so that quantisation meets what it meets in use.
+
+    Kernels are smooth; norms are calibrated on pictures, their channels of unequal importance; the classifier reads the
+    directions in which pictures differ most. Wholly random ones make a net whose logits hardly depend on the picture, and in
+    which the rounding of fifty integer layers drowns what is left.
+    """
     generator = torch.Generator().manual_seed(seed)
     for module in net.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            fan = module.weight[0].numel()
-            module.weight.data.normal_(0, (2 / fan) ** 0.5, generator=generator)
-            if module.bias is not None:
-                module.bias.data.zero_()
+        if isinstance(module, nn.Conv2d):
+            shape = module.weight.shape
+            one_sign = torch.randn(shape[0], shape[1], 1, 1, generator=generator).expand(shape)
+            module.weight.data = one_sign + ROUGHNESS * torch.randn(shape, generator=generator)
         elif isinstance(module, nn.BatchNorm2d):
-            module.weight.data.uniform_(0.4, 1.4, generator=generator)
+            module.weight.data.uniform_(0.5, 1.5, generator=generator)
             module.bias.data.normal_(0, 0.25, generator=generator)
             module.momentum = None  # a plain average over the calibration batches
             module.reset_running_stats()
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    images = torch.from_numpy(photographs(16, seed=seed).transpose(0, 3, 1, 2).copy())
-    net.train()
+    pictures = torch.from_numpy(photographs(32, seed=seed).transpose(0, 3, 1, 2).copy())
+    batches = [(part.float() / 255 - mean) / std for part in torch.split(pictures, 8)]
     with torch.no_grad():
-        for part in images.split(8):  # type: ignore[no-untyped-call]
-            net((part.float() / 255 - mean) / std)
+        net.train()
+        for batch in batches[:2]:
+            net.features(batch)
+        net.eval()
+        pooled = torch.cat([net.features(batch).mean((2, 3)) for batch in batches])
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.1
+    _, spread, directions = torch.linalg.svd(pooled - pooled.mean(0), full_matrices=False)
+    strongest = directions[:DIRECTIONS] / spread[:DIRECTIONS, None] * len(pooled) ** 0.5
+    mixture = torch.randn(net.classifier.out_features, DIRECTIONS, generator=generator)
+    net.classifier.weight.data = mixture @ strongest
+    net.classifier.bias.data = -net.classifier.weight.data @ pooled.mean(0)
     return net.eval()

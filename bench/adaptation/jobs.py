@@ -23,10 +23,12 @@ from refold.errors import RefoldError, StorageError
 __all__ = ["Job", "Piece", "run_jobs"]
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = {
-    "baseline": ("bench/adaptation", "bench/corrupt", "demo/models.py"),
-    "refold": ("bench/adaptation", "bench/corrupt", "demo/models.py", "refold", "edge", "cloud", "export"),
-}
+BASELINE_SOURCES = (
+    *(f"bench/adaptation/{name}.py" for name in ("baselines", "cema", "method", "nets")),
+    "bench/corrupt",
+    "demo/models.py",
+)
+REFOLD_SOURCES = ("bench/adaptation", "bench/corrupt", "demo/models.py", "refold", "edge", "cloud", "export")
 
 
 @dataclass(frozen=True)
@@ -138,16 +140,12 @@ def _run(job: Job) -> list[Piece]:
 
 def _path(job: Job) -> Path:
     """Named by the job and by the source it ran: a change of either is another piece."""
-    key = hashlib.sha256(json.dumps(asdict(job)).encode())
-    kind = "baseline" if not job.row.startswith("refold") else "refold"
-    for part in SOURCES[kind]:
+    row = row_named(job.row)
+    key = hashlib.sha256(json.dumps([asdict(job), row.settings]).encode())
+    for part in BASELINE_SOURCES if row.precision == "fp32" else REFOLD_SOURCES:
         path = ROOT / part
         for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
-            if kind == "baseline" and file.name in ("refold_method.py", "report.py", "rows.py", "jobs.py"):
-                continue
             key.update(file.read_bytes())
-    if kind == "baseline":
-        key.update(row_named(job.row).settings.encode())
     return cache_folder().parent / "bench" / f"adaptation-{job.row}-{key.hexdigest()[:24]}.json"
 
 

@@ -155,6 +155,27 @@ def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path, acknowledged):
     box.close()
 
 
+def test_a_log_cut_anywhere_by_a_power_failure_leaves_what_came_before(tmp_path):
+    """SQLite's log ends where the disk stopped writing; every such end is a state that once was."""
+    box = Outbox(tmp_path / "o.sqlite")
+    for i in range(8):
+        box.put(*sample(i, size=3000))
+    database, journal = (Path(f"{box.database.path}{suffix}").read_bytes() for suffix in ("", "-wal"))
+    box.close()
+    rng, seen = random.Random(0), set()
+    for end in [0, len(journal), *(rng.randrange(len(journal)) for _ in range(40))]:
+        path = tmp_path / f"cut-{end}" / "o.sqlite"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(database)
+        Path(f"{path}-wal").write_bytes(journal[:end])
+        cut = Outbox(path)
+        assert sorted(s.header.frame for s in cut.next(99)) == list(range(len(cut))) and cut.database.set_aside is None
+        assert cut.put(*sample(99))
+        seen.add(len(cut) - 1)
+        cut.close()
+    assert {0, 8} < seen
+
+
 def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
     """The writer's files may not grow beyond a real limit of the kernel's (RLIMIT_FSIZE); then they may again."""
     done = subprocess.run(

@@ -414,6 +414,28 @@ def test_a_kill_at_any_step_leaves_exactly_the_old_or_exactly_the_new(tmp_path, 
     updater.close()
 
 
+def test_a_log_cut_anywhere_by_a_power_failure_leaves_the_old_or_the_new(device, tmp_path):
+    """The state file's log ends where the disk stopped writing; the release files were synced before it named them."""
+    device.order(1)
+    device.order(2)
+    state = next(device.folder.glob("state/*/updates.sqlite"))
+    log = Path(f"{state}-wal")
+    kept = {f: f.read_bytes() for f in state.parent.rglob("*") if f.is_file() and not f.name.endswith("-shm")}
+    device.updater.close()
+    seen = set()
+    for end in range(0, len(kept[log]) + 1, max(len(kept[log]) // 60, 1)):
+        shutil.rmtree(state.parent)
+        for f, content in kept.items():
+            f.parent.mkdir(parents=True, exist_ok=True)
+            f.write_bytes(content[:end] if f == log else content)
+        device.updater = None
+        updater = device.open()
+        assert updater.version == device.running and updater.state is UpdateState.IDLE
+        seen.add(updater.version)
+        assert device.order(2).settled and device.running == 2
+    assert seen == {0, 1, 2}
+
+
 @pytest.mark.parametrize("where", ["in-canary", "in-apply"])
 def test_a_kill_inside_the_engine_leaves_the_old(tmp_path, where):
     device = prepared(tmp_path, "upgrade")

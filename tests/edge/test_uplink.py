@@ -171,6 +171,7 @@ def test_connections_that_break_in_the_middle(cloud, make):
         proxy.cut()
     until(lambda: len(device.outbox) == 0)
     assert set(cloud.samples) == set(digests) and set(cloud.stored.values()) == {1}
+    assert proxy.sent <= device.budget.spent()  # repeats and new connections included
     proxy.close()
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from cloud.store import Decision, ReleaseRecord, Store
+from cloud.store import Decision, Store
 from cloud.store.store import GOOD
 from cloud.telemetry import RELEASES
 from refold.errors import AccessError
@@ -37,18 +37,15 @@ class Next:
     version: int | None
 
 
-def next_version(rows: Sequence[ReleaseRecord], installed: int, current: int) -> Next:
+def next_version(good: Mapping[int, str], installed: int) -> Next:
     """Pure: where a device with version `installed` goes from here.
 
     Args:
-        rows: the cohort's decisions, in any order.
-        current: the cohort's pointer.
+        good: version to domain, of every release of the cohort that was not rolled back.
     """
-    good = sorted((r for r in rows if r.state == GOOD and r.version <= current), key=lambda r: r.version)
-    versions = [r.version for r in good]
-    if installed and installed not in versions:
-        return Next(max((v for v in versions if v < installed), default=0))
-    newest = {r.domain: r.version for r in good}
+    if installed and installed not in good:
+        return Next(max((v for v in good if v < installed), default=0))
+    newest = {domain: version for version, domain in sorted(good.items())}
     return Next(min((v for v in newest.values() if v > installed), default=None))
 
 
@@ -90,10 +87,8 @@ class Releases:
         with self._publishing:
             now = int(time.time() * 1000)
             version = self._store.next_version(release.bundle_digest, release.cohort) if outcome.passed else 0
-            current = self._store.cohort(release.bundle_digest, release.cohort)
-            release = replace(
-                release, version=version, parent_version=current.current_version if current else 0, created_unix_ms=now
-            )
+            parent = self._store.current_version(release.bundle_digest, release.cohort)
+            release = replace(release, version=version, parent_version=parent, created_unix_ms=now)
             self._store.record(self._decision(release, outcome, now))
         RELEASES.add(1, state="released" if version else "refused")
         if version:
@@ -122,14 +117,11 @@ class Releases:
 
     def following(self, bundle_digest: str, cohort: str, installed: int) -> Next:
         """Where a device of this cohort goes from `installed`."""
-        record = self._store.cohort(bundle_digest, cohort)
-        if record is None:
-            return Next(0 if installed else None)
-        return next_version(self._store.releases(bundle_digest, cohort), installed, record.current_version)
+        return next_version(self._store.good_versions(bundle_digest, cohort), installed)
 
     def current(self, bundle_digest: str, cohort: str) -> int:
-        record = self._store.cohort(bundle_digest, cohort)
-        return record.current_version if record else 0
+        """The cohort's pointer; 0 is as exported."""
+        return self._store.current_version(bundle_digest, cohort)
 
     def signed(self, bundle_digest: str, cohort: str, version: int) -> norms_pb2.SignedRelease:
         """Raises ReleaseError when there is no such version."""

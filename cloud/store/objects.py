@@ -32,7 +32,7 @@ def check_digest(digest: str) -> str:
 
 class Objects(Protocol):
     def put(self, payload: bytes) -> str:
-        """Stores durably; returns the digest. A second time is a no-op. Raises StorageError when the disk is full or failing."""
+        """Stores durably; returns the digest. A second time is a no-op. Raises StorageError: the disk is full or failing."""
 
     def get(self, digest: str) -> bytes:
         """Raises StorageError when absent, or when the stored bytes are no longer what they were."""

@@ -256,6 +256,19 @@ class Store:
         with self._reads() as c:
             return [ReleaseRecord(**{**r, "version": r["version"] or 0}) for r in c.execute(query).mappings()]
 
+    def good_versions(self, bundle_digest: str, cohort: str) -> dict[int, str]:
+        """Version to domain, of every release that was not rolled back: all a poll needs to know."""
+        query = sa.select(t.releases.c.version, t.releases.c.domain)
+        query = query.where(_of(t.releases, bundle_digest, cohort), t.releases.c.state == GOOD)
+        with self._reads() as c:
+            return {int(version): str(domain) for version, domain in c.execute(query)}
+
+    def current_version(self, bundle_digest: str, cohort: str) -> int:
+        """The cohort's pointer; 0 is as exported."""
+        query = sa.select(t.cohorts.c.current_version).where(_of(t.cohorts, bundle_digest, cohort))
+        with self._reads() as c:
+            return int(c.execute(query).scalar() or 0)
+
     def signed_release(self, bundle_digest: str, cohort: str, version: int) -> bytes:
         """The serialised SignedRelease. Raises ReleaseError when there is no such version."""
         query = sa.select(t.releases.c.signed).where(_of(t.releases, bundle_digest, cohort), t.releases.c.version == version)
@@ -269,7 +282,7 @@ class Store:
         """Points the cohort at `to_version` (0: as exported) and marks every newer release rolled back, for ever.
 
         Raises:
-            ReleaseError: there is no such cohort or version, it was rolled back itself, or it is not older than the current one.
+            ReleaseError: there is no such cohort or version, it was rolled back itself, or it is newer than the current one.
         """
         with self._writes() as c:
             here = _of(t.cohorts, bundle_digest, cohort)

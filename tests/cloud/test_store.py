@@ -264,11 +264,11 @@ class Fleetwide(RuleBasedStateMachine):
     def devices_arrive(self) -> None:
         record = self.store.cohort(BUNDLE, COHORT)
         current = record.current_version if record else 0
-        rows = self.store.releases(BUNDLE, COHORT)
-        assert current not in self.rolled_back
+        good = self.store.good_versions(BUNDLE, COHORT)
+        assert current not in self.rolled_back and current == self.store.current_version(BUNDLE, COHORT)
         for start in range(self.last + 1):
             installed, steps = start, 0
-            while (following := next_version(rows, installed, current).version) is not None:
+            while (following := next_version(good, installed).version) is not None:
                 assert following not in self.rolled_back
                 installed, steps = following, steps + 1
                 assert steps <= self.last + 2

@@ -64,6 +64,15 @@ def test_evidence_becomes_a_release_that_a_waiting_device_gets(working: Fleet, s
     assert row.state == "current" and "agreement" in row.reason
 
 
+def test_workers_as_threads_do_the_same(tmp_path: Path, small: Bundle) -> None:
+    environment = {**ENVIRONMENT, "REFOLD_CLOUD_WORKERS__MODE": "thread"}
+    with Fleet(tmp_path / "fleet", environment) as fleet:
+        register(fleet.store, fleet.cloud._objects, small.path, [("none", "")])
+        send_population(fleet.device(), small)
+        assert decisions(fleet, 1)[0].state == "current"
+        assert not workers_of(os.getpid())
+
+
 def test_the_held_back_share_is_never_taught(working: Fleet, small: Bundle) -> None:
     device = working.device()
     send_population(device, small)

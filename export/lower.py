@@ -55,6 +55,7 @@ class Lowering:
         self.env: dict[fx.Node, Any] = {}
         self.names: dict[int, str] = {}
         self.tensors: list[Tensor] = []
+        self.layers: set[str] = set()
         self.graph = Graph("", "", [], {}, {})
 
     def run(self) -> Graph:
@@ -167,6 +168,11 @@ class Lowering:
         **attributes: Any,
     ) -> str:
         layer = name or output
+        if layer in self.layers:
+            layer = f"{layer}@{output}"
+        self.layers.add(layer)
+        if attributes.get("site"):
+            attributes["site"] = layer
         held = {role: self.constant(t, role, layer) for role, t in (parameters or {}).items() if t is not None}
         self.graph.nodes.append(Node(layer, op, tuple(inputs), output, held, attributes))
         if shape_made is not None:

@@ -111,9 +111,9 @@ def _fitted(picture: Image.Image, preprocess: Preprocess, name: str) -> U8:
 
 def _from_npz(file: Path, preprocess: Preprocess, limit: int) -> Pictures:
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            arrays = {k: archive[k] for k in archive.files} if hasattr(archive, "files") else {"images": archive}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+        with file.open("rb") as f, np.load(f, allow_pickle=False) as archive:
+            arrays = {k: archive[k] for k in archive.files}
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as e:  # TypeError: a bare .npy
         raise InputError(f"The calibration set {file} cannot be read as .npz.", code="unreadable", detail=str(e)) from e
     name = "images" if "images" in arrays else next((k for k, a in arrays.items() if a.ndim == 4), "")
     if not name:

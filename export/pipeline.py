@@ -97,7 +97,7 @@ def make_recipe(
     model: nn.Module | ExportedProgram,
     preprocess: Preprocess,
     pictures: Pictures,
-    options: Options = Options(),  # noqa: B008  (frozen)
+    options: Options = Options(),
     progress: Progress = lambda what: None,
 ) -> Recipe:
     """Captures, calibrates and quantises; writes nothing.
@@ -185,7 +185,7 @@ def export_model(
     output: Path,
     preprocess: Preprocess,
     pictures: Pictures,
-    options: Options = Options(),  # noqa: B008  (frozen)
+    options: Options = Options(),
     *,
     keys: Sequence[SigningKey] = (),
     progress: Progress = lambda what: None,

@@ -122,17 +122,19 @@ def integer_model(
         ModelError: two layers share a norm, or the model has none.
     """
     sites: dict[str, NormSite] = {}
+    norms: dict[str, str] = {}
     for node in graph.nodes:
         site = _site(graph, placement, node, weights, scales)
         if site is None:
             continue
-        if site.name in {s.name for s in sites.values()}:
-            if site.has_norm:
-                raise ModelError(
-                    f"The norm {site.name} is used twice: its statistics cannot follow two places at once. Give each its own.",
-                    code="shared-norm",
-                )
-            site = _renamed(site, f"{site.name}@{node.output}")
+        if site.has_norm and node.parameters["gamma"] in norms:
+            raise ModelError(
+                f"The norm {norms[node.parameters['gamma']]} is used twice: its statistics cannot follow two places at once. "
+                "Give each place its own.",
+                code="shared-norm",
+            )
+        if site.has_norm:
+            norms[node.parameters["gamma"]] = site.name
         sites[node.output] = _with_floor(site, floors[site.name]) if floors else site
     activations = tuple(
         ActivationScale(v, scales[v].scale, scales[v].zero_point, f"{v}.scale", f"{v}.zero_point") for v in placement.scaled
@@ -144,11 +146,6 @@ def integer_model(
             code="no-norm",
         )
     return IntegerModel(graph, placement, weights, table, sites, qmax)
-
-
-def _renamed(site: NormSite, name: str) -> NormSite:
-    tensors = SiteTensors(*(t and f"{name}{t.removeprefix(site.name)}" for t in vars(site.tensors).values()))
-    return replace(site, name=name, tensors=tensors)
 
 
 def _with_floor(site: NormSite, known: NormSite) -> NormSite:

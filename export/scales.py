@@ -71,8 +71,8 @@ def entropy(seen: Range) -> tuple[float, float]:
     if not total:
         return seen.low, seen.high
     best, chosen = np.inf, (seen.low, seen.high)
-    for keep in np.linspace(1.0, 0.4, 25):
-        low, high = seen.low * keep, seen.high * keep
+    for threshold in np.geomspace(1.0, 0.1, 40) * max(-seen.low, seen.high):
+        low, high = max(seen.low, -float(threshold)), min(seen.high, float(threshold))
         divergence = _divergence(seen, low, high)
         if divergence < best:
             best, chosen = divergence, (low, high)

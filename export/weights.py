@@ -32,7 +32,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"There is no weights file at {path}.", code="no-weights")
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
+            with path.open("rb") as f, np.load(f, allow_pickle=False) as archive:
                 return {k: torch.from_numpy(np.array(archive[k])) for k in archive.files}
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

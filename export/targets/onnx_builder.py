@@ -99,4 +99,3 @@ def _external(name: str, value: NDArray[np.generic]) -> onnx.TensorProto:
     tensor = TensorProto(name=name, data_type=KINDS[value.dtype], dims=value.shape, data_location=TensorProto.EXTERNAL)
     tensor.external_data.add(key="location", value="adaptable")
     return tensor
-

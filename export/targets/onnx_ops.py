@@ -23,7 +23,7 @@ def emit_integer_layer(b: OnnxBuilder, node: Node, target: str) -> None:
     """conv or linear on codes: dequantised codes in, int32 bias at scale x·w, float out; ONNX Runtime fuses all of it."""
     names, axis = b.model.sites[node.output].tensors, 0
     codes = b.model.codes(node)
-    q = b.constant(f"{node.name}.codes" if f"{node.name}.codes" not in b.tensors else f"{node.output}.codes", codes, np.int8)
+    q = b.constant(f"{node.name}.codes", codes, np.int8)
     zero = b.constant(f"{q}.zero_point", np.zeros(codes.shape[0], np.int8), np.int8)
     weight = b.node("DequantizeLinear", [q, names.weight_scale, zero], f"{node.output}.w", axis=axis)
     bias = b.node("DequantizeLinear", [names.bias, names.bias_scale], f"{node.output}.b", axis=0)

@@ -265,8 +265,7 @@ class Unary(nn.Module):
 
 
 NETS: dict[str, type[nn.Module]] = {
-    c.__name__.lower(): c
-    for c in (Residual, OptionA, Inverted, Vgg, Dense, Squeeze, ConvNext, Vit, Grouped, Shuffle, Unary)
+    c.__name__.lower(): c for c in (Residual, OptionA, Inverted, Vgg, Dense, Squeeze, ConvNext, Vit, Grouped, Shuffle, Unary)
 }
 
 

@@ -54,13 +54,13 @@ class Tuning:
         delay: frames between the upload that sets off a training and its release.
     """
 
-    rate: float = 0.03
+    rate: float = 0.034
     eager_rate: float = 0.6
-    eager: int = 48
+    eager: int = 40
     unbiased: float = 0.75
     delay: int = 100
     adapt: AdaptSettings = field(default_factory=AdaptSettings)
-    distil: DistilSettings = field(default_factory=lambda: DistilSettings(fresh_samples=48, growth=2.0, steps=60, group=48))
+    distil: DistilSettings = field(default_factory=lambda: DistilSettings(fresh_samples=40, growth=2.7, steps=60, group=48))
 
 
 class TrueLabels(Teachers):

@@ -285,9 +285,11 @@ class Adapter:
             if domain is None:
                 return None
             domain.release = release
-            domain.evidence.fade(self._settings.staleness)
+            domain.evidence.fade(self._settings.release_staleness)
+            domain.taps = 0
             if domain is not self._present:
                 return None
+            self._schedule.restart(share=0.5)
         return self._offer()
 
     def on_rollback(self, release: Release | None) -> ServingState:

@@ -18,6 +18,7 @@ __all__ = ["FEATURES", "FrameFeatures", "Reference"]
 F64 = NDArray[np.float64]
 FEATURES = 9
 SIDE = 64  # pixels per side looked at; a larger picture is cut to its middle, not shrunk: shrinking would hide noise and blur
+GREY = np.full(3, 1 / 3, np.float32)
 QUIET = 0.05  # grey levels squared: added to energies so that a flat picture has a logarithm
 
 
@@ -53,12 +54,11 @@ def image_features(image: NDArray[np.uint8]) -> F64:
     if h > SIDE or w > SIDE:
         top, left = max((h - SIDE) // 2, 0), max((w - SIDE) // 2, 0)
         image = image[top : top + SIDE, left : left + SIDE]
-    x = image.astype(np.float32)
-    n = x.shape[0] * x.shape[1]
-    flat = x.reshape(n, 3)
-    mean = flat.sum(0) / n
-    grey = x @ np.float32([1 / 3, 1 / 3, 1 / 3])  # type: ignore[arg-type]
-    g = grey - grey.mean()
+    height, width = image.shape[:2]
+    flat = image.reshape(-1, 3).astype(np.float32)
+    mean = np.ones(len(flat), np.float32) @ flat / len(flat)  # products, not reductions: several times faster at this size
+    grey = (flat @ GREY).reshape(height, width)
+    g = grey - mean.mean()
     energies = (
         _energy(g),
         _energy(g[:, 1:] - g[:, :-1]),

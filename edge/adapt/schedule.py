@@ -14,10 +14,13 @@ class TapSchedule:
         self._settings = settings
         self.restart()
 
-    def restart(self, known_frames: float = 0.0) -> None:
-        """A new domain, or one that is known from so many tapped frames already: then most of the burst is spared."""
+    def restart(self, known_frames: float = 0.0, share: float = 1.0) -> None:
+        """A new domain, or one that is known from so many tapped frames already: then most of the burst is spared.
+
+        `share` shortens the burst.
+        """
         self._interval = 1
-        self._left = self._settings.burst
+        self._left = max(round(self._settings.burst * share), 1)
         self._wait = 0
         while known_frames >= self._left and self._interval < self._settings.interval:
             known_frames -= self._left

@@ -21,11 +21,12 @@ class AdaptSettings:
         release_trust: what a frame of a release's own statistics counts against a tapped frame of the device, where the release
             was made for the very domain; 0 serves the release's affine parameters on the device's statistics alone.
         staleness: weight kept by older evidence each time the served state changes, 0..1: deeper sites saw other inputs then.
+        release_staleness: the same when a release changes the affine parameters too.
         evidence_frames: tapped frames remembered; older ones fade, so that slow drift is followed.
         first_rebuild: tapped frames before the first overlay of a domain; each later one waits for twice the evidence.
         rebuild_step: most tapped frames between two overlays during the burst. A site's evidence is only as good as the
             statistics of the sites before it, so that the truth travels down the network one overlay at a time.
-        burst: tapped frames in a row after a shift.
+        burst: tapped frames in a row after a shift; half as many after a release for the present domain.
         thinning: tapped frames at each of the intervals 2, 4, 8, ... on the way from the burst to `interval`.
         interval: one frame in this many is tapped in a domain that is known well.
         watch_every: features are computed for one frame in this many while nothing happens; they cost more than all else here.
@@ -43,13 +44,14 @@ class AdaptSettings:
     prior_frames: float = 12.0
     release_trust: float = 1.0
     staleness: float = 0.9
+    release_staleness: float = 0.1
     evidence_frames: float = 512.0
     first_rebuild: int = 2
     rebuild_step: int = 8
     burst: int = 64
     thinning: int = 12
     interval: int = 64
-    watch_every: int = 2
+    watch_every: int = 3
     shift_threshold: float = 6.0
     shift_floor: float = 0.025
     probe_frames: int = 24
@@ -58,7 +60,7 @@ class AdaptSettings:
     report_frames: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("mix", "staleness"):
+        for name in ("mix", "staleness", "release_staleness"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise UsageError(f"adapt.{name} is {getattr(self, name)}; it is a share between 0 and 1.")
         for name in (

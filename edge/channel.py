@@ -20,7 +20,7 @@ __all__ = ["Credentials", "Link", "error_of", "open_channel"]
 
 CODE_KEY, RETRY_KEY = "refold-code", "refold-retry-ms"  # trailing metadata of a refusal
 DEAD = frozenset({"unavailable", "deadline-exceeded", "tls"})  # nobody answered
-RETRY_S = 60.0  # when the other side is exhausted and does not say for how long
+RETRY_S, MOST_S = 60.0, 3600.0  # when the other side is exhausted and does not say for how long; and however long it says
 
 
 class Credentials(Protocol):
@@ -61,7 +61,7 @@ def error_of(error: grpc.RpcError, address: str) -> RefoldError:
     name = str(metadata.get(CODE_KEY) or code.name.lower().replace("_", "-"))
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         asked = str(metadata.get(RETRY_KEY, ""))
-        return BusyError(f"The cloud asks for patience: {said}", int(asked) / 1000 if asked.isdigit() else RETRY_S)
+        return BusyError(f"The cloud asks for patience: {said}", min(int(asked) / 1000, MOST_S) if asked.isdigit() else RETRY_S)
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
         return AccessError(said or "The cloud does not admit this device.", code=name)
     if code is grpc.StatusCode.INVALID_ARGUMENT:

@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 
 HANDSHAKE_BYTES = 2048  # what a client sends to set up mutual TLS with P-256 certificates
 CALL_BYTES = 320  # HTTP/2 headers, frames and TLS records of a small unary call
+LONGEST_S = 3600.0  # of any pause the cloud asks for
 IDLE_S = 600.0  # a look even if nobody woke the loop
 NOT_FOR_EVER = frozenset({"storage", "quota", "busy", "internal"})  # refusals after which a sample is kept
 HEADER_BYTES = 400  # of a sample, twice on the wire: once offered, once uploaded
@@ -222,7 +223,7 @@ class Uplink:
                 return Pause(0)
             done += self._upload(batch)
         if answer.retry_after_ms:
-            return Pause(answer.retry_after_ms / 1000, wakeable=False)
+            return Pause(_bounded(answer.retry_after_ms), wakeable=False)
         if not done:
             raise NetworkError("The cloud neither took nor refused what it was offered.", code="no-progress")
         return Pause(0)
@@ -326,7 +327,7 @@ class Uplink:
         self._count(polls=1)
         if not response.use_exported and not response.HasField("release"):
             quick = time.monotonic() - began < min(wait, 1.0)
-            return Pause(max(response.next_in_ms / 1000, self.settings.poll_pause_s if quick else 0.0))
+            return Pause(max(_bounded(response.next_in_ms), self.settings.poll_pause_s if quick else 0.0))
         outcome = self._callbacks.follow(response)
         passed_over, self._passed_over = self._passed_over, outcome.refused
         self._refusal = outcome.error.message if outcome.error else ""
@@ -337,9 +338,9 @@ class Uplink:
             return Pause(0)
         self._count(releases_refused=1)
         if outcome.refused > passed_over:
-            return Pause(max(self.settings.poll_pause_s, response.next_in_ms / 1000), wakeable=False)
+            return Pause(max(self.settings.poll_pause_s, _bounded(response.next_in_ms)), wakeable=False)
         # The same answer would come again at once: nothing genuine, a full disk, or a cloud that does not listen.
-        return Pause(max(self._refused.next(), response.next_in_ms / 1000), wakeable=False)
+        return Pause(max(self._refused.next(), _bounded(response.next_in_ms)), wakeable=False)
 
     # ── heartbeat ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -353,8 +354,8 @@ class Uplink:
         self._count(heartbeats=1)
         if answer.latest_release_version != request.release_version:
             self._poll.wake()
-        wanted = answer.next_in_ms / 1000 if answer.next_in_ms else self.settings.heartbeat_s
-        return Pause(min(max(wanted, 0.05), 3600.0) * random.uniform(0.7, 1.0))  # early rather than late, and not all at once
+        wanted = _bounded(answer.next_in_ms, least=1.0) if answer.next_in_ms else self.settings.heartbeat_s
+        return Pause(wanted * random.uniform(0.7, 1.0))  # early rather than late, and not the whole fleet at once
 
     def _renew(self, directory: Path) -> None:
         try:
@@ -379,6 +380,11 @@ class _NotYetError(NetworkError):
     def __init__(self, seconds: float) -> None:
         super().__init__("Nothing is sent now.")
         self.pause = Pause(min(seconds, IDLE_S), wakeable=math.isinf(seconds))
+
+
+def _bounded(milliseconds: int, least: float = 0.0) -> float:
+    """Seconds the cloud asks for: neither a stampede nor a farewell."""
+    return min(max(milliseconds / 1000, least), LONGEST_S)
 
 
 def _cost(header: samples_pb2.SampleHeader) -> int:

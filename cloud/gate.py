@@ -32,7 +32,7 @@ from refold.norms import ActivationScale, NormState
 from refold.release import Release
 from refold.v1 import samples_pb2 as pb
 
-__all__ = ["Gate", "GateResult", "Scores", "verdict"]
+__all__ = ["HOME", "Gate", "GateResult", "Scores", "verdict"]
 
 F32 = NDArray[np.float32]
 HOME = "d0"  # the domain a bundle was exported for; "" is a release for all domains

@@ -113,6 +113,9 @@ class WorkerSettings(_Section):
     nice: int = Field(default=10, ge=0, le=19, description="priority given up by workers so that devices are answered first")
     look_s: float = Field(default=2.0, gt=0, description="seconds between two looks for evidence when nobody woke the worker")
     interval_s: float = Field(default=10.0, ge=0, description="seconds between two trainings of the same domain")
+    home: bool = Field(
+        default=True, description="also train d0, the domain of the export: its exported state already had all the labels"
+    )
     held_back: float = Field(
         default=0.25, gt=0, lt=1, description="share of samples, by digest, never trained on: the gate's own"
     )

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloud.bundles import open_stored
-from cloud.gate import Gate, GateResult
+from cloud.gate import HOME, Gate, GateResult
 from cloud.lesson import Candidate, Lesson, find_maker
 from cloud.logs import set_up
 from cloud.pictures import decode_picture
@@ -132,6 +132,8 @@ class Worker:
         """Domains to train: ready, with evidence that no decision has seen, long enough after the last try, and judgeable."""
         domains = []
         for domain in self._lesson.distiller.ready():
+            if domain == HOME and not self._job.workers.home:
+                continue
             waited = now - self._tried.get(domain, -float("inf"))
             if self._fresh[domain] and waited >= self._job.workers.interval_s and self._judgeable(domain):
                 domains.append(domain)

@@ -21,9 +21,10 @@ EXPORT_SECONDS = 300.0
 START_SECONDS = 60.0
 # A fleet trains every ten minutes or so and hears of it within one; a demo has minutes in all.
 CLOUD: dict[str, dict[str, Any]] = {
-    "workers": {"look_s": 0.5, "interval_s": 2.0},
+    "workers": {"look_s": 0.5, "interval_s": 2.0, "home": False, "nice": 3},
     "devices": {"heartbeat_ms": 2000, "poll_wait_ms": 5000, "poll_next_ms": 200},
     "quota": {"calls_per_minute": 2400.0},
+    "gate": {"held_back": 12, "agreement_points": -3.0},  # of 40 pictures one is 2.5 points: cross-entropy decides
     "distil": {"fresh_samples": 32, "growth": 1.2, "steps": 30, "group": 32},
 }
 DEVICE: dict[str, dict[str, Any]] = {

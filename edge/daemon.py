@@ -12,6 +12,7 @@ A dead cloud, a full disk or a bad release is said once, kept in the status and 
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import sys
@@ -190,6 +191,8 @@ class Daemon:
     # ── the frame loop ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def __enter__(self) -> Daemon:
+        gc.collect()
+        gc.freeze()  # what lives until the end need not be looked through again: a full collection is 20 ms of no frames
         self._switch_interval = sys.getswitchinterval()
         sys.setswitchinterval(min(SWITCH_SECONDS, self._switch_interval))
         for worker in (self.storage, self.building):
@@ -329,6 +332,7 @@ class Daemon:
             write_status(self.directory.status, self.final_status)
         self._closing.close()
         sys.setswitchinterval(self._switch_interval)
+        gc.unfreeze()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import mul
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,22 +17,27 @@ F32 = NDArray[np.float32]
 def softmax(logits: F32) -> tuple[F32, int, float]:
     """(probabilities float32 (classes,), most likely class, entropy in nats) of logits float32 (classes,).
 
-    Entropy is ln Z - sum p (l - max l), which needs no logarithm per class. Logits that are not finite give NaN entropy.
+    Entropy is ln Z - sum p (l - max l), which needs no logarithm per class. Logits that are not finite give NaN.
     """
-    if len(logits) <= FEW:
-        values = logits.tolist()
-        top = max(values)
-        if not math.isfinite(top):
-            return np.full(len(values), np.nan, np.float32), 0, math.nan
-        powers = [math.exp(v - top) for v in values]
-        total = sum(powers)
-        share = 1.0 / total
-        entropy = math.log(total) - sum([p * (v - top) for p, v in zip(powers, values, strict=True) if p]) * share
-        return np.array([p * share for p in powers], np.float32), values.index(top), entropy
+    if len(logits) > FEW:
+        return _of_many(logits)
+    values = logits.tolist()
+    top = max(values)
+    if not (math.isfinite(top) and math.isfinite(sum(values))):
+        return np.full(len(values), np.nan, np.float32), 0, math.nan
+    centred = [v - top for v in values]
+    powers = list(map(math.exp, centred))
+    total = sum(powers)
+    share = 1.0 / total
+    entropy = math.log(total) - sum(map(mul, powers, centred)) * share
+    return np.array([p * share for p in powers], np.float32), values.index(top), entropy
+
+
+def _of_many(logits: F32) -> tuple[F32, int, float]:
     index = int(logits.argmax())
     centred = logits - logits[index]
-    powers_ = np.exp(centred)
-    sum_ = float(powers_.sum())
-    with np.errstate(invalid="ignore"):
-        entropy = math.log(sum_) - float(powers_ @ centred) / sum_ if sum_ == sum_ else math.nan
-    return powers_ / np.float32(sum_), index, entropy
+    if not math.isfinite(float(centred.sum())):
+        return np.full(len(logits), np.nan, np.float32), 0, math.nan
+    powers = np.exp(centred)
+    total = float(powers.sum())
+    return powers / np.float32(total), index, math.log(total) - float(powers @ centred) / total

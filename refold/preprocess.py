@@ -71,10 +71,14 @@ class Preprocess:
             )
         if out is None:
             out = np.empty((images.shape[0], 3, self.height, self.width), np.float32)
-        for image, planes in zip(images, out, strict=True):  # plane by plane: `take` is fast only into contiguous memory
-            for c, row in enumerate(self._rows):
-                row.take(image[..., c], out=planes[c], mode="clip")  # "raise" would write through a copy
+        for image, planes in zip(images, out, strict=True):
+            self.fill(image, planes)
         return out
+
+    def fill(self, image: NDArray[np.uint8], planes: NDArray[np.float32]) -> None:
+        """`apply` for one picture whose shape and type the caller has checked, into C-contiguous float32 (3, height, width)."""
+        for c, row in enumerate(self._rows):  # plane by plane: `take` is fast only into contiguous memory
+            row.take(image[:, :, c], out=planes[c], mode="clip")  # "raise" would write through a copy
 
     @property
     def digest(self) -> str:

@@ -50,8 +50,10 @@ class ArraySource:
         self._images = images
 
     def __iter__(self) -> Iterator[Picture | None]:
+        p, name = self._preprocess, self._name
+        as_they_are = p.resize is not Resize.CENTRE_CROP and self._images.shape[1:3] == (p.height, p.width)
         for i, image in enumerate(self._images):
-            yield Picture(fit(np.asarray(image), self._preprocess), f"{self._name}[{i}]")
+            yield Picture(image if as_they_are else fit(np.asarray(image), p), f"{name}[{i}]")
 
     def close(self) -> None:
         return None

@@ -119,6 +119,7 @@ class RefoldMethod:
         self._frame = 0
         self._version = 0
         self._uploaded: dict[str, int] = {}
+        self._released: set[str] = set()
         self._due: list[tuple[int, Candidate]] = []
         self.events: list[str] = []
 
@@ -182,7 +183,7 @@ class RefoldMethod:
     def _arrivals(self, counts: dict[str, float]) -> None:
         while self._due and self._due[0][0] <= self._frame:
             _, candidate = self._due.pop(0)
-            if not candidate.metrics.get("share", 1.0):
+            if not candidate.metrics.get("share", 1.0) and candidate.domain not in self._released:
                 self.events.append(f"{self._frame}: nothing learnt for {candidate.domain}, {_told(candidate)}")
                 continue
             self._version += 1
@@ -196,6 +197,7 @@ class RefoldMethod:
             )
             counts["bytes_down"] += len(encode(release)) + SIGNATURE_BYTES
             counts["releases"] += 1
+            self._released.add(candidate.domain)
             self.events.append(f"{self._frame}: release {self._version} for {candidate.domain}, {_told(candidate)}")
             serving = self.adapter.on_release(release)
             if serving is not None:

@@ -31,8 +31,9 @@ __all__ = ["Calibration", "Task", "learn"]
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
 LEAST_STYLE = 16  # pictures of a domain below which its spectrum is not known
-LEAST_HELD_BACK = 12  # pictures below which no length of step is chosen: the whole step is taken
+LEAST_HELD_BACK = 8  # pictures below which no length of step can be chosen: a quarter of it is taken
 COMPARED = 128  # pictures of each kind for the question what restyling explains
+UNJUDGED = 0.25
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the learnt step
 DOUBT = 1.0  # standard errors by which held-back uploads must speak for any step at all
 FULL, NONE = 0.2, 0.7  # unexplained part of the shift at which restyled pictures have their full share, and none
@@ -140,9 +141,10 @@ def _choose_share(
     settings: DistilSettings,
 ) -> dict[str, float]:
     """Goes back along the step to where held-back uploads agree best with the teachers (their cross-entropy is least)."""
-    if not len(held):
-        return {"share": 1.0}
     after = student.snapshot()
+    if not len(held):
+        student.restore([a + UNJUDGED * (b - a) for a, b in zip(before, after, strict=True)])
+        return {"share": UNJUDGED}
     x = torch.from_numpy(preprocess.apply(task.images[held]))
     wanted = torch.from_numpy(task.targets[held])
     losses = []
@@ -191,8 +193,9 @@ class _Batches:
         generator = torch.Generator().manual_seed(task.seed)
         moments = task.measure()
         source = self._source[:COMPARED].float() / 255
-        kinds = (domain[-COMPARED:], self._style(source, generator), source)
-        return unexplained(*(student.observe(self._normalise(k), moments) for k in kinds))
+        known, other = domain[::2][-COMPARED:], domain[1::2][-COMPARED:]  # a style always fits the pictures it came from
+        restyled = Style(self._source.float() / 255, known)(source, generator)
+        return unexplained(*(student.observe(self._normalise(k), moments) for k in (other, restyled, source)))
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Inputs (group, 3, H, W) and targets (group, classes) of one step."""

@@ -22,7 +22,14 @@ MOST_RECALL_FRAMES = 200  # frames of returned fog before the known state serves
 
 @dataclass(frozen=True)
 class Arrival:
-    """A release that reached the device. `frame`: the first one it could serve; `life`: index of the edge process."""
+    """A release that the device served.
+
+    Attributes:
+        frame: the first one it answered.
+        installed: the frame at which the device had verified and kept it; earlier, where it is for a domain not present then.
+        life: index of the device's process.
+        seconds: of `frame`, since the stream began.
+    """
 
     version: int
     frame: int
@@ -31,6 +38,7 @@ class Arrival:
     bytes: int = 0
     life: int = 0
     seconds: float = 0.0
+    installed: int = -1
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ def claims(tally: Tally, arrivals: Sequence[Arrival], remembered: Recall) -> lis
         Claim("frames_lost", "Frames without an answer", float(tally.lost), "0", tally.lost == 0),
         Claim(
             "releases_in_one_life",
-            "Signed releases applied in one process life of the device",
+            "Signed releases served in one process life of the device",
             float(in_one_life),
             f"≥ {LEAST_RELEASES}",
             in_one_life >= LEAST_RELEASES,

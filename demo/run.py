@@ -125,7 +125,7 @@ def run(options: Options, view: View) -> dict[str, Any]:
             admin.refresh()
             watch.ask()
         cloud.process.stop()
-        remembered = recall(tally, plan.phases[1], plan.phases[-1], [(a.frame, a.domain) for a in watch.arrivals])
+        remembered = recall(tally, plan.phases[1], plan.phases[-1], [(a.installed, a.domain) for a in watch.arrivals])
         lives = [p.life(processes.origin) for p in (cloud.process, device)]
     return build(
         tally=tally,

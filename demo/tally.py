@@ -131,7 +131,7 @@ def recall(tally: Tally, first: Phase, again: Phase, arrivals: list[tuple[int, s
     """Judges the fog's return.
 
     Args:
-        arrivals: (frame, domain) of every release that reached the device.
+        arrivals: (frame at which it was installed, domain) of every release that the device served.
         early: how many frames count as the beginning of a phase.
     """
     known = _settled_domain(tally, first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from refold.v1 import admin_pb2 as pb
 __all__ = ["Admin", "Watch"]
 
 REFRESH = 0.12  # seconds between two looks at the predictions
-ASK = 1.0  # seconds between two questions to the cloud
+ASK = 0.5  # seconds between two questions to the cloud
 PATIENCE = 30.0  # seconds without a new answer before the run is given up
 
 
@@ -60,6 +61,7 @@ class Watch:
         self._device, self._others = device, others
         self._on_frame = on_frame
         self._status = status
+        self._installed: dict[int, int] = {}
         self._note = ""
         self._began = time.monotonic()
         self._asked = 0.0
@@ -112,7 +114,8 @@ class Watch:
     def _notice(self, answer: Answer) -> None:
         if answer.version and all(a.version != answer.version for a in self.arrivals):
             seconds = round(time.monotonic() - self._began, 2)
-            self.arrivals.append(Arrival(answer.version, answer.frame, answer.domain, seconds=seconds))
+            installed = min(self._installed.get(answer.version, answer.frame), answer.frame)
+            self.arrivals.append(Arrival(answer.version, answer.frame, answer.domain, seconds=seconds, installed=installed))
 
     def ask(self) -> None:
         """Fills in what only the cloud knows: the releases' digests and sizes, samples and bytes."""
@@ -120,22 +123,23 @@ class Watch:
         status, releases = self._admin.status(), self._admin.releases()
         if releases is not None:
             rows = {r.version: r for r in releases.releases if r.version}
-            self.arrivals = [
-                a if a.version not in rows else Arrival(
-                    a.version, a.frame, rows[a.version].domain, rows[a.version].digest, rows[a.version].bytes, a.life, a.seconds
-                )
-                for a in self.arrivals
-            ]  # fmt: skip
+            self.arrivals = [self._completed(a, rows.get(a.version)) for a in self.arrivals]
         self.metrics = self._device_metrics(status)
         samples = sum(c.samples for c in status.cohorts) if status else self.traffic.samples
         up = int(self.metrics.get("link_bytes_up", self.traffic.bytes_up))
         down = int(self.metrics.get("link_bytes_down", self.traffic.bytes_down))
         self.traffic.observe(max(self.tally.last, 0), samples, up, down)
 
+    @staticmethod
+    def _completed(arrival: Arrival, row: pb.ReleaseRow | None) -> Arrival:
+        return replace(arrival, domain=row.domain, digest=row.digest, bytes=row.bytes) if row else arrival
+
     def _device_metrics(self, status: pb.StatusResponse | None) -> dict[str, float]:
         if self._status is not None:
             try:
                 found = json.loads(self._status.read_text())
+                for version in range(1, int(found.get("release_version", 0)) + 1):
+                    self._installed.setdefault(version, max(self.tally.last, 0))
                 return {k: float(v) for k, v in found.get("metrics", found).items() if isinstance(v, (int, float))}
             except (OSError, ValueError, AttributeError):
                 pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -87,6 +88,21 @@ def test_every_answer_and_every_release_is_seen(tmp_path: Path) -> None:
     assert watch.tally.lost == 0 and watch.tally.accuracy(0, 400) == (100.0, 10.0)
     assert [(a.version, a.frame, a.bytes, a.digest[:2]) for a in watch.arrivals] == [(1, 100, 350, "11"), (2, 300, 350, "22")]
     assert (watch.traffic.samples, watch.traffic.bytes_up, watch.traffic.bytes_down) == (12, 5000, 700)
+
+
+def test_a_release_kept_for_later_counts_from_its_installation(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text(json.dumps({"release_version": 2, "metrics": {"link_bytes_up": 9}}))
+    processes = Processes(tmp_path)
+    lines = tmp_path / "predictions.jsonl"
+    tally = Tally(PLAN, np.zeros(400, np.int64), np.zeros(400, np.int64))
+    with processes:
+        device = processes.start("device", [sys.executable, "-c", "import time; time.sleep(60)"])
+        watch = Watch(tally, lines, PlainAdmin(), SilentView(), device, status=tmp_path / "status.json")
+        watch.ask()
+        row = {"frame": 50, "class": 0, "entropy": 0.1, "release_version": 2, "domain": "d1"}
+        lines.write_text(json.dumps(row) + "\n")
+        watch.read()
+    assert [(a.version, a.frame, a.installed) for a in watch.arrivals] == [(2, 50, 0)] and watch.traffic.bytes_up == 9
 
 
 def test_a_cloud_that_does_not_answer_costs_only_what_it_knows(tmp_path: Path) -> None:

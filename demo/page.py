@@ -64,9 +64,9 @@ def render(report: dict[str, Any]) -> str:
         f"<p>{recall}</p>",
         "<h2>Releases</h2>",
         _table(
-            ("version", "domain", "at frame", "bytes", "digest"),
+            ("version", "domain", "installed at", "served from", "bytes", "digest"),
             [
-                (str(r["version"]), r["domain"], f"{r['frame']:,}", f"{r['bytes']:,}", r["digest"][:16])
+                (str(r["version"]), r["domain"], f"{r['installed']:,}", f"{r['frame']:,}", f"{r['bytes']:,}", r["digest"][:16])
                 for r in report["releases"]
             ],
         ),

@@ -126,6 +126,7 @@ def serve(config: Path, log_json: bool, log_level: str, as_json: bool) -> None:
 
 async def _serve(settings: CloudSettings, as_json: bool) -> None:
     from cloud.server import Cloud
+    from cloud.systemd import notify
 
     service = Cloud(settings)
     stop = asyncio.Event()
@@ -145,7 +146,9 @@ async def _serve(settings: CloudSettings, as_json: bool) -> None:
         text = f"Ready: {address}:{service.port} (devices, operators), {address}:{service.enrol_port} (enrolment)."
         _say(as_json, ready, text)
         sys.stdout.flush()
+        notify("READY=1")
         await stop.wait()
+        notify("STOPPING=1")
         logging.getLogger(__name__).info("stopping")
     finally:
         await service.close()

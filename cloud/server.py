@@ -36,6 +36,7 @@ from refold.v1 import adaptation_pb2, adaptation_pb2_grpc, admin_pb2, admin_pb2_
 __all__ = ["Cloud"]
 
 log = logging.getLogger(__name__)
+ENROL_BYTES = 64 * 1024  # of a message on the port where anybody may call; a request has under 1 KB
 THREADS = 16  # each holds a database connection for milliseconds
 CHECK_S = 5.0  # between two looks at readiness
 COLLECT_S = 600.0  # between two rounds of retention
@@ -95,12 +96,12 @@ class Cloud:
     def _rolled_back(self, bundle_digest: str, cohort: str) -> None:
         self._supervisor.renew(bundle_digest, cohort)
 
-    def _server(self) -> grpc.aio.Server:
+    def _server(self, message_bytes: int) -> grpc.aio.Server:
         settings = self.settings.server
         options: list[tuple[str, Any]] = [
             ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake, not load balancing
-            ("grpc.max_receive_message_length", settings.message_bytes),
-            ("grpc.max_send_message_length", settings.message_bytes),
+            ("grpc.max_receive_message_length", message_bytes),
+            ("grpc.max_send_message_length", message_bytes),
             ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
             ("grpc.keepalive_permit_without_calls", 1),
         ]
@@ -126,7 +127,7 @@ class Cloud:
         return bound
 
     async def _start_main(self, rooms: Rooms) -> None:
-        server = self._server()
+        server = self._server(self.settings.server.message_bytes)
         fleet_pb2_grpc.add_FleetServicer_to_server(FleetService(rooms), server)  # type: ignore[no-untyped-call]
         adaptation_pb2_grpc.add_AdaptationServicer_to_server(AdaptationService(rooms), server)  # type: ignore[no-untyped-call]
         admin_pb2_grpc.add_AdminServicer_to_server(AdminService(rooms), server)  # type: ignore[no-untyped-call]
@@ -137,7 +138,7 @@ class Cloud:
         await server.start()
 
     async def _start_enrolment(self, rooms: Rooms) -> None:
-        server = self._server()
+        server = self._server(ENROL_BYTES)
         fleet_pb2_grpc.add_FleetServicer_to_server(EnrolService(rooms), server)  # type: ignore[no-untyped-call]
         one_sided = grpc.ssl_server_credentials([self._pair])
         self.enrol_port = self._bind(server, self.settings.server.enrol_port, one_sided, "enrol_port")

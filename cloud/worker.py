@@ -129,7 +129,10 @@ class Worker:
     # Decisions ---------------------------------------------------------------------------------------------------------------
 
     def due(self, now: float) -> list[str]:
-        """Domains to train: ready, with evidence that no decision has seen, long enough after the last try, and judgeable."""
+        """Domains to train: ready, with evidence that no decision has seen, long enough after the last try, and judgeable.
+
+        Home comes last: there the exported norms are at their best, and the other domains wait for theirs.
+        """
         domains = []
         for domain in self._lesson.distiller.ready():
             if domain == HOME and not self._job.workers.home:
@@ -137,7 +140,7 @@ class Worker:
             waited = now - self._tried.get(domain, -float("inf"))
             if self._fresh[domain] and waited >= self._job.workers.interval_s and self._judgeable(domain):
                 domains.append(domain)
-        return domains
+        return sorted(domains, key=lambda domain: domain == HOME)
 
     def _judgeable(self, domain: str) -> bool:
         fewest = self._job.gate.held_back
@@ -221,9 +224,14 @@ def work(job: Job, link: connection.Connection, *, own_process: bool = True) -> 
 def _loop(job: Job, link: connection.Connection, worker: Worker) -> None:
     while True:
         worker.absorb()
-        for domain in worker.due(time.monotonic()):
-            link.send(("status", f"training {domain or 'all domains'}"))
-            link.send(("outcome", worker.decide(domain, time.monotonic())))
+        due = worker.due(time.monotonic())
+        if due:
+            link.send(("status", f"training {due[0] or 'all domains'}"))
+            link.send(("outcome", worker.decide(due[0], time.monotonic())))
+        if link.poll() and link.recv() == "stop":
+            return
+        if due:
+            continue
         link.send(("status", "waiting for evidence"))
         if not link.poll(job.workers.look_s):
             continue

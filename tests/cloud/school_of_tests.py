@@ -55,7 +55,9 @@ class StatisticsOnly:
         if weight < 0:  # a training gone wrong: every channel of the last norm drowns in its offset
             last = self.bundle.norms.norms[-1].name
             state = states[last]
-            states[last] = type(state)(state.gamma, state.beta + np.linspace(-60, 60, len(state.beta)), state.mean, state.variance)
+            states[last] = type(state)(
+                state.gamma, state.beta + np.linspace(-60, 60, len(state.beta)), state.mean, state.variance
+            )
         return SimpleNamespace(
             states=states,
             activations=(),

@@ -89,7 +89,9 @@ def test_replayed_join_token(fleet: Fleet) -> None:
 def test_guessed_and_expired_join_tokens_are_told_the_same(fleet: Fleet) -> None:
     csr = request_pem(ec.generate_private_key(ec.SECP256R1()))
     expired = fleet.token(hours=1e-9)
-    answers = {refused(fleet.stranger().fleet.Enroll, fleet_pb2.EnrollRequest(join_token=t, csr_pem=csr)) for t in ("x", expired)}
+    answers = {
+        refused(fleet.stranger().fleet.Enroll, fleet_pb2.EnrollRequest(join_token=t, csr_pem=csr)) for t in ("x", expired)
+    }
     assert len(answers) == 1
 
 
@@ -114,7 +116,9 @@ def test_request_that_asks_for_more_than_a_device(fleet: Fleet) -> None:
     assert not certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     san = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert [n.value for n in san] == ["refold://role/device"]
-    assert refused(fleet.caller(key_pem(key), answer.certificate_pem).admin.Status, admin_pb2.StatusRequest())[2] == "wrong-role"
+    assert (
+        refused(fleet.caller(key_pem(key), answer.certificate_pem).admin.Status, admin_pb2.StatusRequest())[2] == "wrong-role"
+    )
 
 
 def test_request_over_somebody_elses_key(fleet: Fleet) -> None:
@@ -122,9 +126,14 @@ def test_request_over_somebody_elses_key(fleet: Fleet) -> None:
     forged = bytearray(victim)
     forged[len(forged) // 2] ^= 1
     token = fleet.token()
-    for csr in (bytes(forged), b"", b"-----BEGIN CERTIFICATE REQUEST-----\n", b"x" * 100_000):
+    for csr in (bytes(forged), b"", b"-----BEGIN CERTIFICATE REQUEST-----\n", b"x" * 50_000):
         request = fleet_pb2.EnrollRequest(join_token=token, csr_pem=csr)
         assert refused(fleet.stranger().fleet.Enroll, request)[::2] == (grpc.StatusCode.PERMISSION_DENIED, "bad-request")
+
+
+def test_endless_data_on_the_enrolment_port(fleet: Fleet) -> None:
+    request = fleet_pb2.EnrollRequest(join_token="x" * 100_000)
+    assert refused(fleet.stranger().fleet.Enroll, request)[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def test_rsa_and_other_curves(fleet: Fleet) -> None:

@@ -139,9 +139,12 @@ def test_init_makes_private_keys_private_and_never_overwrites(tmp_path: Path) ->
     assert again.returncode == 2 and "already holds a fleet" in again.stderr and "Traceback" not in again.stderr
 
 
-def test_sigterm_ends_the_service_gracefully(config: Path) -> None:
-    with Serving(config) as serving:
-        status, log = serving.end(signal.SIGTERM)
+def test_sigterm_ends_the_service_gracefully_and_systemd_hears_of_it(config: Path, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        with Serving(config, NOTIFY_SOCKET=str(tmp_path / "notify")) as serving:
+            status, log = serving.end(signal.SIGTERM)
+        assert [systemd.recv(64), systemd.recv(64)] == [b"READY=1", b"STOPPING=1"]
     assert status == 0, log
     assert json.loads(log.splitlines()[0])["message"] == "stopping"
 

@@ -61,6 +61,10 @@ class AdaptableNorm(nn.Module):
             observed, spread = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
             mean = (1 - self.alpha) * mean + self.alpha * observed
             variance = (1 - self.alpha) * variance + self.alpha * spread
+            if torch.is_grad_enabled():  # torch's own has no gradient with respect to given statistics
+                scale = self.weight * torch.rsqrt(variance + self.eps)
+                y: Tensor = x * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)
+                return y
         elif self.statistics is Statistics.RENORM:
             return self._renorm(x)
         return F.batch_norm(x, mean, variance, self.weight, self.bias, False, 0.0, self.eps)

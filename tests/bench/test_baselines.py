@@ -55,6 +55,26 @@ def test_source_statistics_compute_the_network_itself(frames: tuple[np.ndarray, 
     assert not any(p.requires_grad for n, p in adaptable(net, Statistics.BATCH).named_parameters() if n.startswith(("0", "8")))
 
 
+def test_mixed_statistics_have_gradients_and_the_same_values(frames: tuple[np.ndarray, np.ndarray]) -> None:
+    x = to_input(frames[0])
+    mixed = adaptable(small_net(), Statistics.MIXED, 0.5)
+    with torch.no_grad():
+        expected = mixed(x)
+    logits = mixed(x)
+    assert torch.allclose(logits, expected, atol=1e-4)
+    entropy(logits).mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in affine_parameters(mixed))
+    whole, batch = adaptable(small_net(), Statistics.MIXED, 1.0), adaptable(small_net(), Statistics.BATCH)
+    for net in (whole, batch):
+        entropy(net(x)).mean().backward()
+    for a, b in zip(affine_parameters(whole), affine_parameters(batch), strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-5)
+    tent = EATA(small_net(), x, lr=1e-2, batch=96, margin=2.0, alpha=0.5)
+    before = [p.clone() for p in affine_parameters(tent.net)]
+    tent.run(*frames)
+    assert any(not torch.equal(a, b) for a, b in zip(before, affine_parameters(tent.net), strict=True))
+
+
 def test_a_network_without_norms_is_refused() -> None:
     with pytest.raises(ModelError):
         adaptable(nn.Sequential(nn.Conv2d(3, 4, 3)), Statistics.BATCH)

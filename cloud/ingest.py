@@ -118,7 +118,7 @@ class Ingest:
         return max(1, min(self._quota.retry_ms, int(seconds * 1000) + 1))
 
     def upload(self, device: DeviceRecord, samples: list[pb.Sample]) -> tuple[list[str], list[api.UploadRefusal]]:
-        """Stores samples durably, each on its own; returns (digests stored, refusals).
+        """Stores samples durably; returns (digests stored, refusals).
 
         A sample that was stored before counts as stored.
 
@@ -133,26 +133,28 @@ class Ingest:
             raise QuotaError(
                 f"Device {device.id} has used up its {self._quota.bytes_per_hour:.0f} bytes per hour.", self._delay_ms(seconds)
             )
-        stored: list[str] = []
+        taken: list[SampleRecord] = []
         refused: list[api.UploadRefusal] = []
         bundles = dict[str, "BundleRecord | None"]()
-        fresh: set[str] = set()
         places = self._quota.samples_per_device - self._store.device_samples(device.id)
         for sample in samples:
             try:
-                if len(stored) >= places:
+                if len(taken) >= places:
                     raise InputError(f"Device {device.id} has its full number of samples stored.", code="quota")
-                if self._take(device, sample, bundles):
-                    fresh.add(sample.header.bundle_digest)
-                stored.append(sample.header.digest)
+                taken.append(self._take(device, sample, bundles))
             except InputError as e:
                 UPLOADS.add(1, outcome=e.code)
                 refused.append(api.UploadRefusal(digest=sample.header.digest[:64], code=e.code, message=e.message))
-        for bundle in fresh:
+        fresh = self._store.add_samples(taken)
+        UPLOADS.add(len(fresh), outcome="stored")
+        UPLOADS.add(len(taken) - len(fresh), outcome="duplicate")
+        UPLOAD_BYTES.add(sum(r.size for r in fresh))
+        for bundle in {r.bundle_digest for r in fresh}:
             self._notify(bundle, device.cohort)
-        return stored, refused
+        return [r.digest for r in taken], refused
 
-    def _take(self, device: DeviceRecord, sample: pb.Sample, bundles: dict[str, BundleRecord | None]) -> bool:
+    def _take(self, device: DeviceRecord, sample: pb.Sample, bundles: dict[str, BundleRecord | None]) -> SampleRecord:
+        """Checks one sample and stores its payload; its row comes after, so that a row without a payload never exists."""
         header = sample.header
         error = self._refusal(header, bundles)
         if error is not None:
@@ -160,7 +162,8 @@ class Ingest:
         if len(sample.payload) != header.size or digest_of(sample.payload) != header.digest:
             raise InputError("The payload is not what its header says: it was damaged on its way.", code="digest")
         decode_picture(header.codec, sample.payload, header.width, header.height)
-        record = SampleRecord(
+        self._objects.put(sample.payload)
+        return SampleRecord(
             digest=header.digest,
             bundle_digest=header.bundle_digest,
             cohort=device.cohort,
@@ -171,11 +174,6 @@ class Ingest:
             held_back=held_back(header.digest, self._share),
             received_ms=int(time.time() * 1000),
         )
-        self._objects.put(sample.payload)  # first the payload, then its row: a row without a payload never exists
-        fresh = self._store.add_sample(record)
-        UPLOADS.add(1, outcome="stored" if fresh else "duplicate")
-        UPLOAD_BYTES.add(header.size if fresh else 0)
-        return fresh
 
     def statistics(self, device: DeviceRecord, report: pb.StatisticsReport) -> bool:
         """Stores one report; False when it was there already.

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
@@ -28,6 +28,7 @@ from refold.errors import AccessError, ReleaseError
 
 __all__ = ["Store"]
 
+Record = TypeVar("Record", SampleRecord, StatisticsRecord)
 GOOD = "released"
 BATCH = 500  # bound variables per statement; SQLite's oldest limit is 999
 
@@ -176,24 +177,27 @@ class Store:
                 )
         return found
 
-    def add_sample(self, sample: SampleRecord) -> bool:
-        """False when it was stored already: a second time has no effect."""
-        return self._add(t.samples, sample)
+    def add_samples(self, samples: Sequence[SampleRecord]) -> list[SampleRecord]:
+        """Stores all of them or none; returns those that were not there yet: a second time has no effect."""
+        return self._add(t.samples, samples)
 
     def add_statistics(self, report: StatisticsRecord) -> bool:
         """False when it was stored already: a second time has no effect."""
-        return self._add(t.statistics, report)
+        return bool(self._add(t.statistics, [report]))
 
-    def _add(self, table: sa.Table, record: SampleRecord | StatisticsRecord) -> bool:
-        values = _values(record)
-        del values["id"]
+    def _add(self, table: sa.Table, records: Sequence[Record]) -> list[Record]:
+        fresh = []
         with self._writes() as c:
-            here = sa.and_(_of(table, record.bundle_digest, record.cohort), table.c.digest == record.digest)
-            if c.execute(sa.select(table.c.id).where(here)).first():
-                return False
-            _ensure_cohort(c, record.bundle_digest, record.cohort)
-            c.execute(sa.insert(table).values(values))
-            return True
+            for record in records:
+                values = _values(record)
+                del values["id"]
+                here = sa.and_(_of(table, record.bundle_digest, record.cohort), table.c.digest == record.digest)
+                if c.execute(sa.select(table.c.id).where(here)).first():
+                    continue
+                _ensure_cohort(c, record.bundle_digest, record.cohort)
+                c.execute(sa.insert(table).values(values))
+                fresh.append(record)
+        return fresh
 
     def samples_after(self, bundle_digest: str, cohort: str, after: int, limit: int) -> list[SampleRecord]:
         """The next samples in the order of storing."""

@@ -57,15 +57,16 @@ def now() -> int:
 
 
 def test_samples_are_stored_once_per_bundle_and_cohort(store: Store) -> None:
-    assert store.add_sample(sample(1)) and not store.add_sample(sample(1))
-    assert store.add_sample(sample(1, cohort="cellar"))
+    one = sample(1)
+    assert store.add_samples([one, one]) == [one] and not store.add_samples([one])
+    assert store.add_samples([sample(1, cohort="cellar")])
     assert store.known_samples(BUNDLE, COHORT, [f"{n:064x}" for n in range(1200)]) == {f"{1:064x}"}
     assert store.device_samples("device") == 2
 
 
 def test_samples_come_in_the_order_of_storing(store: Store) -> None:
     for n in (5, 3, 9, 1):
-        store.add_sample(sample(n))
+        store.add_samples([sample(n)])
     rows = store.samples_after(BUNDLE, COHORT, 0, 3)
     assert [int(r.digest, 16) for r in rows] == [5, 3, 9]
     assert [int(r.digest, 16) for r in store.samples_after(BUNDLE, COHORT, rows[-1].id, 3)] == [1]
@@ -73,24 +74,24 @@ def test_samples_come_in_the_order_of_storing(store: Store) -> None:
 
 def test_row_numbers_are_never_used_again(store: Store) -> None:
     for n in (1, 2):
-        store.add_sample(sample(n, received_ms=1))
+        store.add_samples([sample(n, received_ms=1)])
     last = store.samples_after(BUNDLE, COHORT, 0, 9)[-1].id
     store.forget(before_ms=now(), samples_per_cohort=100, statistics_per_cohort=100)
-    store.add_sample(sample(3))
+    store.add_samples([sample(3)])
     assert store.samples_after(BUNDLE, COHORT, 0, 9)[0].id > last  # a worker's mark would hide the new sample otherwise
 
 
 def test_held_back_samples_newest_first(store: Store) -> None:
     for n in range(6):
-        store.add_sample(sample(n, held_back=n % 2 == 0, domain="d2" if n == 4 else "d1"))
+        store.add_samples([sample(n, held_back=n % 2 == 0, domain="d2" if n == 4 else "d1")])
     assert [int(r.digest, 16) for r in store.held_back(BUNDLE, COHORT, "d1", 10)] == [2, 0]
     assert [int(r.digest, 16) for r in store.held_back(BUNDLE, COHORT, None, 2)] == [4, 2]
 
 
 def test_retention_by_age_and_by_number(store: Store) -> None:
-    store.add_sample(sample(1, received_ms=1000))
+    store.add_samples([sample(1, received_ms=1000)])
     for n in range(2, 8):
-        store.add_sample(sample(n))
+        store.add_samples([sample(n)])
         store.add_statistics(report(n))
     assert store.forget(before_ms=2000, samples_per_cohort=4, statistics_per_cohort=5) == (3, 1)
     assert [int(r.digest, 16) for r in store.samples_after(BUNDLE, COHORT, 0, 99)] == [4, 5, 6, 7]
@@ -165,7 +166,7 @@ def test_consumed_evidence_is_remembered_per_domain(store: Store) -> None:
 
 def test_cohort_counters(store: Store) -> None:
     assert store.cohort(BUNDLE, COHORT) is None
-    store.add_sample(sample(1))
+    store.add_samples([sample(1)])
     store.add_statistics(report(1))
     assert not store.add_statistics(report(1))
     store.record(decision(0))
@@ -186,7 +187,7 @@ def test_the_migrations_make_the_tables(store: Store) -> None:
 def test_a_second_start_changes_nothing(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'refold.db'}"
     first = Store(url)
-    first.add_sample(sample(1))
+    first.add_samples([sample(1)])
     first.close()
     again = Store(url)
     assert len(again.samples_after(BUNDLE, COHORT, 0, 9)) == 1
@@ -222,7 +223,7 @@ def test_a_locked_database_is_a_sentence(tmp_path: Path, monkeypatch: pytest.Mon
     url = f"sqlite:///{tmp_path / 'refold.db'}"
     one, two = Store(url), Store(url)
     with one._writes(), pytest.raises(StorageError) as e:
-        two.add_sample(sample(1))
+        two.add_samples([sample(1)])
     assert e.value.code == "database-locked"
     one.close()
     two.close()
@@ -314,7 +315,7 @@ def test_garbage_is_collected_and_what_is_needed_stays(tmp_path: Path) -> None:
 
     store, objects = Store(f"sqlite:///{tmp_path / 'refold.db'}"), DirectoryObjects(tmp_path / "objects")
     needed, orphan = objects.put(b"needed"), objects.put(b"orphan")
-    store.add_sample(SampleRecord(needed, BUNDLE, COHORT, "device", "d1", b"", 6, False, now()))
+    store.add_samples([SampleRecord(needed, BUNDLE, COHORT, "device", "d1", b"", 6, False, now())])
     assert collect(store, objects, StorageSettings()).objects == 0  # young: its row may be on its way
     assert collect(store, objects, StorageSettings(), young_s=-1).objects == 1
     assert [d for d, _ in objects.digests()] == [needed] != [orphan]

@@ -91,17 +91,31 @@ def linear(low: Lowering, node: fx.Node, out: str) -> str:
 
 @handles(aten.batch_norm.default)
 def batch_norm(low: Lowering, node: fx.Node, out: str) -> str:
-    x, gamma, beta, mean, variance, training = (low.arg(node, i) for i in range(6))
-    site = low.owner(gamma if gamma is not None else mean, low.layer(node))
+    x, gamma, beta, mean, variance, training, _, epsilon = (low.arg(node, i) for i in range(8))
     if training or mean is None:
         raise refuse(low, node, "normalises with the statistics of each batch: call .eval() in the function that makes the "
                      "model, and keep track_running_stats=True")  # fmt: skip
-    gamma = torch.ones_like(mean) if gamma is None else gamma
-    beta = torch.zeros_like(mean) if beta is None else beta
+    return _batch_norm(low, node, out, x, gamma, beta, mean, variance, epsilon)
+
+
+def _batch_norm(
+    low: Lowering, node: fx.Node, out: str, x: str, gamma: Any, beta: Any, mean: Tensor, variance: Tensor, epsilon: float
+) -> str:
+    site = low.owner(gamma if gamma is not None else mean, low.layer(node))
+    affine = {
+        "gamma": torch.ones_like(mean) if gamma is None else gamma,
+        "beta": torch.zeros_like(mean) if beta is None else beta,
+    }
     return low.add(
-        "batch_norm", [x], out, name=site, parameters={"gamma": gamma, "beta": beta, "mean": mean, "variance": variance},
-        epsilon=float(low.arg(node, 7)), site=site,
+        "batch_norm", [x], out, name=site, parameters={**affine, "mean": mean, "variance": variance},
+        epsilon=float(epsilon), site=site, shape_made=rank_of(low, node),
     )  # fmt: skip
+
+
+@handles(aten._native_batch_norm_legit_no_training.default)
+def native_batch_norm(low: Lowering, node: fx.Node, out: str) -> Several:
+    x, gamma, beta, mean, variance, _, epsilon = (low.arg(node, i) for i in range(7))
+    return Several([_batch_norm(low, node, out, x, gamma, beta, mean, variance, epsilon), None, None])
 
 
 @handles(aten.layer_norm.default)
@@ -225,9 +239,13 @@ def leaky_relu(low: Lowering, node: fx.Node, out: str) -> str:
 
 @handles(aten.elu.default, aten.elu_.default)
 def elu(low: Lowering, node: fx.Node, out: str) -> str:
-    if len(node.args) > 2:
-        raise refuse(low, node, "is a SELU or CELU")
-    return low.add("elu", [low.arg(node, 0)], out, alpha=float(low.arg(node, 1, "alpha", 1.0)))
+    alpha, scale, inner = (float(low.arg(node, i, n, 1.0)) for i, n in ((1, "alpha"), (2, "scale"), (3, "input_scale")))
+    if inner != 1:
+        raise refuse(low, node, "is a CELU")
+    if scale == 1:
+        return low.add("elu", [low.arg(node, 0)], out, alpha=alpha)
+    low.add("elu", [low.arg(node, 0)], f"{out}_unscaled", alpha=alpha, shape_made=low.shape_of(node))
+    return low.add("mul_constant", [f"{out}_unscaled"], out, parameters={"value": torch.tensor(scale)})
 
 
 @handles(aten.prelu.default)
@@ -290,13 +308,14 @@ def matmul(low: Lowering, node: fx.Node, out: str) -> str:
     a, b = low.arg(node, 0), low.arg(node, 1)
     if isinstance(a, str) and isinstance(b, str):
         return low.add("matmul", [a, b], out)
-    if isinstance(b, Tensor) and b.dim() == 2:
-        shape, weight = rank_of(low, node), b.t().contiguous()
+    if isinstance(b, Tensor) and b.dim() >= 2 and b.numel() == b.shape[-2] * b.shape[-1]:
+        shape, weight = rank_of(low, node), b.reshape(b.shape[-2:]).t().contiguous()
         name = low.owner(b, low.layer(node))
         rows = low.reshape(a, f"{out}_rows", (-1, shape[-1]))
-        low.add("linear", [rows], f"{out}_product", name=name, parameters={"weight": weight}, shape_made=(-1, b.shape[1]))
+        low.add("linear", [rows], f"{out}_product", name=name, parameters={"weight": weight}, shape_made=(-1, b.shape[-1]))
         return low.reshape(f"{out}_product", out, low.shape_of(node), low.layer(node))
-    raise refuse(low, node, "multiplies with a constant of more than two axes")
+    value, source = (a, b) if isinstance(a, Tensor) else (b, a)
+    return low.add("matmul_constant", [source], out, parameters={"value": value}, reversed=isinstance(a, Tensor))
 
 
 @handles(aten.addmm.default)
@@ -472,6 +491,40 @@ def channel_shuffle(low: Lowering, node: fx.Node, out: str) -> str:
 def permute(low: Lowering, node: fx.Node, out: str) -> str:
     rank = len(rank_of(low, node))
     return low.add("transpose", [low.arg(node, 0)], out, axes=[a % rank for a in low.arg(node, 1)])
+
+
+@handles(aten.movedim.int, aten.movedim.intlist)
+def movedim(low: Lowering, node: fx.Node, out: str) -> str:
+    shape = rank_of(low, node)
+    moved = torch.movedim(torch.empty(range(len(shape))), low.arg(node, 1), low.arg(node, 2)).shape
+    return low.add("transpose", [low.arg(node, 0)], out, axes=list(moved))
+
+
+@handles(aten.roll.default)
+def roll(low: Lowering, node: fx.Node, out: str) -> str:
+    last, shape, shifts = low.arg(node, 0), rank_of(low, node), low.arg(node, 1)
+    for i, (axis, shift) in enumerate(zip([a % len(shape) for a in low.arg(node, 2, "dims", [])], shifts, strict=True)):
+        if shape[axis] == -1:
+            raise refuse(low, node, "rolls the batch")
+        at = -shift % shape[axis]
+        parts = [
+            _cut(low, last, f"{out}_{i}a", shape, axis, at, shape[axis]),
+            _cut(low, last, f"{out}_{i}b", shape, axis, 0, at),
+        ]
+        last = low.add("concat", parts, f"{out}_{i}", axis=axis, shape_made=shape) if at else last
+    return low.reshape(last, out, shape)
+
+
+@handles(aten.linalg_vector_norm.default)
+def vector_norm(low: Lowering, node: fx.Node, out: str) -> str:
+    order, axes = low.arg(node, 1, "ord", 2), axes_of(low, node, low.arg(node, 2, "dim"))
+    if order != 2:
+        raise refuse(low, node, f"is a vector norm of order {order}; only 2 is supported")
+    source, shape = low.arg(node, 0), rank_of(low, node)
+    low.add("mul", [source, source], f"{out}_square", shape_made=shape, keep_float=True)
+    low.add("sum", [f"{out}_square"], f"{out}_sum", axes=axes, keep=bool(low.arg(node, 3, "keepdim", False)),
+            shape_made=low.shape_of(node))  # fmt: skip
+    return low.add("sqrt", [f"{out}_sum"], out)
 
 
 @handles(aten.transpose.int, aten.t.default, aten.swapaxes.default, aten.mT.default)

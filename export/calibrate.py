@@ -77,8 +77,8 @@ def calibrate(
             raise InputError("The model's logits on the calibration pictures are not finite: check --preprocess and weights.")
         if len(logits) > 1 and float(logits.std(0).max()) < 1e-6 * max(1.0, float(np.abs(logits).max())):
             raise InputError(
-                "The model answers every calibration picture alike: check --preprocess (the pictures may be scaled wrongly) and "
-                "that the calibration set shows different things.",
+                "The model answers every calibration picture alike: check --preprocess (the pictures may be scaled wrongly) "
+                "and that the calibration set shows different things.",
                 code="calibration-uniform",
             )
         progress("histograms")

@@ -14,7 +14,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from export.ir import Graph
-from export.lower import lower
+from export.lower import known_operators, lower
 from export.weights import load_weights
 from refold.errors import InputError, ModelError, RefoldError, UsageError
 
@@ -114,11 +114,25 @@ def capture(model: nn.Module | ExportedProgram, height: int, width: int) -> Grap
     for name, tensor in program.state_dict.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{name} contains NaN or infinity: these weights cannot be exported.", code="not-finite")
-    graph = lower(program)
+    graph = lower(_decomposed(program))
     for name, value in graph.constants.items():
         if not np.isfinite(value).all():
             raise InputError(f"{name} contains NaN or infinity: these weights cannot be exported.", code="not-finite")
     return graph
+
+
+def _decomposed(program: ExportedProgram) -> ExportedProgram:
+    """Operators that export has no word for, and only those, in terms of simpler ones where torch knows how."""
+    for _ in range(3):
+        unknown = {n.target for n in program.graph.nodes if n.op == "call_function"} - known_operators()
+        known = torch.export.default_decompositions()
+        table = {target: known[target] for target in unknown if target in known}
+        if not table:
+            break
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = program.run_decompositions(table)
+    return program
 
 
 def _input_shape(program: ExportedProgram) -> tuple[int, ...]:

@@ -99,8 +99,8 @@ def _against_float(target: str, logits: F32, evidence: Evidence) -> dict[str, fl
     if agreement < evidence.min_agreement and error > FLOAT_ERROR:
         raise GateError(
             f"{target}: the integer engine chooses the float model's class on only {agreement:.1%} of the calibration pictures "
-            f"(error {error:.2f} of the logits' spread). Give more or better calibration pictures, try --observer minmax, keep the "
-            "first or last layers in float (--keep-float), or lower --min-agreement.",
+            f"(error {error:.2f} of the logits' spread). Give more or better pictures, try --observer minmax, keep the first or "
+            "last layers in float (--keep-float), or lower --min-agreement if the model is not trained yet.",
             code="accuracy",
         )
     return numbers
@@ -132,7 +132,7 @@ def _identities(
         if codes or not np.array_equal(ours, theirs):
             raise GateError(
                 f"{target}: an engine with refolded norms differs from a fresh export at the same state"
-                f"{f' (the integers of {codes} differ)' if codes else ''}: it could not be updated safely, so nothing was saved.",
+                f"{f' (the integers of {codes} differ)' if codes else ''}: it could not be updated safely, nothing was saved.",
                 code="not-identical",
                 detail=f"{name}: {float(np.abs(ours - theirs).max())}",
             )

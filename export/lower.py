@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from export.ir import Graph, Node
 from refold.errors import ModelError
 
-__all__ = ["BATCH", "HANDLERS", "Lowering", "Several", "handles", "lower"]
+__all__ = ["BATCH", "HANDLERS", "Lowering", "Several", "handles", "known_operators", "lower"]
 
 Handler = Callable[["Lowering", fx.Node, str], Any]
 HANDLERS: dict[Any, Handler] = {}
@@ -43,6 +43,13 @@ def lower(program: ExportedProgram) -> Graph:
     from export import aten  # noqa: F401  (fills HANDLERS)
 
     return Lowering(program).run()
+
+
+def known_operators() -> set[Any]:
+    """The targets of call_function nodes that `lower` has a handler for."""
+    from export import aten  # noqa: F401  (fills HANDLERS)
+
+    return set(HANDLERS)
 
 
 def _static(size: Any) -> int:

@@ -196,6 +196,9 @@ OPERATORS: dict[str, Operator] = {
     "rms_norm": Operator(_rms_norm, Role.FLOAT, NORM),
     "conv_transpose": Operator(_conv_transpose, Role.FLOAT, "ONNX Runtime has no 8-bit transposed convolution"),
     "matmul": Operator(_binary(torch.matmul), Role.FLOAT, "both factors are activations"),
+    "matmul_constant": Operator(
+        _constant_binary(torch.matmul), Role.FLOAT, "its weights are on the wrong side for an 8-bit kernel"
+    ),
     "softmax": Operator(lambda n, xs, p: F.softmax(xs[0], n.attributes["axis"]), Role.FLOAT, REDUCTION),
     "log_softmax": Operator(lambda n, xs, p: F.log_softmax(xs[0], n.attributes["axis"]), Role.FLOAT, REDUCTION),
     "mean": Operator(lambda n, xs, p: xs[0].mean(n.attributes["axes"], n.attributes["keep"]), Role.FLOAT, REDUCTION),

@@ -252,6 +252,7 @@ EMITTERS: dict[str, Emitter] = {
     "softmax": _simple("Softmax", axis="axis"),
     "log_softmax": _simple("LogSoftmax", axis="axis"),
     "matmul": _simple("MatMul"),
+    "matmul_constant": _with_constant("MatMul"),
     "mean": _reduce("ReduceMean"),
     "sum": _reduce("ReduceSum"),
     "amax": _reduce("ReduceMax"),

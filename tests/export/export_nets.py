@@ -119,7 +119,8 @@ class Vgg(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(
             ConvNorm(3, 8, act=nn.ReLU(inplace=True)), nn.MaxPool2d(2), ConvNorm(8, 16, act=nn.ReLU(inplace=True)),
-            nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, CLASSES),
+            nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32),
+            nn.ReLU(), nn.Linear(32, CLASSES),
         )  # fmt: skip
 
 
@@ -264,8 +265,27 @@ class Unary(nn.Module):
         return self.fc(F.adaptive_max_pool2d(y, 1).squeeze(-1).squeeze(-1))
 
 
+class Decomposed(nn.Module):
+    """Operators torch takes apart for us, and a few that move things about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8, affine=False), Head(8)
+        self.mix = nn.Parameter(torch.randn(8, 8) * 0.3)
+        self.register_buffer("index", torch.arange(8.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x))
+        x = torch.einsum("nchw,cd->ndhw", x, self.mix)
+        x = F.selu(x).roll((1, -2), (2, 3)) + F.glu(torch.cat([x, x], 1), 1)
+        x = F.normalize(x, dim=1) * (self.index.reshape(1, -1, 1, 1) / 4 + 1)
+        x = x.movedim(1, -1).movedim(-1, 1)
+        return self.head(x)
+
+
 NETS: dict[str, type[nn.Module]] = {
-    c.__name__.lower(): c for c in (Residual, OptionA, Inverted, Vgg, Dense, Squeeze, ConvNext, Vit, Grouped, Shuffle, Unary)
+    c.__name__.lower(): c
+    for c in (Residual, OptionA, Inverted, Vgg, Dense, Squeeze, ConvNext, Vit, Grouped, Shuffle, Unary, Decomposed)
 }
 
 

@@ -90,7 +90,7 @@ class Call(nn.Module):
     ("middle", "says"),
     [
         (Call(lambda x: torch.cumsum(x, 2)), "Layer middle uses torch.ops.aten.cumsum.default"),
-        (Call(lambda x: x.roll(1, 0)), "roll"),
+        (Call(lambda x: x.roll(1, 0)), "rolls the batch"),
         (Call(lambda x: x.mean(0, keepdim=True) + x), "averages over the batch"),
         (Call(lambda x: torch.nn.functional.pad(x, (1, 1, 1, 1), mode="reflect")), "pads with something other"),
         (Call(lambda x: torch.nn.functional.pad(x, (-1, 0, 0, 0))), "negative width"),
@@ -101,7 +101,7 @@ class Call(nn.Module):
         (nn.LayerNorm((8, 14, 14)), "over several axes"),
         (Call(lambda x: torch.nn.functional.dropout(x, 0.5, True)), "at random"),
         (Call(lambda x: x if x.sum() > 0 else -x), "cannot capture"),
-        (nn.SELU(), "selu"),
+        (nn.Hardshrink(), "hardshrink"),
         (nn.Upsample(scale_factor=1.5), "not whole"),
     ],
 )

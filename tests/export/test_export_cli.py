@@ -96,8 +96,8 @@ def test_a_full_disk_loses_nothing(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))
 
     done = subprocess.run(
-        [sys.executable, "-m", "refold.cli", "export", MODEL, "--calibration", str(tmp_path / "c.npz"), "--preprocess", PREPROCESS,
-         "-o", str(out), "--observer", "minmax"],
+        [sys.executable, "-m", "refold.cli", "export", MODEL, "--calibration", str(tmp_path / "c.npz"),
+         "--preprocess", PREPROCESS, "-o", str(out), "--observer", "minmax"],
         capture_output=True, text=True, preexec_fn=small_disk, check=False, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 7, done.stderr

@@ -28,6 +28,7 @@ EXPECTED = {
     "grouped": (3, ["GROUP", "GROUP", "RMS"]),
     "shuffle": (4, ["FOLDED", "FOLDED", "FOLDED", "BATCH"]),
     "unary": (2, ["FOLDED"]),
+    "decomposed": (3, ["FOLDED"]),
 }
 
 

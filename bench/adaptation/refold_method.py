@@ -57,7 +57,7 @@ class Tuning:
     rate: float = 0.034
     eager_rate: float = 0.6
     eager: int = 40
-    unbiased: float = 0.75
+    unbiased: float = 0.9
     delay: int = 100
     adapt: AdaptSettings = field(default_factory=AdaptSettings)
     distil: DistilSettings = field(default_factory=lambda: DistilSettings(fresh_samples=40, growth=2.7, steps=60, group=48))

@@ -129,8 +129,8 @@ class Distiller:
         if not enough and not evidence.reported():
             population = evidence.images[-s.population :]  # nothing unbiased at all: better than the source's statistics
             enough = True
-        if enough:
-            self._teachers.adapt(domain, population)
+        # A teacher on its own statistics is confidently wrong: even selected samples adapt it better than none.
+        self._teachers.adapt(domain, population if enough else evidence.images[-s.population :])
         targets = self._teachers.probabilities(evidence.images, domain)
         self._student.load(self._initial)
         x = torch.from_numpy(self._bundle.preprocess.apply(population)) if enough else None

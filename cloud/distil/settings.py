@@ -34,7 +34,7 @@ class DistilSettings(BaseModel):
         default=256, ge=8, description="unbiased samples that statistics are measured on, at most; one batch"
     )
     population_least: int = Field(
-        default=24, ge=2, description="unbiased samples below which the device's reports are used instead"
+        default=16, ge=2, description="unbiased samples below which the device's reports are used instead"
     )
     prior_samples: float = Field(default=12.0, ge=0, description="unbiased samples at which half of `mix` is reached")
 

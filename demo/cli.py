@@ -13,7 +13,7 @@ from refold.errors import GateError, StorageError
 __all__ = ["demo"]
 
 FRAMES = 4400
-QUICK_FRAMES = 2400
+QUICK_FRAMES = 3000
 
 
 @click.command()

@@ -12,7 +12,7 @@ from refold.errors import UsageError
 
 __all__ = ["Phase", "Plan", "Stream", "make_plan", "make_stream"]
 
-SHARES = (("clean", "clean", 0.2), ("fog", "fog", 0.28), ("noise", "noise", 0.30), ("fog again", "fog", 0.22))
+SHARES = (("clean", "clean", 0.15), ("fog", "fog", 0.35), ("noise", "noise", 0.22), ("fog again", "fog", 0.28))
 FEWEST_FRAMES = 400
 
 

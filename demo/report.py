@@ -145,11 +145,13 @@ def build(
     seed: int,
     notes: Sequence[str] = (),
     outage: tuple[int, int] | None = None,
+    fps: float = 0.0,
 ) -> dict[str, Any]:
     """Everything `report.json` says; `demo.page.render` makes the pictures from the same value.
 
     Args:
         outage: first and last frame at which the cloud stood still, if it did.
+        fps: frames per second that were asked for.
     """
     phases = []
     for phase in tally.plan.phases:
@@ -166,6 +168,7 @@ def build(
         "machine": {"system": platform.platform(), "python": platform.python_version(), "cpus": _cpus()},
         "images": images,
         "seed": seed,
+        "fps": _round(fps),
         "bundle": bundle,
         "frames": tally.plan.frames,
         "frames_lost": tally.lost,

@@ -28,10 +28,12 @@ from refold.bundle import Bundle
 from refold.errors import InputError, StorageError
 from refold.v1 import admin_pb2 as pb
 
-__all__ = ["Options", "frozen_answers", "run"]
+__all__ = ["Options", "frozen_answers", "pace", "run"]
 
 LAST_WORDS = 15.0  # seconds
-FPS = 32.0  # of the stream: leaves most of two cores to the cloud's training
+FPS = 32.0  # of the stream, where an export takes `EXPORT_SECONDS`: leaves most of two cores to the cloud's training
+SLOWEST_FPS = 24.0  # keeps the whole run below four minutes
+EXPORT_SECONDS = 14.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,6 @@ class Options:
     seed: int
     work: Path
     digits: bool = False
-    fps: float = FPS
 
 
 class Outage:
@@ -103,6 +104,7 @@ def run(options: Options, view: View) -> dict[str, Any]:
         with clock.measure("export"):
             path = export_bundle(processes, assets, work)
             bundle = Bundle.open(path)
+        fps = pace(clock.seconds["export"])
         with clock.measure("frozen"):
             frozen = frozen_answers(bundle, stream.images)
         view.step("starting the cloud: its own certificate authority, a signing key, the bundle and its teacher")
@@ -111,7 +113,7 @@ def run(options: Options, view: View) -> dict[str, Any]:
         view.step("enrolling the device and starting it")
         with clock.measure("enrol"):
             predictions = work / "predictions.jsonl"
-            device = start_device(processes, cloud, path, frames, predictions, options.fps, work)
+            device = start_device(processes, cloud, path, frames, predictions, fps, work)
         tally = Tally(plan, stream.labels, frozen)
         with clock.measure("stream"), AdminPoller(_asker(cloud)) as admin:
             outage = Outage(processes, cloud.process, plan.phases[-1])
@@ -139,7 +141,13 @@ def run(options: Options, view: View) -> dict[str, Any]:
         seed=options.seed,
         notes=notes,
         outage=(outage.first, outage.last),
+        fps=fps,
     )
+
+
+def pace(export_seconds: float) -> float:
+    """Frames per second: a machine that is slow to export, or busy, is slow to train, and gets its frames slower."""
+    return min(FPS, max(SLOWEST_FPS, FPS * EXPORT_SECONDS / max(export_seconds, 0.1)))
 
 
 def _assets(options: Options, work: Path, view: View) -> tuple[Assets, list[str]]:

@@ -57,7 +57,7 @@ def a_report(tally: Tally, arrivals: list[Arrival]) -> dict:
     )
 
 
-ARRIVALS = [Arrival(1, 300, "d1", "a" * 64, 9000), Arrival(2, 520, "d2", "b" * 64, 9000), Arrival(3, 600, "d2", "c" * 64, 9000)]
+ARRIVALS = [Arrival(1, 300, "d1", "a" * 64, 9000), Arrival(2, 560, "d2", "b" * 64, 9000), Arrival(3, 600, "d2", "c" * 64, 9000)]
 
 
 @given(st.integers(FEWEST_FRAMES, 5000))
@@ -193,3 +193,9 @@ def test_page_of_a_run_in_which_nothing_happened() -> None:
     report = a_report(tally, [])
     assert "not every claim holds" in render(report) and "did not recall" in render(report)
     json.dumps(report)
+
+
+def test_a_slow_machine_gets_its_frames_slower_within_limits() -> None:
+    from demo.run import FPS, SLOWEST_FPS, pace
+
+    assert pace(5.0) == FPS and pace(60.0) == SLOWEST_FPS and SLOWEST_FPS < pace(16.0) < FPS

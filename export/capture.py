@@ -114,7 +114,12 @@ def capture(model: nn.Module | ExportedProgram, height: int, width: int) -> Grap
     for name, tensor in program.state_dict.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{name} contains NaN or infinity: these weights cannot be exported.", code="not-finite")
-    graph = lower(_decomposed(program))
+    try:
+        graph = lower(_decomposed(program))
+    except ModelError as e:
+        if e.code == "operator":
+            lower(program)  # refuses too, but names the operator as the person wrote it
+        raise
     for name, value in graph.constants.items():
         if not np.isfinite(value).all():
             raise InputError(f"{name} contains NaN or infinity: these weights cannot be exported.", code="not-finite")

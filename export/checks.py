@@ -4,7 +4,8 @@ integer_layers       every convolution and linear layer really fused to its inte
 argmax_float         the engine and the float model choose the same class on the calibration pictures
 exported_identical   engine(refold(exported state)) is bit-identical to a model with the values inside
 perturbed_identical  engine(refold(state 1 % away)) is bit-identical to a fresh export at that state, integers included
-student_*            the cloud's student computes what the engine computes
+student_*            the cloud's student computes what the engine computes; student_apart is their distance over the
+                     distance of the engine from the float model
 taps_finite          the tap model runs and gives two moments for each channel
 """
 
@@ -98,7 +99,7 @@ def _against_float(target: str, logits: F32, evidence: Evidence) -> dict[str, fl
         numbers["accuracy_int8"] = float((logits.argmax(1) == evidence.labels).mean())
     if agreement < evidence.min_agreement and error > FLOAT_ERROR:
         raise GateError(
-            f"{target}: the integer engine chooses the float model's class on only {agreement:.1%} of the calibration pictures "
+            f"{target}: the integer engine chooses the float model's class on only {agreement:.1%} of the pictures "
             f"(error {error:.2f} of the logits' spread). Give more or better pictures, try --observer minmax, keep the first or "
             "last layers in float (--keep-float), or lower --min-agreement if the model is not trained yet.",
             code="accuracy",

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from edge.adaptation import Adaptation
 from edge.engine import EngineSlot
+from edge.engine.pictures import Scratch
 from edge.select import Selector, Verdict
 from edge.serving import ServingState
 from edge.softmax import softmax
@@ -92,7 +93,8 @@ class FramePath:
         self._on_sample = on_sample
         self._x = np.empty((1, 3, preprocess.height, preprocess.width), np.float32)
         self._planes = self._x[0]
-        self._shape = (preprocess.height, preprocess.width, 3)
+        self._scratch = Scratch(preprocess.height, preprocess.width)
+        self._shape = preprocess.shape
         self._latencies = array("d", bytes(8 * KEPT_LATENCIES))
         self.frames = self.kept = self.samples_dropped = 0
         self.entropy = 0.0
@@ -106,11 +108,13 @@ class FramePath:
         started = time.perf_counter()
         engine = self._slot.current
         image = frame.image
-        if image.shape == self._shape and image.dtype is BYTES:
-            self._preprocess.fill(image, self._planes)
+        if image.shape != self._shape or image.dtype is not BYTES or not image.flags.c_contiguous:
+            logits = engine.run(self._preprocess.apply(image))
+        elif engine.pictures is not None:
+            logits = engine.pictures.run(image, self._scratch)
         else:
-            self._preprocess.apply(image, self._x)
-        logits = engine.run(self._x)
+            self._preprocess.fill(image, self._planes)
+            logits = engine.run(self._x)
         return self.account(frame, logits[0], engine.serving, started)
 
     def account(self, frame: Frame, logits: F32, serving: ServingState, started: float) -> Prediction:

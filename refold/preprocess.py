@@ -42,6 +42,11 @@ class Preprocess:
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UsageError("Preprocessing needs three means and three standard deviations above 0 (red, green, blue).")
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(height, width, 3) of a picture at the model's size."""
+        return (self.height, self.width, 3)
+
     def table(self) -> NDArray[np.float32]:
         """The value of each of the 256 pixel codes in each channel: float32 (3, 256)."""
         codes = np.arange(256, dtype=np.float64)[None, :] * self.scale

@@ -19,6 +19,9 @@ __all__ = ["OnnxGraph"]
 
 EXTERNAL = 1  # TensorProto.DataLocation
 BYTES = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
+INT64 = descriptor_pb2.FieldDescriptorProto.TYPE_INT64
+UINT8_TYPE = 2  # TensorProto.DataType
+CHANNELS_LAST = [0, 2, 3, 1]
 ENUM_OR_INT = descriptor_pb2.FieldDescriptorProto.TYPE_INT32
 STRING = descriptor_pb2.FieldDescriptorProto.TYPE_STRING
 
@@ -33,8 +36,25 @@ FIELDS: dict[str, dict[str, tuple[int, int | str, bool]]] = {
         "external_data": (13, "Entry", True),
         "data_location": (14, ENUM_OR_INT, False),
     },
-    "Node": {"op_type": (4, STRING, False), "domain": (7, STRING, False)},
-    "Graph": {"node": (1, "Node", True), "initializer": (5, "Tensor", True)},
+    "Attribute": {"name": (1, STRING, False), "ints": (8, INT64, True)},
+    "Node": {
+        "input": (1, STRING, True),
+        "output": (2, STRING, True),
+        "op_type": (4, STRING, False),
+        "attribute": (5, "Attribute", True),
+        "domain": (7, STRING, False),
+    },
+    "Dim": {"value": (1, INT64, False), "name": (2, STRING, False)},
+    "Shape": {"dim": (1, "Dim", True)},
+    "TensorType": {"element": (1, ENUM_OR_INT, False), "shape": (2, "Shape", False)},
+    "Type": {"tensor": (1, "TensorType", False)},
+    "Value": {"name": (1, STRING, False), "type": (2, "Type", False)},
+    "Graph": {
+        "node": (1, "Node", True),
+        "initializer": (5, "Tensor", True),
+        "input": (11, "Value", True),
+        "output": (12, "Value", True),
+    },
     "Model": {"graph": (7, "Graph", False)},
 }
 
@@ -92,3 +112,48 @@ class OnnxGraph:
                 tensor.data_location = EXTERNAL
                 tensor.external_data.add(key="location", value="adaptable")
         return bytes(self._model.SerializeToString(deterministic=True))
+
+    def fed_with_codes(self) -> tuple[bytes, str, str] | None:
+        """The same model with its first two operators taken off: its input is then codes, uint8 (N, H, W, C).
+
+        Returns:
+            (model, name of the input's scale, name of its zero point), or None when it does not begin with QuantizeLinear and a
+            Transpose to channels last that nothing else looks at.
+        """
+        model = _Model.FromString(self._model.SerializeToString())
+        graph = model.graph
+        entries = [i for i in graph.input if i.name not in self.initialisers()]
+        if len(entries) != 1:
+            return None
+        quantise = _only_reader(graph, entries[0].name, "QuantizeLinear")
+        transpose = _only_reader(graph, quantise.output[0], "Transpose") if quantise is not None else None
+        if (
+            quantise is None
+            or transpose is None
+            or len(quantise.input) != 3
+            or list(transpose.attribute[0].ints) != CHANNELS_LAST
+        ):
+            return None
+        entry, dims = entries[0], list(entries[0].type.tensor.shape.dim)
+        if len(dims) != 4:
+            return None
+        codes = transpose.output[0]
+        for node in graph.node:
+            for i, name in enumerate(node.input):
+                if name == codes:
+                    node.input[i] = entry.name
+        scale, zero_point = quantise.input[1], quantise.input[2]
+        graph.node.remove(quantise)
+        graph.node.remove(transpose)
+        entry.type.tensor.element = UINT8_TYPE
+        copies = [type(dims[0]).FromString(dims[i].SerializeToString()) for i in CHANNELS_LAST]
+        del entry.type.tensor.shape.dim[:]
+        entry.type.tensor.shape.dim.extend(copies)
+        return bytes(model.SerializeToString(deterministic=True)), scale, zero_point
+
+
+def _only_reader(graph: Any, name: str, op_type: str) -> Any:
+    readers = [n for n in graph.node if name in n.input]
+    if len(readers) != 1 or readers[0].op_type != op_type or any(o.name == name for o in graph.output):
+        return None
+    return readers[0]

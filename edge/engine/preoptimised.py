@@ -60,6 +60,20 @@ class Graph:
             return open_session(self.optimised, some, session_options(threads, optimise=False))
         return open_session(self.original, tensors, session_options(threads))
 
+    def open_codes(
+        self,
+        model: bytes,
+        table: NormTable,
+        states: dict[str, NormState],
+        activations: tuple[ActivationScale, ...],
+        threads: int,
+    ) -> ort.InferenceSession | None:
+        """As `open`, for a model made of the optimised graph; None where that graph is not to be used at this state."""
+        if not self._fits(table, activations):
+            return None
+        some = {name: value for name, value in table.tensors(states, activations).items() if name in self.wanted}
+        return open_session(model, some, session_options(threads, optimise=False))
+
     def _fits(self, table: NormTable, activations: tuple[ActivationScale, ...]) -> bool:
         if not activations or self.scope is Scope.NOTHING:
             return self.scope is not Scope.NOTHING

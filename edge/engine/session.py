@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from edge.engine.pictures import PictureSession
 from edge.serving import ServingState
 from refold.errors import BundleError, InputError
+from refold.preprocess import Preprocess
 
 __all__ = ["Engine", "EngineSlot", "TapEngine", "open_session", "session_options"]
 
+U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
 
 
@@ -67,8 +70,39 @@ class _Session:
             ) from e
 
 
-class Engine(_Session):
-    """The integer model at one serving state. `run`: float32 (N, 3, H, W) to logits float32 (N, classes); on any thread."""
+class Engine:
+    """The integer model at one serving state; any thread may run it.
+
+    Attributes:
+        serving: the state it was built from.
+        pictures: takes 8-bit pictures without a float detour, with the same answers; None where this model or ONNX Runtime
+            does not allow it. Then the session for floats is opened when first wanted.
+    """
+
+    def __init__(
+        self,
+        open_session: Callable[[], ort.InferenceSession],
+        serving: ServingState,
+        preprocess: Preprocess,
+        pictures: PictureSession | None = None,
+    ) -> None:
+        self.serving = serving
+        self.pictures = pictures
+        self._preprocess = preprocess
+        self._open = open_session
+        self._floats = None if pictures is not None else _Session(open_session(), serving)
+
+    def run(self, x: F32) -> F32:
+        """float32 (N, 3, H, W) to logits float32 (N, classes). Raises InputError for another shape."""
+        if self._floats is None:
+            self._floats = _Session(self._open(), self.serving)
+        return self._floats.run(x)
+
+    def run_pictures(self, images: U8) -> F32:
+        """uint8 (N, H, W, 3), as the preprocessing takes them, to logits float32 (N, classes). Raises InputError as `apply`."""
+        if self.pictures is None or images.shape[1:] != self._preprocess.shape or images.dtype != np.uint8:
+            return self.run(self._preprocess.apply(images))
+        return self.pictures.run_all(images)
 
 
 class TapEngine(_Session):

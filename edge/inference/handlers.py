@@ -18,6 +18,7 @@ __all__ = ["Handlers", "InferenceRequest", "InferenceResult", "Tensor", "Unknown
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
+NOTHING = np.zeros(0, np.float32)
 Observe = Callable[[U8, F32, ServingState, str, float], None]
 
 
@@ -113,16 +114,17 @@ class Handlers:
             given = ", ".join(repr(t.name) for t in request.inputs) or "none"
             raise InputError(f"The model has one input, {self.input_name!r}; the request carries {given}.")
         started = time.perf_counter()
-        x, images = self._input(request.inputs[0])
+        values, pictures = self._input(request.inputs[0])
         engine = self.slot.current
-        logits = engine.run(x)
+        logits = engine.run(values) if pictures is None else engine.run_pictures(pictures)
         self.requests += 1
-        if images is not None and self.observe is not None:
-            for i, image in enumerate(images):
+        if pictures is not None and self.observe is not None:
+            for i, image in enumerate(pictures):
                 self.observe(image, logits[i], engine.serving, f"request {request.id or self.requests}[{i}]", started)
         return InferenceResult(logits, engine.serving)
 
     def _input(self, tensor: Tensor) -> tuple[F32, U8 | None]:
+        """(what goes straight into the model, None) or (nothing, pictures)."""
         p = self.bundle.preprocess
         wanted = {"UINT8": (p.height, p.width, 3), "FP32": (3, p.height, p.width)}
         if tensor.datatype not in wanted:
@@ -135,8 +137,7 @@ class Handlers:
                 code="wrong-size",
             )
         if tensor.datatype == "UINT8":
-            images = tensor.values.astype(np.uint8, copy=False)
-            return p.apply(images), images
+            return NOTHING, tensor.values.astype(np.uint8, copy=False)
         x = np.ascontiguousarray(tensor.values, dtype=np.float32)
         if not np.isfinite(x).all():
             raise InputError("The input has values that are not finite.", code="not-finite")

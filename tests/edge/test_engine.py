@@ -9,14 +9,17 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from small_nets import TARGET, images, residual_net, shifted
 
 from edge.engine import EngineFactory, EngineSlot, choose_target
 from edge.engine.onnx_graph import OnnxGraph
+from edge.engine.pictures import Codes, Scratch
 from edge.engine.preoptimised import Scope, disturbed
 from edge.engine.session import open_session, session_options
 from edge.serving import ServingState
-from refold import NormState, write_bundle
+from refold import NormState, Preprocess, write_bundle
 from refold.errors import BundleError, GateError, InputError, NormStateError
 from refold.norms import unfold_moments
 
@@ -215,3 +218,43 @@ def test_a_target_for_another_architecture_is_refused_even_when_named(bundle, mo
         choose_target(bundle, TARGET)
     with pytest.raises(BundleError, match="no target 'nope'"):
         choose_target(bundle, "nope")
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("with_scales", [False, True])
+def test_pictures_take_a_short_way_with_the_same_answers(bundle, factory, seed, with_scales):
+    states, scales = disturbed(bundle.norms, seed)
+    engine = factory.build(ServingState(states, scales if with_scales else ()))
+    pictures = np.random.default_rng(seed).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    assert engine.pictures is not None
+    truth = fresh(bundle, states, scales if with_scales else ()).run(None, {"input": bundle.preprocess.apply(pictures)})[0]
+    np.testing.assert_array_equal(engine.run_pictures(pictures), truth)
+    np.testing.assert_array_equal(engine.run(bundle.preprocess.apply(pictures)), truth)
+    with pytest.raises(InputError, match="RGB pictures"):
+        engine.run_pictures(pictures[:, :8])
+
+
+def test_a_moved_zero_point_takes_the_long_way(bundle, factory):
+    moved = tuple(replace(a, zero_point=a.zero_point + 3) for a in bundle.norms.activations if a.tensor == "input")
+    engine = factory.build(ServingState({}, moved))
+    pictures = images(3, 16)
+    assert engine.pictures is None
+    truth = fresh(bundle, None, moved).run(None, {"input": bundle.preprocess.apply(pictures)})[0]
+    np.testing.assert_array_equal(engine.run_pictures(pictures), truth)
+
+
+@given(st.floats(0.002, 0.2), st.integers(0, 255), st.floats(-1, 1), st.floats(0.05, 2), st.integers(0, 2**32 - 1))
+def test_codes_are_the_quantised_preprocessing(scale, zero_point, mean, std, seed):
+    scale = float(np.float32(scale))
+    preprocess = Preprocess(5, 4, 1 / 255, (mean, mean / 2, 0.0), (std, 1.0, std))
+    codes, scratch = Codes(preprocess, scale, zero_point), Scratch(4, 5)
+    image = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    codes.fill(image, scratch)
+    x = preprocess.apply(image)[0].transpose(1, 2, 0)
+    wanted = np.clip(np.rint(x / np.float32(scale)) + zero_point, 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(scratch.codes[0], wanted)
+
+
+def test_a_graph_that_begins_otherwise_has_no_short_way(bundle, factory):
+    assert OnnxGraph(bundle.read(bundle.target().model)).fed_with_codes() is None  # not optimised: no Transpose yet
+    assert OnnxGraph(bundle.read(bundle.target().taps)).fed_with_codes() is None

@@ -38,7 +38,7 @@ from edge.inference import Handlers, InferenceServer
 from edge.metrics import MetricsServer, prometheus_text, resident_bytes, write_status
 from edge.outbox import Outbox
 from edge.samples import SampleWriter
-from edge.select import make_selector
+from edge.select import BudgetSelector, make_selector, rate_within
 from edge.serving import ServingState
 from edge.settings import EdgeSettings
 from edge.sinks import JsonLines
@@ -113,6 +113,7 @@ class Daemon:
         self.inference = self._inference()
         self.metrics_server = self._metrics_server()
         self._saved_bank = b""
+        self._paced = (time.monotonic(), 0)
         self.final_status: dict[str, Any] = {}
 
     # ── parts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -251,6 +252,16 @@ class Daemon:
             write_atomically(self.directory.bank(self.bundle.digest), [content])
             self._saved_bank = content
 
+    def _follow_budget(self) -> None:
+        """Keeps no more frames than the hour's bytes can carry: what the outbox would evict need not wear out a card."""
+        now, frames = time.monotonic(), self.path.frames
+        elapsed, served = now - self._paced[0], frames - self._paced[1]
+        self._paced = (now, frames)
+        selector, waiting = self.path.selector, len(self.outbox)
+        if isinstance(selector, BudgetSelector) and waiting and served > 0:
+            rate = rate_within(self.settings.outbox.budget, self.outbox.bytes / waiting, served / max(elapsed, 1e-3))
+            selector.set_rate(min(selector.settings.rate, rate))
+
     # ── what it says of itself ──────────────────────────────────────────────────────────────────────────────────────────
 
     def metrics(self) -> dict[str, float]:
@@ -307,6 +318,7 @@ class Daemon:
 
     def write_status(self) -> None:
         self.link.look_around()
+        self._follow_budget()
         write_status(self.directory.status, self.status())
 
     # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────────────

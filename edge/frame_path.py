@@ -87,7 +87,7 @@ class FramePath:
     ) -> None:
         self._preprocess = preprocess
         self._slot = slot
-        self._selector = selector
+        self.selector = selector
         self._adaptation = adaptation
         self._on_prediction = on_prediction
         self._on_sample = on_sample
@@ -121,8 +121,8 @@ class FramePath:
         """Everything after the engine, for an answer wherever it was computed. logits: float32 (classes,)."""
         probabilities, index, entropy = softmax(logits)
         kept = False
-        if self._selector is not None:
-            verdict = self._selector.judge(probabilities, entropy)
+        if self.selector is not None:
+            verdict = self.selector.judge(probabilities, entropy)
             kept = verdict.keep
         adaptation = self._adaptation
         if adaptation is not None:

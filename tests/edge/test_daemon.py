@@ -269,3 +269,19 @@ heavy = [m for m in ("torch", "onnx", "scipy", "sqlalchemy", "tritonclient", "ps
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_no_more_frames_are_kept_than_the_budget_can_carry(bundle, stream, tmp_path):
+    from edge.daemon import Daemon
+    from edge.settings import load_settings
+
+    flags = {
+        "bundle": str(bundle.path), "data": str(tmp_path / "data"), "mode": "inline", "source": {"path": str(stream)},
+        "select": {"name": "budget", "options": {"rate": 0.5}}, "outbox": {"bytes_per_hour": 10_000},
+    }  # fmt: skip
+    with Daemon(load_settings(None, flags, {})) as daemon:
+        assert daemon.run() == 64
+        kept = len(daemon.outbox)
+        daemon.write_status()
+        assert kept > 5 and daemon.path.selector.rate < 1e-3  # thousands of frames a second, a few samples an hour
+    assert daemon.final_status["metrics"]["samples_stored"] == kept

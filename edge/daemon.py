@@ -33,7 +33,7 @@ from edge.adaptation import Adaptation
 from edge.cloud_link import CloudLink
 from edge.directory import DataDirectory
 from edge.engine import EngineFactory, EngineSlot
-from edge.frame_path import Frame, FramePath
+from edge.frame_path import Frame, FramePath, Prediction
 from edge.inference import Handlers, InferenceServer
 from edge.metrics import MetricsServer, prometheus_text, resident_bytes, write_status
 from edge.outbox import Outbox
@@ -56,6 +56,7 @@ log = logging.getLogger(__name__)
 U8 = NDArray[np.uint8]
 SWITCH_SECONDS = 0.0005  # how long a worker may hold the interpreter against a frame; Python's own 5 ms is ten frames
 TAPS_WAITING = 4  # tapped frames that may wait for the build worker
+LINES_INLINE = 256  # predictions per write when there is no worker
 OBSERVED_WAITING = 256  # answered requests that may wait to be looked at
 BANK_SECONDS = 60.0  # between writes of the domain bank; what a kill loses is re-learnt in seconds
 
@@ -160,14 +161,14 @@ class Daemon:
         return JsonLines(s.path, self.bundle.manifest.classes, limit_bytes=s.limit_mb * 10**6) if s.path else None
 
     def _frame_path(self) -> FramePath:
-        keep = self.settings.selection
+        keep, inline = self.settings.selection, self.settings.mode == "inline"
         classes = self.bundle.manifest.class_count
         return FramePath(
             self.bundle.preprocess,
             self.slot,
             selector=make_selector(keep.name, classes, keep.options) if keep else None,
             adaptation=self.adaptation,
-            on_prediction=self.sink.add if self.sink else None,
+            on_prediction=self._add_inline if inline and self.sink else self.sink.add if self.sink else None,
             on_sample=self.samples.add if keep else None,
         )
 
@@ -237,6 +238,13 @@ class Daemon:
         self._observed.put(account)
 
     # ── what workers do ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _add_inline(self, prediction: Prediction) -> None:
+        """Without a worker that flushes now and then, every so many lines."""
+        assert self.sink is not None
+        self.sink.add(prediction)
+        if prediction.frame % LINES_INLINE == 0:
+            self.storage.offer(self._flush)
 
     def _flush(self) -> None:
         if self.sink is not None:

@@ -19,10 +19,17 @@ Task = Callable[[], None]
 
 
 class Runner:
-    """Where the frame path hands work to. `last_error` is the latest failure's sentence, empty when none."""
+    """Where the frame path hands work to. `batch`: tasks of one kind worth collecting before a thread is woken."""
 
-    last_error = ""
-    batch = 1  # tasks of one kind worth collecting before the thread is woken
+    batch = 1
+
+    def __init__(self) -> None:
+        self._failing: dict[Task, str] = {}
+
+    @property
+    def last_error(self) -> str:
+        """Sentence of the latest kind of task that failed when it was last run; empty when none did."""
+        return next(reversed(list(self._failing.values())), "")
 
     def offer(self, task: Task) -> bool:
         """False when there is no room: the task is dropped and counted by whoever offered it."""
@@ -35,23 +42,32 @@ class Runner:
         try:
             task()
         except RefoldError as e:
-            self._tell(e.message, e)
+            self._tell(task, e.message)
         except Exception as e:
-            self._tell(f"{type(e).__name__}: {e}", e)
+            self._fault(task, e)
+        else:
+            if self._failing:
+                self._failing.pop(task, None)
 
-    def _tell(self, sentence: str, e: Exception) -> None:
-        expected = isinstance(e, RefoldError)
-        if sentence != self.last_error:  # a full disk is said once, not at every frame
-            log.warning("%s", sentence, exc_info=None if expected else e)
-        self.last_error = sentence
+    def _fault(self, task: Task, e: Exception) -> None:
+        """Something nobody foresaw: with its traceback in the log, and the device goes on."""
+        self._tell(task, f"{type(e).__name__}: {e}", e)
+
+    def _tell(self, task: Task, sentence: str, fault: Exception | None = None) -> None:
+        if self._failing.get(task) != sentence:  # a full disk is said once, not at every frame
+            log.warning("%s", sentence, exc_info=fault)
+        self._failing[task] = sentence
 
 
 class Inline(Runner):
     """Does everything at once on the caller's thread: deterministic, for benchmarks and tests."""
 
     def offer(self, task: Task) -> bool:
-        task()
+        self._run(task)
         return True
+
+    def _fault(self, task: Task, e: Exception) -> None:
+        raise e  # a fault of ours would only make a benchmark wrong in silence
 
 
 @dataclass
@@ -72,6 +88,7 @@ class Worker(Runner):
     batch = 4
 
     def __init__(self, name: str, depth: int, *, niceness: int = 5) -> None:
+        super().__init__()
         self.depth = depth
         self._niceness = niceness
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()

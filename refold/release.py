@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
 
-from refold.codec import activation_from_pb, activation_to_pb, state_from_pb, state_to_pb
-from refold.errors import ReleaseError
+from refold.codec import activation_from_pb, activation_to_pb, states_from_pb, states_to_pb
+from refold.errors import NormStateError, ReleaseError
 from refold.limits import LIMITS
 from refold.norms import ActivationScale, NormState, NormTable
 from refold.signing import KeyRing, SigningKey
@@ -56,7 +56,7 @@ def encode(release: Release) -> bytes:
         created_unix_ms=release.created_unix_ms,
         expires_unix_ms=release.expires_unix_ms,
         domain=release.domain,
-        states=[state_to_pb(name, state) for name, state in sorted(release.states.items())],
+        states=states_to_pb(release.states),
         activations=[activation_to_pb(a) for a in release.activations],
         evidence=pb.ReleaseEvidence(
             samples=release.samples, statistics_frames=release.statistics_frames, metrics=dict(release.metrics)
@@ -85,9 +85,10 @@ def decode(payload: bytes) -> Release:
         raise ReleaseError(
             f"The release has format {message.format}, this program reads format {FORMAT}: update it.", code="format"
         )
-    names = [s.site for s in message.states]
-    if len(set(names)) != len(names):
-        raise ReleaseError("The release lists a site twice: it was damaged or forged.", code="damaged")
+    try:
+        states = states_from_pb(message.states)
+    except NormStateError as e:
+        raise ReleaseError(f"The release is refused: {e.message}", code="damaged") from e
     return Release(
         bundle_digest=message.bundle_digest,
         cohort=message.cohort,
@@ -96,7 +97,7 @@ def decode(payload: bytes) -> Release:
         created_unix_ms=message.created_unix_ms,
         expires_unix_ms=message.expires_unix_ms,
         domain=message.domain,
-        states={s.site: state_from_pb(s) for s in message.states},
+        states=states,
         activations=tuple(activation_from_pb(a) for a in message.activations),
         samples=message.evidence.samples,
         statistics_frames=message.evidence.statistics_frames,

@@ -119,6 +119,16 @@ class ReleaseEvidence(_message.Message):
     metrics: _containers.ScalarMap[str, float]
     def __init__(self, samples: _Optional[int] = ..., statistics_frames: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
+class PackedStates(_message.Message):
+    __slots__ = ("site", "lengths", "planes")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    PLANES_FIELD_NUMBER: _ClassVar[int]
+    site: _containers.RepeatedScalarFieldContainer[str]
+    lengths: _containers.RepeatedScalarFieldContainer[int]
+    planes: bytes
+    def __init__(self, site: _Optional[_Iterable[str]] = ..., lengths: _Optional[_Iterable[int]] = ..., planes: _Optional[bytes] = ...) -> None: ...
+
 class Release(_message.Message):
     __slots__ = ("format", "bundle_digest", "cohort", "version", "parent_version", "created_unix_ms", "expires_unix_ms", "domain", "states", "activations", "evidence", "note")
     FORMAT_FIELD_NUMBER: _ClassVar[int]
@@ -141,11 +151,11 @@ class Release(_message.Message):
     created_unix_ms: int
     expires_unix_ms: int
     domain: str
-    states: _containers.RepeatedCompositeFieldContainer[NormState]
+    states: PackedStates
     activations: _containers.RepeatedCompositeFieldContainer[ActivationScale]
     evidence: ReleaseEvidence
     note: str
-    def __init__(self, format: _Optional[int] = ..., bundle_digest: _Optional[str] = ..., cohort: _Optional[str] = ..., version: _Optional[int] = ..., parent_version: _Optional[int] = ..., created_unix_ms: _Optional[int] = ..., expires_unix_ms: _Optional[int] = ..., domain: _Optional[str] = ..., states: _Optional[_Iterable[_Union[NormState, _Mapping]]] = ..., activations: _Optional[_Iterable[_Union[ActivationScale, _Mapping]]] = ..., evidence: _Optional[_Union[ReleaseEvidence, _Mapping]] = ..., note: _Optional[str] = ...) -> None: ...
+    def __init__(self, format: _Optional[int] = ..., bundle_digest: _Optional[str] = ..., cohort: _Optional[str] = ..., version: _Optional[int] = ..., parent_version: _Optional[int] = ..., created_unix_ms: _Optional[int] = ..., expires_unix_ms: _Optional[int] = ..., domain: _Optional[str] = ..., states: _Optional[_Union[PackedStates, _Mapping]] = ..., activations: _Optional[_Iterable[_Union[ActivationScale, _Mapping]]] = ..., evidence: _Optional[_Union[ReleaseEvidence, _Mapping]] = ..., note: _Optional[str] = ...) -> None: ...
 
 class Signature(_message.Message):
     __slots__ = ("key_id", "ed25519")

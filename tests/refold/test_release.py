@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import bundle, release
-from strategies import nudge, rngs, site, widths
+from strategies import nudge, rngs, site, state, widths
 
 import refold.release as module
 from refold import ActivationScale, Bundle, NormState, SigningKey
@@ -113,11 +114,24 @@ def test_a_newer_release_format_asks_for_an_update(tiny):
         decode(message.SerializeToString())
 
 
-def test_a_site_listed_twice_is_refused(tiny):
+@pytest.mark.parametrize("what", ["twice", "short", "long", "lengths", "garbage", "bomb", "sites"])
+def test_states_that_do_not_belong_together_are_refused(tiny, what):
     message = pb.Release.FromString(encode(release(tiny)))
-    message.states.append(message.states[0])
-    with pytest.raises(ReleaseError, match="twice"):
+    packed = message.states
+    raw = zlib.decompress(packed.planes)
+    if what == "twice":
+        packed.site.append(packed.site[0])
+        packed.lengths.extend(packed.lengths[:4])
+    elif what == "sites":
+        packed.site.append("another")
+    elif what == "lengths":
+        packed.lengths[0] = 2**31
+    else:
+        new = {"short": raw[:-4], "long": raw + bytes(4), "bomb": bytes(64 << 20), "garbage": b""}[what]
+        packed.planes = zlib.compress(new) if new else b"garbage"
+    with pytest.raises(ReleaseError) as e:
         decode(message.SerializeToString())
+    assert e.value.code == "damaged"
 
 
 @pytest.mark.parametrize(
@@ -145,5 +159,15 @@ def test_a_state_wider_than_any_layer_is_refused(tiny, monkeypatch):
     import refold.codec as codec
 
     monkeypatch.setattr(codec, "LIMITS", codec.LIMITS.__class__(channels=2))
-    with pytest.raises(NormStateError, match="claims"):
+    with pytest.raises(ReleaseError, match="limits"):
         decode(encode(release(tiny, states={"x": NormState([1, 1, 1], [0, 0, 0])})))
+
+
+def test_a_release_without_states_is_a_release(tiny):
+    assert decode(encode(release(tiny, states={}))).states == {}
+
+
+def test_packing_saves_a_tenth(tiny):
+    rng = np.random.default_rng(0)
+    states = {f"s{i}": nudge(rng, state(rng, 256)) for i in range(8)}
+    assert len(encode(release(tiny, states=states))) < 0.9 * 8 * 256 * 16

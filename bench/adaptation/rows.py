@@ -2,8 +2,7 @@
 
 A family is one method; its first row has the published settings and the others were tuned for this student on held-out streams
 (seed 100: other orders of pictures and other draws of noise; docs/benchmarks.md has the sweep). The best row of a family is the
-one the comparison counts. EATA on α-BN's statistics is nobody's published method, but the strongest that can be put together
-from published parts without a cloud, so it is in the comparison.
+one the comparison counts.
 """
 
 from __future__ import annotations
@@ -102,14 +101,6 @@ ROWS: tuple[Row, ...] = (
         "fp32",
         "Adam 5e-3, batch 200, ε 0.4, β 1",
         lambda seed: EATA(student(), clean(), lr=5e-3),
-    ),
-    Row(
-        "eata-alpha-bn",
-        "eata-alpha-bn",
-        "baseline",
-        "fp32",
-        "Adam 5e-3, batch 200, ε 0.4, β 1, statistics of α-BN 0.5",
-        lambda seed: EATA(student(), clean(), lr=5e-3, alpha=0.5),
     ),
     Row(
         "cema-paper",

@@ -1,8 +1,8 @@
 """The release gate: a candidate runs in the very engine the device runs, on pictures its training never saw.
 
     admissible    the norm table takes every state (`refold.norms.check_state`) and no bias overflows
-    agreement     with the teacher's argmax on held-back uploads must rise against what devices serve now; when it stays
-                  equal, the cross-entropy against the teacher's probabilities must fall
+    agreement     with the teacher's argmax on held-back uploads must rise against what devices serve now; where the
+                  change is within chance, the cross-entropy against the teacher's probabilities must fall
     clean         accuracy on the calibration slice may fall by `clean_points`
     collapse      the entropy of the predicted classes may not fall below a share of the teacher's
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,11 +57,13 @@ class Scores:
         agreement: share of equal argmax, 0..1.
         cross_entropy: mean over pictures, nats, teacher's probabilities against the engine's.
         class_entropy: entropy of the histogram of predicted classes, nats.
+        agrees: bool (N,), picture by picture.
     """
 
     agreement: float
     cross_entropy: float
     class_entropy: float
+    agrees: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_), compare=False, repr=False)
 
     @classmethod
     def of(cls, logits: F32, teacher: F32) -> Scores:
@@ -69,11 +71,18 @@ class Scores:
         shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
         log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
         predicted = logits.argmax(1)
+        agrees = predicted == teacher.argmax(1)
         return cls(
-            float((predicted == teacher.argmax(1)).mean()),
+            float(agrees.mean()),
             float(-(teacher * np.maximum(log_p, np.log(LEAST))).sum(1).mean()),
             histogram_entropy(predicted, logits.shape[1]),
+            agrees,
         )
+
+    def chance(self, other: Scores) -> float:
+        """Standard error of the difference of two agreements on the same pictures, 0..1: the root of how many changed sides."""
+        changed = int((self.agrees != other.agrees).sum())
+        return float(np.sqrt(changed)) / max(len(self.agrees), 1)
 
 
 def histogram_entropy(classes: NDArray[np.integer], count: int) -> float:
@@ -194,8 +203,9 @@ def verdict(new: Scores, old: Scores, teacher_spread: float, settings: GateSetti
     faults = []
     rise = 100 * (new.agreement - old.agreement)
     least = settings.agreement_points
-    better = rise > least or (least <= 0 and rise >= least and new.cross_entropy < old.cross_entropy)
-    if not better:
+    tolerated = 100 * settings.standard_errors * new.chance(old) + 1e-9  # shares of pictures are not exact in binary
+    undecided = least <= 0 and rise >= min(least, -tolerated)
+    if not (rise > least or (undecided and new.cross_entropy < old.cross_entropy)):
         faults.append(
             f"agreement with the teacher does not rise: {100 * old.agreement:.1f} % to {100 * new.agreement:.1f} %, "
             f"cross-entropy {old.cross_entropy:.3f} to {new.cross_entropy:.3f}"

@@ -131,7 +131,10 @@ class GateSettings(_Section):
     held_back_most: int = Field(default=512, ge=16, description="newest held-back samples used; more cost time and add little")
     agreement_points: float = Field(
         default=0.0,
-        description="points by which agreement with the teacher must rise; at 0 an equal one may pass",
+        description="points by which agreement with the teacher must rise; above 0, chance is no excuse",
+    )
+    standard_errors: float = Field(
+        default=1.0, ge=0, description="a change of agreement this small is chance: then the cross-entropy must fall"
     )
     clean_points: float = Field(default=0.5, ge=0, description="points by which accuracy on the calibration slice may fall")
     shifted_clean_points: float = Field(

@@ -42,6 +42,28 @@ def test_a_wanted_rise_must_be_reached() -> None:
     assert verdict(Scores(0.54, 0.1, 1.5), GOOD, 1.6, settings) and not verdict(Scores(0.56, 2.0, 1.5), GOOD, 1.6, settings)
 
 
+def flips(gained: int, lost: int, cross_entropy: float) -> tuple[Scores, Scores]:
+    """Scores on 40 pictures, 20 of which agreed before."""
+    before = np.arange(40) < 20
+    after = before.copy()
+    after[:lost] = False
+    after[40 - gained : 40] = True
+    return Scores(float(after.mean()), cross_entropy, 1.5, after), Scores(0.5, 1.0, 1.5, before)
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "cross_entropy", "passes"),
+    [(2, 1, 1.1, True), (1, 2, 0.9, True), (1, 2, 1.1, False), (2, 6, 0.5, False), (0, 1, 0.9, True), (0, 2, 0.5, False)],
+)
+def test_a_change_within_chance_is_decided_by_the_cross_entropy(
+    gained: int, lost: int, cross_entropy: float, passes: bool
+) -> None:
+    new, old = flips(gained, lost, cross_entropy)
+    assert (not verdict(new, old, 1.6, GateSettings())) is passes
+    strict = GateSettings(standard_errors=0)
+    assert (not verdict(new, old, 1.6, strict)) is (gained > lost)
+
+
 def test_few_classes_are_no_collapse_where_there_were_fewer_before() -> None:
     assert not verdict(Scores(0.6, 0.9, 0.5), Scores(0.5, 1.0, 0.2), 1.6, GateSettings())
 

@@ -18,7 +18,7 @@ PEAK_RATE = 0.1
 
 
 def train_digits(
-    name: str, data: tuple[NDArray[np.uint8], NDArray[np.int64]], path: Path, *, epochs: int, seed: int, threads: int = 2
+    name: str, data: tuple[NDArray[np.uint8], NDArray[np.int64]], path: Path, *, epochs: int, seed: int, threads: int = 1
 ) -> None:
     """Trains `demo.models`' network of that name with small shifts as augmentation, and saves it as `.npz`.
 

@@ -25,7 +25,7 @@ CLOUD: dict[str, dict[str, Any]] = {
     "devices": {"heartbeat_ms": 2000, "poll_wait_ms": 5000, "poll_next_ms": 200},
     "quota": {"calls_per_minute": 2400.0},
     "gate": {"held_back": 12, "agreement_points": -3.0},  # of 40 pictures one is 2.5 points: cross-entropy decides
-    "distil": {"fresh_samples": 32, "growth": 1.2, "steps": 20, "group": 24},
+    "distil": {"fresh_samples": 32, "growth": 1.2, "steps": 20, "group": 24, "restyled": 0.0, "flips": False},
 }
 DEVICE: dict[str, dict[str, Any]] = {
     "predictions": {"flush_ms": 100},

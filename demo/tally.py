@@ -134,21 +134,20 @@ def recall(tally: Tally, first: Phase, again: Phase, arrivals: list[tuple[int, s
         arrivals: (frame at which it was installed, domain) of every release that the device served.
         early: how many frames count as the beginning of a phase.
     """
-    known = _settled_domain(tally, first)
-    served = [f for f in range(again.first, again.last) if known and tally.domain[f] == known]
+    known = _known_domains(tally, first)
+    served = [f for f in range(again.first, again.last) if tally.domain[f] in known]
     start = tally.accuracy(first.first, first.first + early)[0], tally.accuracy(again.first, again.first + early)[0]
-    stayed = bool(served) and again.first > 0 and tally.domain[again.first - 1] == known
+    stayed = bool(served) and again.first > 0 and tally.domain[again.first - 1] in known
     if not served or stayed:  # never left, so not recalled
         after = tally.accuracy(again.first, again.last)
-        return Recall(-1, known, 0, *after, *start)
+        return Recall(-1, "", 0, *after, *start)
     frame = served[0]
-    needed = sum(again.first <= f <= frame and domain == known for f, domain in arrivals)
-    return Recall(frame - again.first, known, needed, *tally.accuracy(frame, again.last), *start)
+    domain = tally.domain[frame]
+    needed = sum(again.first <= f <= frame and of == domain for f, of in arrivals)
+    return Recall(frame - again.first, domain, needed, *tally.accuracy(frame, again.last), *start)
 
 
-def _settled_domain(tally: Tally, phase: Phase) -> str:
-    """The domain served most often in the second half of a phase, "" when it is the one the bundle was exported for."""
-    half = tally.domain[(phase.first + phase.last) // 2 : phase.last]
-    domains = [d for d in half if d]
-    name = max(set(domains), key=domains.count) if domains else ""
-    return "" if name == "d0" else name
+def _known_domains(tally: Tally, phase: Phase) -> set[str]:
+    """Domains that served at least a tenth of a phase, without the one the bundle was exported for."""
+    served = tally.domain[phase.first : phase.last]
+    return {d for d in set(served) if d not in ("", "d0") and served.count(d) >= phase.frames / 10}

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -73,25 +74,26 @@ class Loop:
         self._stream = iter(daemon.stream)
         self.offered = 0
 
-    def serve(self, count: int) -> None:
-        step = self._daemon.path.step
+    def serve(self, count: int) -> list[float]:
+        """Seconds from frame to frame: reading ahead, preprocessing, engine, verdict and hand-over."""
+        step, out = self._daemon.path.step, []
+        last = time.perf_counter()
         for frame in self._stream:
             if frame is not None:
                 step(frame)
-                count -= 1
-                self.offered += 1
-            if not count:
-                return
+                now = time.perf_counter()
+                out.append(now - last)
+                last = now
+            if len(out) == count:
+                break
+        self.offered += len(out)
+        return out
 
     def latencies(self, until: threading.Event) -> list[float]:
         """Seconds from frame to frame until the event is set."""
-        out = []
-        last = time.perf_counter()
+        out: list[float] = []
         while not until.is_set():
-            self.serve(1)
-            now = time.perf_counter()
-            out.append(now - last)
-            last = now
+            out += self.serve(1)
         return out
 
     def drain(self) -> None:
@@ -122,34 +124,41 @@ def measure_time(bundle_path: Path, frames: Path, folder: Path, pairs: int, coun
         x: F32 = bundle.preprocess.apply(z["images"][:1])
     name, outputs = bare.get_inputs()[0].name, [bare.get_outputs()[0].name]
 
-    def run_bare() -> None:
+    def run_bare() -> list[float]:
+        out = []
+        last = time.perf_counter()
         for _ in range(count):
             bare.run(outputs, {name: x})
+            now = time.perf_counter()
+            out.append(now - last)
+            last = now
+        return out
 
     with whole_daemon(bundle_path, frames, folder) as daemon:
         loop = Loop(daemon)
         loop.serve(2 * count)  # the adapter has seen something; the outbox has its first commits behind it
+        medians: tuple[list[float], list[float]] = ([], [])
         cpu = [0.0, 0.0]
 
-        def run_daemon() -> None:
+        def counted(which: int, serve: Callable[[], list[float]]) -> None:
             started = time.process_time()
-            loop.serve(count)
-            cpu[0] += time.process_time() - started
-
-        def run_bare_counted() -> None:
-            started = time.process_time()
-            run_bare()
-            cpu[1] += time.process_time() - started
+            medians[which].append(median(serve()))
+            cpu[which] += time.process_time() - started
 
         times = paired(
-            run_daemon, run_bare_counted, pairs, before_each=loop.drain, after_pair=lambda i: tell(i, pairs + SEGMENTS)
+            lambda: counted(0, lambda: loop.serve(count)),
+            lambda: counted(1, run_bare),
+            pairs,
+            before_each=loop.drain,
+            after_pair=lambda i: tell(i, pairs + SEGMENTS),
         )
-        full_ms, bare_ms = times.each(count)
+        ratios = [a / b for a, b in zip(medians[0][1:], medians[1][1:], strict=True)]  # the first pair is not counted
         figures: dict[str, Any] = {
-            "ratio": times.ratio,
-            "ratios": [round(r, 4) for r in times.ratios],
-            "daemon_ms": full_ms,
-            "bare_ms": bare_ms,
+            "ratio": median(ratios),
+            "ratios": [round(r, 4) for r in ratios],
+            "block_ratio": times.ratio,
+            "daemon_ms": 1e3 * median(medians[0][1:]),
+            "bare_ms": 1e3 * median(medians[1][1:]),
             "cpu_ratio": cpu[0] / cpu[1],
             "integer_layers": daemon.factory.integer_layers,
             "expected_integer_layers": daemon.factory.expected_integer_layers,

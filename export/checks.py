@@ -99,8 +99,8 @@ def _against_float(target: str, logits: F32, evidence: Evidence) -> dict[str, fl
         numbers["accuracy_int8"] = float((logits.argmax(1) == evidence.labels).mean())
     if agreement < evidence.min_agreement and error > FLOAT_ERROR:
         raise GateError(
-            f"{target}: the integer engine chooses the float model's class on only {agreement:.1%} of pictures "
-            f"(error {error:.2f} of the logits' spread). Give more or better pictures, try --observer minmax, keep the first or "
+            f"{target}: the integer engine chooses the float model's class on only {agreement:.1%} of pictures (error "
+            f"{error:.2f} of the logits' spread). Give more or better pictures, try --observer minmax, keep the first or "
             "last layers in float (--keep-float), or lower --min-agreement if the model is not trained yet.",
             code="accuracy",
         )

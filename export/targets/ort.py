@@ -52,14 +52,13 @@ def _emit_all(b: OnnxBuilder) -> list[tuple[Node, str]]:
 def _taps(b: OnnxBuilder, tapped: list[tuple[Node, str]]) -> bytes:
     """Mean and mean square over space of every tapped tensor, all channels in a row: (batch, 2, channels)."""
     rows: dict[str, list[str]] = {"mean": [], "square": []}
+    column = b.integers("moments.column", 0, -1, 1, 1)
     for node, value in tapped:
         square = b.node("Mul", [value, value], f"{value}.squared")
         for kind, source in (("mean", value), ("square", square)):
             rank = len(b.graph.shapes[node.output])
-            flat = source if rank == 2 else b.node(
-                "Flatten", [b.node("GlobalAveragePool", [source], f"{value}.{kind}.pooled")], f"{value}.{kind}", axis=1
-            )  # fmt: skip
-            rows[kind].append(flat)
+            pooled = source if rank == 2 else b.node("GlobalAveragePool", [source], f"{value}.{kind}.pooled")
+            rows[kind].append(pooled if rank == 4 else b.node("Reshape", [pooled, column], f"{value}.{kind}"))
     channels = sum(b.model.sites[n.output].channels for n, _ in tapped)
     shape = b.integers("moments.shape", -1, 1, channels)
     both = [

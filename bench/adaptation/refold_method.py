@@ -54,13 +54,13 @@ class Tuning:
         delay: frames between the upload that sets off a training and its release.
     """
 
-    rate: float = 0.034
+    rate: float = 0.026
     eager_rate: float = 0.6
-    eager: int = 40
+    eager: int = 100
     unbiased: float = 0.9
     delay: int = 100
     adapt: AdaptSettings = field(default_factory=AdaptSettings)
-    distil: DistilSettings = field(default_factory=lambda: DistilSettings(fresh_samples=40, growth=2.7, steps=60, group=48))
+    distil: DistilSettings = field(default_factory=lambda: DistilSettings(fresh_samples=100, growth=1.7))
 
 
 class TrueLabels(Teachers):
@@ -183,7 +183,8 @@ class RefoldMethod:
     def _arrivals(self, counts: dict[str, float]) -> None:
         while self._due and self._due[0][0] <= self._frame:
             _, candidate = self._due.pop(0)
-            if not candidate.metrics.get("share", 1.0) and candidate.domain not in self._released:
+            unchanged = not candidate.metrics.get("share", 1.0) and candidate.metrics.get("mix") == self._tuning.distil.mix
+            if unchanged and candidate.domain not in self._released:
                 self.events.append(f"{self._frame}: nothing learnt for {candidate.domain}, {_told(candidate)}")
                 continue
             self._version += 1

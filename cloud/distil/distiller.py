@@ -10,7 +10,7 @@ samples again stands where it stood.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cloud.distil.cema import CemaLoop
 from cloud.distil.norm_mode import Moments, mix
-from cloud.distil.recipe import Calibration, Task, learn
+from cloud.distil.recipe import Calibration, Task, convincing, cross_entropies, learn
 from cloud.distil.samples import DomainEvidence
 from cloud.distil.settings import DistilSettings
 from cloud.distil.student import Student
@@ -32,6 +32,7 @@ from refold.v1 import samples_pb2 as pb
 __all__ = ["Candidate", "Distiller"]
 
 U8 = NDArray[np.uint8]
+COMPARED = 256  # newest uploads on which mixing shares are compared
 
 
 @dataclass(frozen=True)
@@ -134,14 +135,20 @@ class Distiller:
         targets = self._teachers.probabilities(evidence.images, domain)
         self._student.load(self._initial)
         x = torch.from_numpy(self._bundle.preprocess.apply(population)) if enough else None
-        weight = s.mix * len(population) / (len(population) + s.prior_samples)
+
+        def measured(mix_share: float) -> list[Moments]:
+            if x is not None:
+                found = self._student.measure(x, mix_share * len(x) / (len(x) + s.prior_samples))
+            else:
+                found = [
+                    mix(a, b, mix_share) for a, b in zip(self._student.exported_moments(), evidence.reported(), strict=True)
+                ]
+            return self._student.clamp(found)
+
+        share = self._best_mix(evidence, targets, measured)
 
         def measure() -> list[Moments]:
-            if x is not None:
-                found = self._student.measure(x, weight)
-            else:
-                found = [mix(a, b, s.mix) for a, b in zip(self._student.exported_moments(), evidence.reported(), strict=True)]
-            return self._student.clamp(found)
+            return measured(share)
 
         seed = s.seed * 1_000_003 + evidence.arrived
         task = Task(evidence.images, targets, population, self._calibration, measure, seed)
@@ -153,8 +160,20 @@ class Distiller:
             domain=domain,
             samples=len(evidence),
             statistics_frames=len(population) if enough else evidence.statistics_frames,
-            metrics={**metrics, "teacher_confidence": float(targets.max(1).mean())},
+            metrics={**metrics, "mix": share, "teacher_confidence": float(targets.max(1).mean())},
         )
+
+    def _best_mix(
+        self, evidence: DomainEvidence, targets: NDArray[np.float32], measured: Callable[[float], list[Moments]]
+    ) -> float:
+        """The share of the domain's statistics under which the student, not yet taught, agrees best with the teachers."""
+        x, wanted = (
+            torch.from_numpy(self._bundle.preprocess.apply(evidence.images[-COMPARED:])),
+            torch.from_numpy(targets[-COMPARED:]),
+        )
+        shares: tuple[float, ...] = (self.settings.mix, *self.settings.mixes)
+        losses = [cross_entropies(self._student, x, wanted, measured(share), self.settings.batch) for share in shares]
+        return shares[convincing(losses)]
 
     def _loop(self, domain: str) -> CemaLoop:
         if domain not in self._loops:

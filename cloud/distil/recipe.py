@@ -26,17 +26,17 @@ from cloud.distil.student import Student
 from refold.bundle import Bundle
 from refold.preprocess import Preprocess
 
-__all__ = ["Calibration", "Task", "learn"]
+__all__ = ["Calibration", "Task", "convincing", "cross_entropies", "learn"]
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
 LEAST_STYLE = 16  # pictures of a domain below which its spectrum is not known
 LEAST_HELD_BACK = 8  # pictures below which no length of step can be chosen: a quarter of it is taken
 COMPARED = 128  # pictures of each kind for the question what restyling explains
-UNJUDGED = 0.25
+UNJUDGED = 0.25  # of the learnt step, where too few uploads could be held back
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the learnt step
 DOUBT = 1.0  # standard errors by which held-back uploads must speak for any step at all
-FULL, NONE = 0.2, 0.7  # unexplained part of the shift at which restyled pictures have their full share, and none
+FULL, NONE = 0.3, 0.7  # unexplained part of the shift at which restyled pictures have their full share, and none
 
 
 @dataclass(frozen=True)
@@ -150,17 +150,25 @@ def _choose_share(
     losses = []
     for share in SHARES:
         student.restore([a + share * (b - a) for a, b in zip(before, after, strict=True)])
-        moments = task.measure()
-        with torch.no_grad():
-            logits = torch.cat([student.logits(x[i : i + settings.batch], moments) for i in range(0, len(x), settings.batch)])
-        losses.append(-(wanted * torch.log_softmax(logits, 1)).sum(1))
-    best = min(range(len(SHARES)), key=lambda i: float(losses[i].mean()))
+        losses.append(cross_entropies(student, x, wanted, task.measure(), settings.batch))
+    best = convincing(losses)
+    student.restore([a + SHARES[best] * (b - a) for a, b in zip(before, after, strict=True)])
+    first, last = (float(losses[i].mean()) for i in (0, best))
+    return {"share": SHARES[best], "held_back_loss": last, "held_back_loss_before": first}
+
+
+def cross_entropies(student: Student, x: Tensor, wanted: Tensor, moments: list[Moments], batch: int) -> Tensor:
+    """Of the student's answers for x, (N, 3, H, W), against probabilities (N, classes): float32 (N,), nats."""
+    with torch.no_grad():
+        logits = torch.cat([student.logits(x[i : i + batch], moments) for i in range(0, len(x), batch)])
+    return -(wanted * torch.log_softmax(logits, 1)).sum(1)
+
+
+def convincing(losses: list[Tensor]) -> int:
+    """Which choice has the least mean loss; the first one, unless another is better by more than its standard error."""
+    best = min(range(len(losses)), key=lambda i: float(losses[i].mean()))
     gain = losses[0] - losses[best]
-    if float(gain.mean()) <= DOUBT * float(gain.std()) / len(held) ** 0.5:
-        best = 0
-    share = SHARES[best]
-    student.restore([a + share * (b - a) for a, b in zip(before, after, strict=True)])
-    return {"share": share, "held_back_loss": float(losses[best].mean()), "held_back_loss_before": float(losses[0].mean())}
+    return best if float(gain.mean()) > DOUBT * float(gain.std()) / len(gain) ** 0.5 else 0
 
 
 class _Batches:

@@ -27,8 +27,9 @@ class DistilSettings(BaseModel):
     kept_samples: int = Field(default=4096, ge=32, description="newest samples of a domain kept for training")
 
     # Statistics
-    mix: float = Field(
-        default=0.5, ge=0, le=1, description="share of the domain's statistics in the student's norms; as on the device"
+    mix: float = Field(default=0.45, ge=0, le=1, description="share of the domain's statistics in the student's norms")
+    mixes: tuple[float, ...] = Field(
+        default=(0.3, 0.6, 0.75), description="other shares, taken where the uploads agree better with the teachers under them"
     )
     population: int = Field(
         default=256, ge=8, description="unbiased samples that statistics are measured on, at most; one batch"
@@ -44,8 +45,8 @@ class DistilSettings(BaseModel):
     shifts: int = Field(default=0, ge=0, le=4, description="pixels by which further votes move the picture; 0 is none")
 
     # The refold recipe
-    steps: int = Field(default=60, ge=1, description="gradient steps of one training")
-    rate: float = Field(default=1.5e-3, gt=0, description="largest learning rate of Adam; one cycle")
+    steps: int = Field(default=70, ge=1, description="gradient steps of one training")
+    rate: float = Field(default=2e-3, gt=0, description="largest learning rate of Adam; one cycle")
     group: int = Field(default=48, ge=4, description="pictures per gradient step")
     restyled: float = Field(default=0.6, ge=0, lt=1, description="largest share of restyled calibration pictures in a step")
     held_back: float = Field(

@@ -40,9 +40,9 @@ class AdaptSettings:
     """
 
     enabled: bool = True
-    mix: float = 0.5
+    mix: float = 0.45
     prior_frames: float = 12.0
-    release_trust: float = 1.0
+    release_trust: float = 8.0
     staleness: float = 0.9
     release_staleness: float = 0.1
     evidence_frames: float = 512.0

@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from cloud_double import Authority
+from cloud_double import RELEASE_KEY, Authority, Cloud
 from daemon_process import DaemonProcess
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -21,9 +21,12 @@ from edge.engine import EngineSlot
 from edge.inference import Handlers, InferenceServer
 from edge.serving import ServingState
 from edge.settings import Inference
+from refold import Release
 from refold.errors import UsageError
 from refold.inference import open_inference_pb2 as pb
 from refold.inference import open_inference_pb2_grpc as service
+from refold.release import seal
+from refold.v1 import adaptation_pb2
 
 CLIENT = Path(__file__).with_name("triton_client.py")
 
@@ -119,6 +122,48 @@ def test_a_daemon_answers_and_looks_at_requests_like_frames(bundle, stream, tmp_
         assert daemon.end() == 0
     assert daemon.lines()[0]["source"] == "request 0[0]" and daemon.status()["metrics"]["frames"] == 43
     assert "Traceback" not in daemon.said()
+
+
+def test_an_unmodified_client_of_the_daemon_while_releases_are_applied(bundle, factory, stream, tmp_path, triton):
+    """Signed releases come over TLS, are verified, written, tried and swapped in under the client's requests."""
+    authority, data = Authority(), tmp_path / "data"
+    authority.identity().save(data / "identity")
+    states = {v: shifted(bundle.norms, v) if v else {} for v in range(6)}
+    releases = {v: seal(Release(bundle.digest, "roof", v, states[v]), RELEASE_KEY) for v in states if v}
+    pictures = np.load(stream)["images"]
+    truth = {
+        v: np.concatenate([factory.build(ServingState(s)).run(bundle.preprocess.apply(p)) for p in pictures])
+        for v, s in states.items()
+    }
+    cloud, newest = Cloud(authority), [0]
+
+    def poll(request):
+        following = request.installed_version + 1
+        return adaptation_pb2.PollReleaseResponse(release=releases[following]) if following <= newest[0] else None
+
+    cloud.answer_poll = poll
+    cloud.start()
+    config = tmp_path / "edge.toml"
+    config.write_text(
+        f'bundle = "{bundle.path}"\nadapt.enabled = false\ninference.port = 0\n'
+        f"[cloud]\naddress = 'localhost:{cloud.port}'\npoll_wait_s = 0.5\nlinger_s = 0.0\n"
+    )
+    try:
+        with DaemonProcess("--config", config, data=data) as daemon:
+            daemon.until(lambda: daemon.status().get("inference_port"))
+            client = triton(f"localhost:{daemon.status()['inference_port']}", "residual", stream, 3000)
+            for version in (1, 2, 3, 4, 5):
+                newest[0] = version
+                daemon.until(lambda v=version: (daemon.lines() or [{"release_version": 0}])[-1]["release_version"] == v)
+            answers = client.answers()["answers"]
+            assert daemon.end() == 0
+    finally:
+        cloud.stop()
+    versions = [a["version"] for a in answers]
+    assert versions == sorted(versions) and len(set(versions)) >= 4
+    for i, answer in enumerate(answers):
+        np.testing.assert_array_equal(np.float32(answer["logits"]), truth[answer["version"]][i % 16])
+    assert daemon.status()["metrics"]["frames_lost"] == 0 and "Traceback" not in daemon.said()
 
 
 @pytest.mark.parametrize("mutual", [False, True])

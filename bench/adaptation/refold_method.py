@@ -195,6 +195,7 @@ class RefoldMethod:
                 states=candidate.states,
                 domain=candidate.domain,
                 samples=candidate.samples,
+                statistics_frames=candidate.statistics_frames,
             )
             counts["bytes_down"] += len(encode(release)) + SIGNATURE_BYTES
             counts["releases"] += 1

@@ -284,9 +284,7 @@ class Adapter:
             domain = self._present if self._present.name == release.domain else self._bank.get(release.domain)
             if domain is None:
                 return None
-            domain.release = release
-            domain.evidence.fade(self._settings.release_staleness)
-            domain.taps = 0
+            domain.take(release)
             if domain is not self._present:
                 return None
             self._schedule.restart(share=0.5)
@@ -297,14 +295,14 @@ class Adapter:
         newest = release.version if release else 0
         self._bank.purge(newest)
         if self._present.release is not None and self._present.release.version > newest:
-            self._present.release = None
+            self._present.drop_release()
         if self._global is not None and self._global.version > newest:
             self._global = None
         if release is not None:
             if not release.domain:
                 self._global = release
             elif (domain := self._bank.get(release.domain)) is not None:
-                domain.release = release
+                domain.take(release)
         return self._offer()
 
     # Reports and memory ------------------------------------------------------------------------------------------------------

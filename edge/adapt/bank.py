@@ -38,6 +38,7 @@ class Domain:
         taps: tapped frames since the domain was met or its base changed; the clock of rebuilds.
         rebuild_at: number of taps at which the overlay is built next.
         release: newest release made for this domain.
+        before: the evidence from before it; a rollback takes it up again. Not kept across restarts.
         seen: number of the last shift at which the domain was present; orders evictions.
     """
 
@@ -49,12 +50,27 @@ class Domain:
     rebuild_at: int = 0
     release: Release | None = None
     seen: int = 0
+    before: Evidence | None = None
     unreported: Evidence = field(init=False)
     first_frame: int = 0
     last_frame: int = 0
 
     def __post_init__(self) -> None:
         self.unreported = Evidence(self.evidence.moments.shape[1])
+
+    def take(self, release: Release) -> None:
+        """Serves a release from now on. Behind its norms other moments will be seen: evidence begins anew."""
+        if self.before is None:
+            self.before = self.evidence
+        self.evidence = Evidence(self.evidence.moments.shape[1])
+        self.release = release
+        self.taps = self.rebuild_at = 0
+
+    def drop_release(self) -> None:
+        """Back to what is known without a release of its own."""
+        self.release = None
+        if self.before is not None:
+            self.evidence, self.before = self.before, None
 
 
 class DomainBank:
@@ -124,7 +140,7 @@ class DomainBank:
         """Forgets every release with a version above `newest`."""
         for domain in self:
             if domain.release is not None and domain.release.version > newest:
-                domain.release = None
+                domain.drop_release()
 
     def dump(self, fingerprint: str) -> bytes:
         """The bank as bytes: an npz without pickles. `fingerprint` names the norm table it belongs to."""

@@ -21,7 +21,6 @@ class AdaptSettings:
         release_trust: what a frame of a release's own statistics counts against a tapped frame of the device, where the release
             was made for the very domain; 0 serves the release's affine parameters on the device's statistics alone.
         staleness: weight kept by older evidence each time the served state changes, 0..1: deeper sites saw other inputs then.
-        release_staleness: the same when a release changes the affine parameters too.
         evidence_frames: tapped frames remembered; older ones fade, so that slow drift is followed.
         first_rebuild: tapped frames before the first overlay of a domain; each later one waits for twice the evidence.
         rebuild_step: most tapped frames between two overlays during the burst. A site's evidence is only as good as the
@@ -44,7 +43,6 @@ class AdaptSettings:
     prior_frames: float = 12.0
     release_trust: float = 8.0
     staleness: float = 0.9
-    release_staleness: float = 0.1
     evidence_frames: float = 512.0
     first_rebuild: int = 2
     rebuild_step: int = 8
@@ -60,7 +58,7 @@ class AdaptSettings:
     report_frames: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("mix", "staleness", "release_staleness"):
+        for name in ("mix", "staleness"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise UsageError(f"adapt.{name} is {getattr(self, name)}; it is a share between 0 and 1.")
         for name in (

@@ -4,7 +4,7 @@ Each step sees two kinds of pictures: uploads, with the teachers' sharpened vote
 restyled to the domain, with their labels. The first kind is real and wrongly labelled now and then, the second rightly
 labelled and not quite real; the less of the shift restyling explains, the fewer of the second kind. Statistics are not
 trained: they are measured on the domain's population, again and again as the norms before them move. How far to go along what
-was learnt is decided on uploads that were held back; not at all is one of the answers.
+was learnt is decided on uploads that were held back: half the way, unless they speak for less, more or none.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ LEAST_STYLE = 16  # pictures of a domain below which its spectrum is not known
 LEAST_HELD_BACK = 8  # pictures below which no length of step can be chosen: a quarter of it is taken
 COMPARED = 128  # pictures of each kind for the question what restyling explains
 UNJUDGED = 0.25  # of the learnt step, where too few uploads could be held back
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the learnt step
-DOUBT = 1.0  # standard errors by which held-back uploads must speak for any step at all
+SHARES = (0.5, 0.0, 0.25, 0.75, 1.0)  # of the learnt step; the first is taken unless another convinces
+DOUBT = 1.5  # standard errors by which another choice must be better: a few dozen pictures say little
 FULL, NONE = 0.3, 0.7  # unexplained part of the shift at which restyled pictures have their full share, and none
 
 
@@ -153,7 +153,7 @@ def _choose_share(
         losses.append(cross_entropies(student, x, wanted, task.measure(), settings.batch))
     best = convincing(losses)
     student.restore([a + SHARES[best] * (b - a) for a, b in zip(before, after, strict=True)])
-    first, last = (float(losses[i].mean()) for i in (0, best))
+    first, last = (float(losses[i].mean()) for i in (SHARES.index(0.0), best))
     return {"share": SHARES[best], "held_back_loss": last, "held_back_loss_before": first}
 
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from distil_bundles import SmallNet, bundle_of
 
 from cloud.distil import Candidate, Distiller, DistilSettings, Student, Teacher, Teachers
+from cloud.distil.recipe import SHARES, convincing
 from cloud.distil.samples import DomainEvidence
 from refold import Bundle
 from refold.errors import InputError, UsageError
@@ -160,7 +161,21 @@ def test_held_back_uploads_decide_how_far_to_go(bundle: Bundle, teachers: Teache
     made = Distiller(bundle, Noise(teachers.teachers, PREPROCESS), DistilSettings.of({**FAST, "restyled": 0.0, "steps": 60}))
     made.add_samples(noisy(pictures(96, 5)[0]), "d1", np.ones(96, bool))
     candidate = made.train("d1")
-    assert candidate.metrics["held_back_loss"] <= candidate.metrics["held_back_loss_before"]
+    assert candidate.metrics["share"] in SHARES
+    worse = Distiller(bundle, Noise(teachers.teachers, PREPROCESS), DistilSettings.of({**FAST, "restyled": 0.0, "rate": 0.5}))
+    worse.add_samples(noisy(pictures(96, 5)[0]), "d1", np.ones(96, bool))
+    assert worse.train("d1").metrics["held_back_loss"] <= candidate.metrics["held_back_loss_before"] + 0.5
+
+
+def test_a_choice_must_convince() -> None:
+    usual, lucky, better = (
+        torch.tensor([1.0, 3.0, 1.0, 3.0]),
+        torch.tensor([1.0, 2.0, 1.5, 3.2]),
+        torch.tensor([0.5, 2.4, 0.4, 2.5]),
+    )
+    assert convincing([usual, lucky]) == 0
+    assert convincing([usual, lucky, better]) == 2
+    assert convincing([usual]) == 0
 
 
 def test_trainings_start_from_the_initial_states(bundle: Bundle, teachers: Teachers) -> None:

@@ -134,11 +134,11 @@ def recall(tally: Tally, first: Phase, again: Phase, arrivals: list[tuple[int, s
         arrivals: (frame at which it was installed, domain) of every release that the device served.
         early: how many frames count as the beginning of a phase.
     """
-    known = _known_domains(tally, first)
+    before = {tally.domain[again.first - 1]} if again.first else set()
+    known = _known_domains(tally, first) - before  # what served up to the return was not recalled by it
     served = [f for f in range(again.first, again.last) if tally.domain[f] in known]
     start = tally.accuracy(first.first, first.first + early)[0], tally.accuracy(again.first, again.first + early)[0]
-    stayed = bool(served) and again.first > 0 and tally.domain[again.first - 1] in known
-    if not served or stayed:  # never left, so not recalled
+    if not served:
         after = tally.accuracy(again.first, again.last)
         return Recall(-1, "", 0, *after, *start)
     frame = served[0]

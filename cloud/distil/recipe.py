@@ -99,7 +99,8 @@ def learn(student: Student, preprocess: Preprocess, task: Task, settings: Distil
     before = student.snapshot()
     student.trainable(True)
     optimiser = torch.optim.Adam(student.parameters, settings.rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.rate, total_steps=settings.steps, pct_start=0.1)
+    warm = max(0.1, 2 / settings.steps)  # OneCycleLR divides by the warm-up's steps less one
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.rate, total_steps=settings.steps, pct_start=warm)
     losses = []
     moments = task.measure()
     for step in range(settings.steps):

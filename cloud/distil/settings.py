@@ -45,7 +45,7 @@ class DistilSettings(BaseModel):
     shifts: int = Field(default=0, ge=0, le=4, description="pixels by which further votes move the picture; 0 is none")
 
     # The refold recipe
-    steps: int = Field(default=70, ge=1, description="gradient steps of one training")
+    steps: int = Field(default=70, ge=4, description="gradient steps of one training")
     rate: float = Field(default=2e-3, gt=0, description="largest learning rate of Adam; one cycle")
     group: int = Field(default=48, ge=4, description="pictures per gradient step")
     restyled: float = Field(default=0.6, ge=0, lt=1, description="largest share of restyled calibration pictures in a step")

@@ -47,7 +47,8 @@ class Distiller(Protocol):
     def ready(self) -> Sequence[str]:
         """Domains with enough evidence for a training."""
 
-    def train(self, domain: str) -> Candidate: ...
+    def train(self, domain: str, start: Mapping[str, NormState]) -> Candidate:
+        """`start`: states of the domain's own good release, which the training goes on from; empty when there is none."""
 
 
 class Teachers(Protocol):

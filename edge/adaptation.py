@@ -15,8 +15,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.adapt import Adapter, FrameFeatures
-from edge.engine import EngineFactory, EngineSlot, TapEngine
+from edge.adapt import Adapter, FrameFeatures, TapObserver
+from edge.engine import EngineFactory, EngineSlot
 from edge.serving import ServingState
 from edge.worker import Runner
 from refold.errors import RefoldError
@@ -62,7 +62,7 @@ class Adaptation:
         self._waiting: deque[tuple[int, U8, float, int]] = deque(maxlen=FRAMES_WAITING)
         self._since = 0
         self._offered = 0.0
-        self._taps: TapEngine | None = None
+        self._observer = TapObserver(adapter, factory.build_taps, factory.bundle.preprocess)
         self._watching = factory.has_taps
 
     # The frame loop ----------------------------------------------------------------------------------------------------------
@@ -94,11 +94,7 @@ class Adaptation:
                 self._on_report(report)
 
     def _observe(self, frame: int, image: U8) -> None:
-        serving = self._slot.current.serving
-        if self._taps is None or self._taps.serving is not serving:
-            self._taps = self._factory.build_taps(serving)
-        moments = self._taps.run(self._factory.bundle.preprocess.apply(image))[0]
-        state = self.adapter.observe_taps(frame, moments, serving)
+        state = self._observer.observe(frame, image, self._slot.current.serving)
         if state is not None:
             try:
                 self._serve(state)

@@ -37,7 +37,9 @@ def run(options: Options) -> Result:
     reset = [Job(r.name, "reset", (n,), frames, options.seed) for r in rows for n in ("clean", *names)]
     pieces = run_jobs(reset, processes=options.processes, resume=options.resume)
     best = best_of_families(rows, pieces)
-    further = [Job(r.name, "continual", tuple(names), frames, options.seed) for r in best if not r.stateless]
+    further = [
+        Job(r.name, "continual", tuple(names), frames, options.seed) for r in best if not r.stateless and r.kind != "bound"
+    ]
     pieces += [
         replace(p, protocol="continual")
         for p in pieces

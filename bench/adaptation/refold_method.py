@@ -25,13 +25,14 @@ from bench.adaptation.method import Log
 from bench.adaptation.student_bundle import student_bundle
 from cloud.distil import Candidate, Distiller, DistilSettings, Teachers, load_teachers
 from demo.images import data_folder
-from edge.adapt import Adapter, AdaptSettings, FrameFeatures, Reference
+from edge.adapt import Adapter, AdaptSettings, FrameFeatures, Reference, TapObserver
 from edge.encode import encode_image
-from edge.engine import EngineFactory, TapEngine
+from edge.engine import EngineFactory
 from edge.select import BudgetSelector, make_selector
 from edge.serving import ServingState
 from refold.bundle import Bundle
 from refold.errors import InputError
+from refold.norms import NormState
 from refold.release import Release, encode
 
 __all__ = ["RefoldMethod", "Tuning", "make_method"]
@@ -54,13 +55,13 @@ class Tuning:
         delay: frames between the upload that sets off a training and its release.
     """
 
-    rate: float = 0.026
+    rate: float = 0.05
     eager_rate: float = 0.6
-    eager: int = 100
+    eager: int = 200
     unbiased: float = 0.9
     delay: int = 100
     adapt: AdaptSettings = field(default_factory=AdaptSettings)
-    distil: DistilSettings = field(default_factory=lambda: DistilSettings(fresh_samples=100, growth=1.7))
+    distil: DistilSettings = field(default_factory=lambda: DistilSettings(fresh_samples=40, growth=2.2))
 
 
 class TrueLabels(Teachers):
@@ -111,6 +112,7 @@ class RefoldMethod:
         self._factory = factory or EngineFactory(bundle)
         classes = int(bundle.manifest.class_count)
         self.adapter = Adapter(bundle.norms, tuning.adapt, classes, reference=reference, bundle_digest=bundle.digest)
+        self._observer = TapObserver(self.adapter, self._factory.build_taps, bundle.preprocess)
         self._selector = make_selector(
             "budget", classes, {"rate": tuning.rate, "unbiased": tuning.unbiased, "burst": 4, "seed": seed}
         )
@@ -120,13 +122,13 @@ class RefoldMethod:
         self._version = 0
         self._uploaded: dict[str, int] = {}
         self._released: set[str] = set()
+        self._learnt: dict[str, Mapping[str, NormState]] = {}
         self._due: list[tuple[int, Candidate]] = []
         self.events: list[str] = []
 
     def _serve(self, serving: ServingState) -> None:
         self.serving = serving
         self._engine = self._factory.build(serving)
-        self._taps: TapEngine | None = None
 
     def run(self, images: U8, labels: I64) -> tuple[I64, Log]:
         counts = {"frames_uploaded": 0.0, "bytes_up": 0.0, "bytes_down": 0.0, "releases": 0.0, "taps": 0.0, "builds": 0.0}
@@ -141,17 +143,15 @@ class RefoldMethod:
             probabilities /= probabilities.sum()
             predictions[i] = logits.argmax()
             if self.adapter.wants_taps(FrameFeatures.of(image, probabilities)):
-                self._observe(x, counts)
+                self._observe(image, counts)
             if self._distiller is not None:
                 self._upload(image, probabilities.astype(np.float32), counts)
             self._frame += 1
         return predictions, counts
 
-    def _observe(self, x: NDArray[np.float32], counts: dict[str, float]) -> None:
-        if self._taps is None:
-            self._taps = self._factory.build_taps(self.serving)
+    def _observe(self, image: U8, counts: dict[str, float]) -> None:
         counts["taps"] += 1
-        serving = self.adapter.observe_taps(self._frame, self._taps.run(x)[0], self.serving)
+        serving = self._observer.observe(self._frame, image, self.serving)
         if serving is not None:
             if serving.domain != self.serving.domain:
                 self.events.append(f"{self._frame}: {self.serving.domain} -> {serving.domain}")
@@ -178,7 +178,9 @@ class RefoldMethod:
         counts["bytes_up"] += len(encode_image(image)[1]) + HEADER_BYTES
         self._distiller.add_samples(image[None], domain, np.array([verdict.unbiased]))
         for ready in self._distiller.ready():
-            self._due.append((self._frame + self._tuning.delay, self._distiller.train(ready)))
+            candidate = self._distiller.train(ready, self._learnt.get(ready))
+            self._learnt[ready] = candidate.states
+            self._due.append((self._frame + self._tuning.delay, candidate))
 
     def _arrivals(self, counts: dict[str, float]) -> None:
         while self._due and self._due[0][0] <= self._frame:

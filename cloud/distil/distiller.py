@@ -61,7 +61,6 @@ class Distiller:
         bundle: open.
         teachers: see `load_teachers`.
         settings: numbers.
-        initial: states every training starts from, and is pulled back to; as exported when left out.
     """
 
     def __init__(
@@ -69,14 +68,11 @@ class Distiller:
         bundle: Bundle,
         teachers: Teachers,
         settings: DistilSettings | None = None,
-        *,
-        initial: Mapping[str, NormState] | None = None,
     ) -> None:
         self.settings = settings or DistilSettings()
         torch.set_num_threads(self.settings.threads)
         self._bundle = bundle
         self._teachers = teachers
-        self._initial = dict(initial or {})
         self._student = Student(bundle)
         self._calibration = Calibration.of(bundle)
         self._domains: dict[str, DomainEvidence] = {}
@@ -108,8 +104,13 @@ class Distiller:
                 found.append((last - evidence.arrived, domain))
         return [domain for _, domain in sorted(found)]
 
-    def train(self, domain: str) -> Candidate:
+    def train(self, domain: str, start: Mapping[str, NormState] | None = None) -> Candidate:
         """Trains on everything known of a domain.
+
+        Args:
+            domain: as the devices call it.
+            start: what its devices serve, to go on from: a domain learns over all its trainings. As exported when left out.
+                CEMA's recipes go on from their own last step instead.
 
         Raises:
             UsageError: nothing was ever uploaded for it.
@@ -117,13 +118,15 @@ class Distiller:
         evidence = self._domains.get(domain)
         if evidence is None or not len(evidence):
             raise UsageError(f"There are no samples of domain {domain!r} to train on.", code="no-samples")
-        candidate = (self._refold if self.settings.recipe == "refold" else self._cema)(domain, evidence)
+        candidate = (
+            self._refold(domain, evidence, start or {}) if self.settings.recipe == "refold" else self._cema(domain, evidence)
+        )
         self._bundle.norms.check(candidate.states)
         self._bundle.norms.tensors(candidate.states, candidate.activations)
         self._trained[domain] = evidence.arrived
         return candidate
 
-    def _refold(self, domain: str, evidence: DomainEvidence) -> Candidate:
+    def _refold(self, domain: str, evidence: DomainEvidence, start: Mapping[str, NormState]) -> Candidate:
         s = self.settings
         population = evidence.population(s.population)
         enough = len(population) >= s.population_least
@@ -133,7 +136,7 @@ class Distiller:
         # A teacher on its own statistics is confidently wrong: even selected samples adapt it better than none.
         self._teachers.adapt(domain, population if enough else evidence.images[-s.population :])
         targets = self._teachers.probabilities(evidence.images, domain)
-        self._student.load(self._initial)
+        self._student.load(start)
         x = torch.from_numpy(self._bundle.preprocess.apply(population)) if enough else None
 
         def measured(mix_share: float) -> list[Moments]:
@@ -177,7 +180,7 @@ class Distiller:
 
     def _loop(self, domain: str) -> CemaLoop:
         if domain not in self._loops:
-            self._loops[domain] = CemaLoop(self._student, self._teachers, self.settings, self._initial, self._classes())
+            self._loops[domain] = CemaLoop(self._student, self._teachers, self.settings, {}, self._classes())
         return self._loops[domain]
 
     def _classes(self) -> int:

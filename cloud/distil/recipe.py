@@ -204,7 +204,7 @@ class _Batches:
         source = self._source[:COMPARED].float() / 255
         known, other = domain[::2][-COMPARED:], domain[1::2][-COMPARED:]  # a style always fits the pictures it came from
         restyled = Style(self._source.float() / 255, known)(source, generator)
-        return unexplained(*(student.observe(self._normalise(k), moments) for k in (other, restyled, source)))
+        return unexplained(*(student.observe(self._normalise(k), moments) for k in (other, restyled, source, known)))
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Inputs (group, 3, H, W) and targets (group, classes) of one step."""

@@ -46,16 +46,24 @@ class Style:
         return (torch.einsum("kc,nkhw->nchw", OPPONENT, restyled) + self.domain_mean).clamp(0, 1)
 
 
-def unexplained(domain: Sequence[Moments], restyled: Sequence[Moments], source: Sequence[Moments]) -> float:
+def unexplained(
+    domain: Sequence[Moments], restyled: Sequence[Moments], source: Sequence[Moments], again: Sequence[Moments]
+) -> float:
     """How much of a shift restyling leaves over, 0 (it makes the domain) to about 1 (it makes nothing of it).
 
-    Moments of every norm's input, in execution order, for pictures of the domain, restyled ones and the source's, all behind
-    the same norms. The larger of two shares counts: over all norms, and over the first quarter, which sees textures.
+    Moments of every norm's input, in execution order, behind the same norms: for pictures of the domain, restyled ones, the
+    source's, and other pictures of the domain. What the two samples of the domain differ by is chance, and is
+    taken off both sides. The larger of two shares counts: over all norms, and over the first quarter, which sees textures.
     """
-    left = [_divergence(d, r) for d, r in zip(domain, restyled, strict=True)]
-    shift = [_divergence(d, s) for d, s in zip(domain, source, strict=True)]
+    left, shift, chance = (
+        [_divergence(d, o) for d, o in zip(domain, others, strict=True)] for others in (restyled, source, again)
+    )
     early = max(len(left) // 4, 1)
-    return max(sum(left) / max(sum(shift), 1e-9), sum(left[:early]) / max(sum(shift[:early]), 1e-9))
+    return max(_share(left[:n], shift[:n], chance[:n]) for n in (len(left), early))
+
+
+def _share(left: Sequence[float], shift: Sequence[float], chance: Sequence[float]) -> float:
+    return max(sum(left) - sum(chance), 0.0) / max(sum(shift) - sum(chance), 1e-9)
 
 
 def _divergence(a: Moments, b: Moments) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cloud.distil.norm_mode import Moments, observed_moments, population_moments, serve_moments
+from cloud.distil.rounding import quicken
 from refold.bundle import Bundle
 from refold.errors import BundleError
 from refold.norms import NormSite, NormState
@@ -41,6 +42,7 @@ class Student:
                 warnings.simplefilter("ignore")
                 program = torch.export.load(io.BytesIO(bundle.read(bundle.manifest.student)))
                 self._network = program.module()
+                quicken(self._network)
         except Exception as e:  # a damaged archive makes torch raise almost anything
             raise BundleError(
                 f"The student of {bundle.path} cannot be loaded by this torch: export it again.", detail=str(e)

@@ -6,6 +6,7 @@ from edge.adapt.adapter import Adapter
 from edge.adapt.bank import HOME, Domain, DomainBank
 from edge.adapt.evidence import Evidence, TapLayout
 from edge.adapt.features import FEATURES, FrameFeatures, Reference
+from edge.adapt.observer import TapObserver
 from edge.adapt.overlay import mixed_states, within_trust
 from edge.adapt.schedule import TapSchedule
 from edge.adapt.settings import AdaptSettings
@@ -23,6 +24,7 @@ __all__ = [
     "Reference",
     "ShiftDetector",
     "TapLayout",
+    "TapObserver",
     "TapSchedule",
     "mixed_states",
     "within_trust",

@@ -2,6 +2,7 @@
 
     every frame     features ─► shift detector ─► same domain / recall a known one / begin a new one
     tapped frames   moments of every norm's input ─► evidence of the present domain ─► overlay ─► a state to serve
+    settling        the first frames of a new domain again, behind each new state, until their statistics stay
     releases        taken in per domain, taken out again on a rollback
 
 A state is offered when evidence has doubled, so an engine is rebuilt a handful of times per domain and not per frame.
@@ -17,7 +18,7 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.adapt.bank import HOME, Domain, DomainBank
+from edge.adapt.bank import HOME, NEVER, Domain, DomainBank
 from edge.adapt.evidence import Evidence, TapLayout
 from edge.adapt.features import FEATURES, FrameFeatures, Reference
 from edge.adapt.overlay import blended_states, mixed_states
@@ -37,6 +38,7 @@ MIN_REPORT = 8  # tapped frames of a domain that was left early: fewer are not w
 KEPT_REPORTS = 8  # reports waiting for the uplink; the oldest is dropped
 LEARNED_REFERENCE = 48  # frames that stand in for a calibration slice where none is given
 ENTROPY_RATE = 0.02
+SETTLED = 0.01  # mean move of the observed means in one pass, in standard deviations of a norm's input, that ends settling
 
 
 class Adapter:
@@ -78,6 +80,7 @@ class Adapter:
         self._switch = False
         self._served_version = 0
         self._weight = 0.0
+        self._passes = 0
         self._settle(reference or Reference.of(np.zeros((2, FEATURES))))
 
     def _settle(self, reference: Reference) -> None:
@@ -87,6 +90,10 @@ class Adapter:
         self._doubted: list[Domain] = []
 
     # Every frame -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> AdaptSettings:
+        return self._settings
 
     @property
     def domain(self) -> str:
@@ -138,6 +145,7 @@ class Adapter:
         self._probe = [values]
         self._present = self._bank.new(values, 1.0)
         self._present.rebuild_at = self._settings.first_rebuild
+        self._present.settle_at = self._settings.settle_from if self._settings.settle_passes else NEVER
         self._schedule.restart()
 
     def _leave(self) -> None:
@@ -231,6 +239,38 @@ class Adapter:
         if present.name != HOME:
             present.evidence.fade(self._settings.staleness)
         return serving
+
+    @property
+    def settling(self) -> bool:
+        """Whether the frames tapped now will be wanted again."""
+        return self._present.settle_at != NEVER
+
+    def wants_settled(self, frames: int) -> bool:
+        """Asked when a state was just offered: whether `settle` wants so many kept frames tapped behind it."""
+        if self._passes:
+            return True
+        present = self._present
+        if not self.settling or present.taps < present.settle_at or frames < min(present.taps, self._settings.burst):
+            return False
+        present.settle_at = min(2 * present.settle_at, self._settings.burst) if present.taps < self._settings.burst else NEVER
+        self._passes = self._settings.settle_passes
+        return True
+
+    def settle(self, moments: NDArray[np.float32], frames: int, served: ServingState) -> ServingState:
+        """Takes the mean moments of the domain's kept frames behind `served` as its evidence; a better state to serve.
+
+        Args:
+            moments: float32 (2, channels).
+            frames: how many they were.
+            served: what the tap model ran with, this adapter's latest offer.
+        """
+        evidence = self._present.evidence
+        seen = self._layout.unfold(moments, served.states)
+        spread = np.sqrt(np.maximum(seen[1] - seen[0] ** 2, 1e-12))
+        moved = float(np.mean(np.abs(seen[0] - evidence.mean) / spread))
+        evidence.moments, evidence.frames = seen, float(frames)
+        self._passes = self._passes - 1 if moved > SETTLED else 0
+        return self._serving()
 
     def _serving(self) -> ServingState:
         """The present domain's base, with as much overlay as there is evidence for."""

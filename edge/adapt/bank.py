@@ -22,6 +22,7 @@ from refold.release import Release, decode, encode
 __all__ = ["HOME", "Domain", "DomainBank"]
 
 HOME = "d0"
+NEVER = -1
 FORMAT = 1
 F64 = NDArray[np.float64]
 
@@ -37,6 +38,7 @@ class Domain:
         evidence: tapped moments under the present base state.
         taps: tapped frames since the domain was met or its base changed; the clock of rebuilds.
         rebuild_at: number of taps at which the overlay is built next.
+        settle_at: number of taps at which the frames tapped so far are looked at again; NEVER: their statistics are settled.
         release: newest release made for this domain.
         before: the evidence from before it; a rollback takes it up again. Not kept across restarts.
         seen: number of the last shift at which the domain was present; orders evictions.
@@ -48,6 +50,7 @@ class Domain:
     evidence: Evidence
     taps: int = 0
     rebuild_at: int = 0
+    settle_at: int = NEVER
     release: Release | None = None
     seen: int = 0
     before: Evidence | None = None
@@ -65,6 +68,7 @@ class Domain:
         self.evidence = Evidence(self.evidence.moments.shape[1])
         self.release = release
         self.taps = self.rebuild_at = 0
+        self.settle_at = NEVER  # a release brings statistics measured behind its own norms
 
     def drop_release(self) -> None:
         """Back to what is known without a release of its own."""

@@ -25,6 +25,9 @@ class AdaptSettings:
         first_rebuild: tapped frames before the first overlay of a domain; each later one waits for twice the evidence.
         rebuild_step: most tapped frames between two overlays during the burst. A site's evidence is only as good as the
             statistics of the sites before it, so that the truth travels down the network one overlay at a time.
+        settle_from: tapped frames of a new domain before they are looked at again behind the overlay made of them; once more at
+            twice as many, and so on up to `burst`. So many pictures are kept in memory meanwhile.
+        settle_passes: most times they are looked at in a row; fewer when their statistics stay. 0 never looks again.
         burst: tapped frames in a row after a shift; half as many after a release for the present domain.
         thinning: tapped frames at each of the intervals 2, 4, 8, ... on the way from the burst to `interval`.
         interval: one frame in this many is tapped in a domain that is known well.
@@ -46,6 +49,8 @@ class AdaptSettings:
     evidence_frames: float = 512.0
     first_rebuild: int = 2
     rebuild_step: int = 8
+    settle_from: int = 16
+    settle_passes: int = 6
     burst: int = 64
     thinning: int = 12
     interval: int = 64
@@ -63,6 +68,7 @@ class AdaptSettings:
                 raise UsageError(f"adapt.{name} is {getattr(self, name)}; it is a share between 0 and 1.")
         for name in (
             "first_rebuild",
+            "settle_from",
             "burst",
             "interval",
             "watch_every",
@@ -76,6 +82,8 @@ class AdaptSettings:
         for name in ("prior_frames", "evidence_frames", "shift_threshold"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"adapt.{name} is {getattr(self, name)}; it must be above 0.")
+        if self.settle_passes < 0:
+            raise UsageError("adapt.settle_passes is below 0; it counts passes, and 0 switches them off.")
         if self.release_trust < 0:
             raise UsageError("adapt.release_trust is below 0; it weighs a release's statistics.")
         if self.domains < 2:

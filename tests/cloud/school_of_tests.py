@@ -48,7 +48,7 @@ class StatisticsOnly:
     def ready(self) -> list[str]:
         return [d for d, n in self.seen.items() if n >= self.trained[d] + FRESH and d in self.evidence]
 
-    def train(self, domain: str) -> Any:
+    def train(self, domain: str, start: Any) -> Any:
         self.trained[domain] = self.seen[domain]
         weight = {"collapse": -3.0}.get(os.environ.get("SCHOOL", ""), 1.0)
         states = mixed_states(TapLayout(self.bundle.norms), {}, self.evidence[domain], abs(weight), 8.0)

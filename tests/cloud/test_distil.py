@@ -178,14 +178,15 @@ def test_a_choice_must_convince() -> None:
     assert convincing([usual]) == 0
 
 
-def test_trainings_start_from_the_initial_states(bundle: Bundle, teachers: Teachers) -> None:
+def test_a_training_goes_on_from_what_devices_serve(bundle: Bundle, teachers: Teachers) -> None:
     first = distiller(bundle, teachers).train("d1")
-    settings = DistilSettings.of({**FAST, "rate": 1e-9})
-    made = Distiller(bundle, teachers, settings, initial=first.states)
+    made = Distiller(bundle, teachers, DistilSettings.of({**FAST, "rate": 1e-9}))
     made.add_samples(noisy(pictures(64, 5)[0]), "d1", np.ones(64, bool))
-    candidate = made.train("d1")
+    candidate = made.train("d1", first.states)
     for name, state in candidate.states.items():
         assert np.allclose(state.gamma, first.states[name].gamma, atol=1e-5)
+    anew = made.train("d1")
+    assert any(not np.allclose(s.gamma, first.states[n].gamma, atol=1e-5) for n, s in anew.states.items())
 
 
 def test_a_bundle_without_calibration_labels_or_pictures_still_trains(tmp_path: Path, teachers: Teachers) -> None:

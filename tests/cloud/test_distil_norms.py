@@ -189,5 +189,13 @@ def test_restyling_says_how_much_of_a_shift_it_explains(network: SmallNet) -> No
         return observed_moments(network, x, moments)
 
     restyled = Style(source, noise)(source, generator)
-    assert unexplained(seen(noise), seen(restyled), seen(source)) < 0.3
-    assert unexplained(seen(noise), seen(source), seen(source)) == pytest.approx(1.0)
+    again = (blobs(128, 3) + torch.randn(other.shape, generator=generator) * 0.1).clamp(0, 1)
+    assert unexplained(seen(noise), seen(restyled), seen(source), seen(again)) < 0.3
+    assert unexplained(seen(noise), seen(source), seen(source), seen(again)) == pytest.approx(1.0)
+
+
+def test_chance_between_two_samples_of_a_domain_is_not_held_against_restyling(network: SmallNet) -> None:
+    few, source, again = blobs(6, 1), blobs(128, 0) * 0.5, blobs(6, 3)
+    moments = population_moments(network, few, 0.5)
+    seen = [observed_moments(network, x, moments) for x in (few, again, source, again)]
+    assert unexplained(*seen) == 0.0

@@ -45,6 +45,11 @@ class DaemonProcess:
             return []
         return [json.loads(line) for line in text.split("\n")[:-1]]  # the last line may be half written
 
+    def version(self) -> int | None:
+        """Release version behind the newest prediction; None before the first."""
+        lines = self.lines()
+        return int(lines[-1]["release_version"]) if lines else None
+
     def status(self) -> dict[str, Any]:
         try:
             return dict(json.loads((self.data / "status.json").read_text()))

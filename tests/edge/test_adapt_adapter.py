@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from small_nets import images
 
-from edge.adapt import HOME, Adapter, AdaptSettings, FrameFeatures, Reference
+from edge.adapt import (
+    HOME,
+    Adapter,
+    AdaptSettings,
+    Evidence,
+    FrameFeatures,
+    Reference,
+    TapLayout,
+    TapObserver,
+    mixed_states,
+)
 from edge.engine import EngineFactory
 from edge.serving import ServingState
 from refold import Bundle, NormState
@@ -17,7 +28,7 @@ from refold.errors import InputError, StorageError
 from refold.release import Release
 
 U8 = NDArray[np.uint8]
-SETTINGS = AdaptSettings(probe_frames=8, burst=16, report_frames=8, watch_every=1)
+SETTINGS = AdaptSettings(probe_frames=8, burst=16, settle_from=8, report_frames=8, watch_every=1)
 
 
 def noisy(pictures: U8) -> U8:
@@ -42,6 +53,7 @@ class Device:
             reference=Reference.measure(images(256, self.side)),
             bundle_digest=bundle.digest,
         )
+        self.observer = TapObserver(self.adapter, factory.build_taps, bundle.preprocess)
         self.serve(ServingState(domain=HOME))
         self.frame = 0
         self.tapped = 0
@@ -50,7 +62,6 @@ class Device:
     def serve(self, serving: ServingState) -> None:
         self.serving = serving
         self.engine = self.factory.build(serving)
-        self.taps = self.factory.build_taps(serving)
 
     def show(self, pictures: U8) -> None:
         for picture in pictures:
@@ -59,7 +70,7 @@ class Device:
             p = np.exp(logits - logits.max())
             if self.adapter.wants_taps(FrameFeatures.of(picture, p / p.sum())):
                 self.tapped += 1
-                serving = self.adapter.observe_taps(self.frame, self.taps.run(x)[0], self.serving)
+                serving = self.observer.observe(self.frame, picture, self.serving)
                 if serving is not None:
                     self.serve(serving)
             self.frame += 1
@@ -102,6 +113,49 @@ def test_a_shift_is_met_with_an_overlay_that_brings_the_statistics_back(device: 
     bundle.norms.check(device.serving.states)
     assert device.adapter.metrics()["overlay_weight"] > 0.3
     assert device.adapter.metrics()["shifts"] >= 1
+
+
+def deep(bundle: Bundle, factory: EngineFactory, pictures: U8, weight: float) -> dict[str, NDArray[np.float64]]:
+    """Statistics of these pictures once they do not move any more: measured again and again behind the overlay made of them."""
+    layout = TapLayout(bundle.norms)
+    evidence, states = Evidence(layout.channels), {}
+    x = bundle.preprocess.apply(pictures)
+    for _ in range(20):
+        moments = factory.build_taps(ServingState(states)).run(x).mean(0)
+        evidence.moments, evidence.frames = layout.unfold(moments, states), float(len(pictures))
+        states = mixed_states(layout, {}, evidence, weight, bundle.norms.trust_ratio)
+    return {s.name: evidence.mean[cut].copy() for s, cut in zip(layout.sites, layout.slices, strict=True)}
+
+
+def test_the_first_frames_of_a_domain_are_looked_at_until_their_statistics_stay(bundle: Bundle, factory: EngineFactory) -> None:
+    shifted, far = noisy(images(100, bundle.preprocess.height, seed=12)), {}
+    for passes in (0, 6):
+        adapter = Adapter(
+            bundle.norms,
+            replace(SETTINGS, settle_passes=passes, settle_from=8),
+            bundle.manifest.class_count,
+            reference=Reference.measure(images(256, bundle.preprocess.height)),
+        )
+        device = Device(bundle, factory, adapter)
+        device.show(shifted[:40])
+        assert adapter.domain != HOME and device.serving.overlay
+        assert (device.observer.passes > 0) == (passes > 0)
+        assert not adapter.settling
+        bundle.norms.check(device.serving.states)
+        n = adapter.metrics()["evidence_frames"]
+        wanted = deep(bundle, factory, shifted[:40], adapter.settings.mix * n / (n + adapter.settings.prior_frames))
+        layout, evidence = TapLayout(bundle.norms), adapter._present.evidence
+        last = layout.sites[-1].name
+        spread = np.sqrt(layout.sites[-1].exported.variance)
+        far[passes] = float(np.mean(np.abs(evidence.mean[layout.slices[-1]] - wanted[last]) / spread))
+    assert far[6] < far[0]
+
+
+def test_a_domain_left_in_the_middle_of_settling_takes_its_pictures_along(device: Device) -> None:
+    device.show(noisy(images(SETTINGS.probe_frames + 4, device.side, seed=12)))
+    device.show(dim(images(60, device.side, seed=13)))
+    assert device.adapter.domain == "d2"
+    assert len(device.observer._kept) <= SETTINGS.burst
 
 
 def test_a_domain_met_before_is_recalled_with_its_evidence(device: Device) -> None:

@@ -184,17 +184,17 @@ def test_a_device_with_a_cloud_uploads_follows_releases_and_rolls_back(bundle, s
             daemon.until(lambda: cloud.samples and cloud.heartbeats)
             for version in (1, 2):
                 wanted["release"] = version
-                daemon.until(lambda v=version: daemon.lines()[-1]["release_version"] == v)
+                daemon.until(lambda v=version: daemon.version() == v)
             daemon.until(lambda: cloud.heartbeats[-1].release_version == 2)
             assert daemon.end(signal.SIGKILL) == -9
         with DaemonProcess("--config", config, data=data) as daemon:  # a restart serves release 2 before any cloud is asked
             daemon.until(lambda: daemon.status().get("metrics", {}).get("uptime_s", 99) < 30)
-            daemon.until(lambda: daemon.lines()[-1]["release_version"] == 2)
+            daemon.until(lambda: daemon.version() == 2)
             (data / "rollback.request").write_text("by hand")
             wanted["release"] = None
-            daemon.until(lambda: daemon.lines()[-1]["release_version"] == 1)
+            daemon.until(lambda: daemon.version() == 1)
             wanted["exported"] = True
-            daemon.until(lambda: daemon.lines()[-1]["release_version"] == 0)
+            daemon.until(lambda: daemon.version() == 0)
             cloud.stop()
             served = len(daemon.lines())
             daemon.until(lambda: daemon.status()["last_error"] and daemon.status()["cloud"] == "away")

@@ -61,7 +61,7 @@ class Tuning:
     unbiased: float = 0.9
     delay: int = 100
     adapt: AdaptSettings = field(default_factory=AdaptSettings)
-    distil: DistilSettings = field(default_factory=lambda: DistilSettings(fresh_samples=40, growth=2.2))
+    distil: DistilSettings = field(default_factory=lambda: DistilSettings(fresh_samples=100, growth=2.0))
 
 
 class TrueLabels(Teachers):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import io
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -162,8 +165,10 @@ def _export(model: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
             model(example)
         except Exception as e:
             raise ModelError(f"The model does not take an input of (2, {', '.join(map(str, shape))}): {_line(e)}") from e
+        logging.disable(logging.CRITICAL)  # torch logs and prints the whole graph of what it cannot capture
         try:
-            return torch.export.export(model, (example,), dynamic_shapes=({0: Dim("batch")},))
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                return torch.export.export(model, (example,), dynamic_shapes=({0: Dim("batch")},))
         except Exception as e:  # torch._dynamo and the symbolic shapes have their own trees
             raise ModelError(
                 f"torch.export cannot capture the model: {_line(e)} Control flow that depends on the picture, or a batch size "
@@ -171,6 +176,8 @@ def _export(model: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
                 code="capture",
                 detail=str(e),
             ) from e
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def _line(e: Exception) -> str:

@@ -120,7 +120,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "cema-released",
-        "cema-released",
+        "cema-paper",
         "baseline",
         "fp32",
         "SGD 2.5e-3, batch 64, ε 0.05",

@@ -150,6 +150,7 @@ class Adapter:
 
     def _leave(self) -> None:
         present = self._present
+        self._passes = 0
         if not self._provisional:
             present.mean, present.frames = self._detector.mean.copy(), self._detector.frames
         if present.unreported.frames >= MIN_REPORT:

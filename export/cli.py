@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from export.calibrate import CHOICES
 from export.capture import load_model
 from export.pictures import load_pictures
-from export.pipeline import Exported, Options, export_model
+from export.pipeline import MOST_PICTURES, Exported, Options, export_model
 from export.preprocessing import parse_preprocess
 from export.targets import TARGETS
 from refold.errors import UsageError
@@ -62,7 +62,11 @@ def _classes(text: str | None) -> list[str]:
 @click.option("--classes", help="Class names: a,b,c or a file with one a line.")
 @click.option("--input-size", metavar="WxH", help="Overrides the size in --preprocess.")
 @click.option(
-    "--sample-limit", type=click.IntRange(1, 512), default=512, show_default=True, help="Calibration pictures to use and keep."
+    "--sample-limit",
+    type=click.IntRange(1, MOST_PICTURES),
+    default=512,
+    show_default=True,
+    help="Calibration pictures to use and keep.",
 )
 @click.option(
     "--observer", type=click.Choice(CHOICES), default="auto", show_default=True, help="How activation ranges are chosen."

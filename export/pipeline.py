@@ -42,10 +42,11 @@ from refold.preprocess import Preprocess
 from refold.signing import SigningKey
 from refold.v1 import manifest_pb2 as pb
 
-__all__ = ["Exported", "Options", "Recipe", "export_model", "fresh_export", "make_recipe"]
+__all__ = ["MOST_PICTURES", "Exported", "Options", "Recipe", "export_model", "fresh_export", "make_recipe"]
 
 Progress = Callable[[str], None]
 BEHIND_A_NORM = ("clamp", "reshape", "transpose", "slice", "pad", "max_pool", "expand_constant", "upsample_nearest")
+MOST_PICTURES = 2048  # in a bundle: 6 MB of 32x32; the device compares its frames with them, the cloud restyles them
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def export_model(
 
     Args:
         model: in evaluation mode, with its weights.
-        pictures: calibration; at most 512 of them go into the bundle.
+        pictures: calibration; at most `MOST_PICTURES` of them go into the bundle.
 
     Raises:
         ModelError, InputError, UsageError: the model or the pictures cannot be used.
@@ -237,7 +238,9 @@ def export_model(
 
 def _calibration_part(pictures: Pictures) -> bytes:
     out = io.BytesIO()
-    arrays = {"images": pictures.images[:512]} | ({} if pictures.labels is None else {"labels": pictures.labels[:512]})
+    arrays: dict[str, np.ndarray] = {"images": pictures.images[:MOST_PICTURES]}
+    if pictures.labels is not None:
+        arrays["labels"] = pictures.labels[:MOST_PICTURES]
     np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
     return out.getvalue()
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cloud.distil.cema import CemaLoop
 from cloud.distil.norm_mode import Moments, mix
-from cloud.distil.recipe import Calibration, Task, convincing, cross_entropies, learn
+from cloud.distil.recipe import Calibration, Task, convincing, cross_entropies, learn, lessons
 from cloud.distil.samples import DomainEvidence
 from cloud.distil.settings import DistilSettings
 from cloud.distil.student import Student
@@ -172,7 +172,7 @@ class Distiller:
         """The share of the domain's statistics under which the student, not yet taught, agrees best with the teachers."""
         x, wanted = (
             torch.from_numpy(self._bundle.preprocess.apply(evidence.images[-COMPARED:])),
-            torch.from_numpy(targets[-COMPARED:]),
+            lessons(targets[-COMPARED:], self.settings),
         )
         shares: tuple[float, ...] = (self.settings.mix, *self.settings.mixes)
         losses = [cross_entropies(self._student, x, wanted, measured(share), self.settings.batch) for share in shares]

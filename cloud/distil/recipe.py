@@ -4,7 +4,7 @@ Each step sees two kinds of pictures: uploads, with the teachers' sharpened vote
 restyled to the domain, with their labels. The first kind is real and wrongly labelled now and then, the second rightly
 labelled and not quite real; the less of the shift restyling explains, the fewer of the second kind. Statistics are not
 trained: they are measured on the domain's population, again and again as the norms before them move. How far to go along what
-was learnt is decided on uploads that were held back: half the way, unless they speak for less, more or none.
+was learnt is decided on uploads that were held back: all the way, unless they speak for less or none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cloud.distil.student import Student
 from refold.bundle import Bundle
 from refold.preprocess import Preprocess
 
-__all__ = ["Calibration", "Task", "convincing", "cross_entropies", "learn"]
+__all__ = ["Calibration", "Task", "convincing", "cross_entropies", "learn", "lessons"]
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
@@ -34,9 +34,10 @@ LEAST_STYLE = 16  # pictures of a domain below which its spectrum is not known
 LEAST_HELD_BACK = 8  # pictures below which no length of step can be chosen: a quarter of it is taken
 COMPARED = 128  # pictures of each kind for the question what restyling explains
 UNJUDGED = 0.25  # of the learnt step, where too few uploads could be held back
-SHARES = (0.5, 0.0, 0.25, 0.75, 1.0)  # of the learnt step; the first is taken unless another convinces
+SHARES = (1.0, 0.0, 0.25, 0.5, 0.75)  # of the learnt step; the first is taken unless another convinces
 DOUBT = 1.5  # standard errors by which another choice must be better: a few dozen pictures say little
-FULL, NONE = 0.3, 0.7  # unexplained part of the shift at which restyled pictures have their full share, and none
+DOUBT_LESS = 2.5  # the same for a shorter step: weighed votes have heavy tails, and going all the way is right as a rule
+FULL, NONE = 0.15, 0.45  # unexplained part of the shift at which restyled pictures have their full share, and none
 
 
 @dataclass(frozen=True)
@@ -147,29 +148,41 @@ def _choose_share(
         student.restore([a + UNJUDGED * (b - a) for a, b in zip(before, after, strict=True)])
         return {"share": UNJUDGED}
     x = torch.from_numpy(preprocess.apply(task.images[held]))
-    wanted = torch.from_numpy(task.targets[held])
+    wanted = lessons(task.targets[held], settings)
     losses = []
     for share in SHARES:
         student.restore([a + share * (b - a) for a, b in zip(before, after, strict=True)])
         losses.append(cross_entropies(student, x, wanted, task.measure(), settings.batch))
-    best = convincing(losses)
+    best = convincing(losses, DOUBT_LESS)
     student.restore([a + SHARES[best] * (b - a) for a, b in zip(before, after, strict=True)])
     first, last = (float(losses[i].mean()) for i in (SHARES.index(0.0), best))
     return {"share": SHARES[best], "held_back_loss": last, "held_back_loss_before": first}
 
 
+def lessons(votes: F32, settings: DistilSettings) -> Tensor:
+    """What the student is to learn from votes, (N, classes): sharpened, and weighed by how sure the teachers are.
+
+    An average of several networks is less sure than any of them, and imitating that costs the student more than it teaches;
+    what they are unsure of is often wrong. Cross-entropy is linear in its target: a weight on the target is a weight on the
+    picture. The weights are 1 in the mean.
+    """
+    sharp = torch.from_numpy(votes).double() ** settings.sharpen
+    trust = torch.from_numpy(votes).max(1).values ** settings.trust
+    return (sharp / sharp.sum(1, keepdim=True)).float() * (trust / trust.mean())[:, None]
+
+
 def cross_entropies(student: Student, x: Tensor, wanted: Tensor, moments: list[Moments], batch: int) -> Tensor:
-    """Of the student's answers for x, (N, 3, H, W), against probabilities (N, classes): float32 (N,), nats."""
+    """Of the student's answers for x, (N, 3, H, W), against weighed probabilities (N, classes): float32 (N,), nats."""
     with torch.no_grad():
         logits = torch.cat([student.logits(x[i : i + batch], moments) for i in range(0, len(x), batch)])
     return -(wanted * torch.log_softmax(logits, 1)).sum(1)
 
 
-def convincing(losses: list[Tensor]) -> int:
+def convincing(losses: list[Tensor], doubt: float = DOUBT) -> int:
     """Which choice has the least mean loss; the first one, unless another is better by more than its standard error."""
     best = min(range(len(losses)), key=lambda i: float(losses[i].mean()))
     gain = losses[0] - losses[best]
-    return best if float(gain.mean()) > DOUBT * float(gain.std()) / len(gain) ** 0.5 else 0
+    return best if float(gain.mean()) > doubt * float(gain.std()) / len(gain) ** 0.5 else 0
 
 
 class _Batches:
@@ -183,10 +196,7 @@ class _Batches:
         self._std = torch.tensor(preprocess.std).view(1, 3, 1, 1)
         self._group = settings.group
         self._uploads = torch.from_numpy(task.images[taught]).permute(0, 3, 1, 2)
-        sharp = torch.from_numpy(task.targets[taught]).double() ** settings.sharpen
-        trust = torch.from_numpy(task.targets[taught]).max(1).values ** settings.trust
-        # Cross-entropy is linear in its target: a weight on the target is a weight on the picture.
-        self._wanted = (sharp / sharp.sum(1, keepdim=True)).float() * (trust / trust.mean())[:, None]
+        self._wanted = lessons(task.targets[taught], settings)
         self.restyled = 0
         self.unexplained = 1.0
         if len(task.calibration.images) and len(task.population) >= LEAST_STYLE and settings.restyled > 0:

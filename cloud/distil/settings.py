@@ -52,9 +52,9 @@ class DistilSettings(BaseModel):
     held_back: float = Field(
         default=0.25, ge=0, lt=0.9, description="share of the samples on which the length of the learnt step is chosen"
     )
-    sharpen: float = Field(default=2.0, gt=0, description="power the teachers' probabilities are raised to")
+    sharpen: float = Field(default=4.0, gt=0, description="power the teachers' probabilities are raised to")
     trust: float = Field(
-        default=0.0, ge=0, description="power of the teachers' confidence that weighs an upload; 0 weighs all alike"
+        default=4.0, ge=0, description="power of the teachers' confidence that weighs an upload; 0 weighs all alike"
     )
     pull: float = Field(default=0.0, ge=0, description="weight of the squared distance to the last release's gamma and beta")
     refresh: int = Field(default=25, ge=1, description="steps after which statistics are measured again behind the moved norms")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,7 +87,7 @@ class Adapter:
     def _settle(self, reference: Reference) -> None:
         self._detector = ShiftDetector(self._settings, reference)
         self._bank = DomainBank(self._layout.channels, reference, self._settings.domains)
-        self._present = self._bank.home
+        self._present = self._left = self._bank.home
         self._doubted: list[Domain] = []
 
     # Every frame -------------------------------------------------------------------------------------------------------------
@@ -140,6 +141,7 @@ class Adapter:
     def _begin(self, values: NDArray[np.float64]) -> None:
         """A shift: a provisional domain collects evidence while the next frames tell which domain it is."""
         self._leave()
+        self._left = self._present
         self._shifts += 1
         self._provisional = True
         self._probe = [values]
@@ -163,12 +165,12 @@ class Adapter:
         frames = float(len(self._probe))
         newcomer = self._present
         known = self._bank.like(mean, frames, self._detector.reference, self._settings.shift_floor, *self._doubted)
+        probe, self._probe = self._probe, []
         self._provisional = False
-        self._probe = []
         self._residence = 0
         if known is not None:
             self._bank.discard(newcomer)
-            self._recall(known, newcomer.evidence)
+            self._recall(known, newcomer.evidence, probe if known is self._left else None)
             return
         newcomer.mean, newcomer.frames = mean, frames
         self._bank.add(newcomer)
@@ -184,7 +186,8 @@ class Adapter:
             self._bank.drop(newcomer)
             self._recall(known, newcomer.evidence)
 
-    def _recall(self, known: Domain, fresh: Evidence) -> None:
+    def _recall(self, known: Domain, fresh: Evidence, probe: Sequence[NDArray[np.float64]] | None = None) -> None:
+        """Back to a known domain. `probe`: it was never left, so the slow averages go on, over the frames that showed it."""
         self._recalls += 1
         self._switch = True
         self._present = known
@@ -196,7 +199,10 @@ class Adapter:
             if fresh.frames:
                 known.evidence.add(fresh.moments, frames=fresh.frames)
             self._schedule.restart(known.evidence.frames)
-        self._detector.restart(known.mean, known.frames)
+        if probe is None:
+            self._detector.restart(known.mean, known.frames)
+        for values in probe or ():
+            self._detector.watch(values)
 
     # Tapped frames -----------------------------------------------------------------------------------------------------------
 

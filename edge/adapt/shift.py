@@ -18,9 +18,9 @@ from edge.adapt.settings import AdaptSettings
 __all__ = ["ShiftDetector"]
 
 F64 = NDArray[np.float64]
-RATES = (0.22, 0.05, 0.0125)  # averages over about 8, 39 and 159 frames
+RATES = (0.22, 0.05, 0.0125, 0.005)  # averages over about 8, 39, 159 and 399 frames; JPEG artefacts need the last
 CORRELATION_RATE = 0.02  # about the last 50 pairs of neighbours
-LAG = 32  # frames
+LAG, KNOWN_LAG = 32, 400  # frames; the second for a mean known from many, which can wait for the slowest average
 LONGEST = 2048.0  # frames a mean is worth at most: it follows slow drift
 
 
@@ -46,7 +46,7 @@ class ShiftDetector:
     def learn(self, values: F64) -> None:
         """Counts one frame into the present domain's mean, some frames later: what is being judged must not move the judge."""
         self._recent.append(values)
-        if len(self._recent) <= LAG:
+        if len(self._recent) <= max(LAG, min(self.frames / 5, KNOWN_LAG)):
             return
         values = self._recent.popleft()
         self.frames = min(self.frames + 1, LONGEST)

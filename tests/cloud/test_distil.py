@@ -18,7 +18,7 @@ from distil_bundles import SmallNet, bundle_of
 from cloud.distil import Candidate, Distiller, DistilSettings, Student, Teacher, Teachers
 from cloud.distil.recipe import SHARES, convincing
 from cloud.distil.samples import DomainEvidence
-from refold import Bundle
+from refold import Bundle, NormState
 from refold.errors import InputError, UsageError
 from refold.preprocess import Preprocess
 from refold.v1 import samples_pb2 as pb
@@ -179,14 +179,17 @@ def test_a_choice_must_convince() -> None:
 
 
 def test_a_training_goes_on_from_what_devices_serve(bundle: Bundle, teachers: Teachers) -> None:
-    first = distiller(bundle, teachers).train("d1")
+    served = {
+        s.name: NormState(s.exported.gamma * np.float32(1.1), s.exported.beta, s.exported.mean, s.exported.variance)
+        for s in bundle.norms.norms
+    }
     made = Distiller(bundle, teachers, DistilSettings.of({**FAST, "rate": 1e-9}))
     made.add_samples(noisy(pictures(64, 5)[0]), "d1", np.ones(64, bool))
-    candidate = made.train("d1", first.states)
-    for name, state in candidate.states.items():
-        assert np.allclose(state.gamma, first.states[name].gamma, atol=1e-5)
-    anew = made.train("d1")
-    assert any(not np.allclose(s.gamma, first.states[n].gamma, atol=1e-5) for n, s in anew.states.items())
+    for start in (served, {}):
+        candidate = made.train("d1", start)
+        for site in bundle.norms.norms:
+            wanted = start.get(site.name, site.exported).gamma
+            assert np.allclose(candidate.states[site.name].gamma, wanted, atol=1e-5)
 
 
 def test_a_bundle_without_calibration_labels_or_pictures_still_trains(tmp_path: Path, teachers: Teachers) -> None:

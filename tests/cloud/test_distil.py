@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from distil_bundles import SmallNet, bundle_of
 
 from cloud.distil import Candidate, Distiller, DistilSettings, Student, Teacher, Teachers
-from cloud.distil.recipe import SHARES, convincing
+from cloud.distil.recipe import SHARES, convincing, lessons
 from cloud.distil.samples import DomainEvidence
 from refold import Bundle, NormState
 from refold.errors import InputError, UsageError
@@ -165,6 +165,17 @@ def test_held_back_uploads_decide_how_far_to_go(bundle: Bundle, teachers: Teache
     worse = Distiller(bundle, Noise(teachers.teachers, PREPROCESS), DistilSettings.of({**FAST, "restyled": 0.0, "rate": 0.5}))
     worse.add_samples(noisy(pictures(96, 5)[0]), "d1", np.ones(96, bool))
     assert worse.train("d1").metrics["held_back_loss"] <= candidate.metrics["held_back_loss_before"] + 0.5
+
+
+def test_sure_votes_are_sharpened_and_weigh_more() -> None:
+    votes = np.array([[0.6, 0.4], [0.9, 0.1]], np.float32)
+    taught = lessons(votes, DistilSettings(sharpen=2.0, trust=3.0))
+    weights = taught.sum(1)
+    assert float(weights.mean()) == pytest.approx(1.0)
+    assert float(weights[1] / weights[0]) == pytest.approx((0.9 / 0.6) ** 3, rel=1e-5)
+    assert float(taught[0, 0] / taught[0, 1]) == pytest.approx((0.6 / 0.4) ** 2, rel=1e-5)
+    alike = lessons(votes, DistilSettings(sharpen=1.0, trust=0.0))
+    assert torch.allclose(alike, torch.from_numpy(votes))
 
 
 def test_a_choice_must_convince() -> None:

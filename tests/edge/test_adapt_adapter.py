@@ -178,6 +178,21 @@ def test_two_shifts_are_two_domains(device: Device) -> None:
     assert device.adapter.domain == "d2"
 
 
+def test_a_false_alarm_leaves_the_slow_averages_as_they_were(device: Device) -> None:
+    """Otherwise a domain that is only just outside sets off quick alarms for ever, and the slow average never ripens."""
+    home = images(100, device.side, seed=11)
+    device.show(home)
+    device.adapter._begin(FrameFeatures.of(home[0], np.full(4, 0.25)).values)
+    assert device.adapter.domain != HOME
+    device.show(images(SETTINGS.probe_frames, device.side, seed=14))
+    assert device.adapter.domain == HOME
+    assert device.adapter._detector._ages[-1] > len(home)
+    device.show(noisy(images(60, device.side, seed=12)))
+    device.show(images(60, device.side, seed=15))
+    assert device.adapter.domain == HOME
+    assert device.adapter._detector._ages[-1] <= 60 + SETTINGS.probe_frames  # one that was left begins anew
+
+
 def test_a_release_for_the_domain_is_served_and_recalled_later(device: Device, bundle: Bundle) -> None:
     device.show(noisy(images(100, device.side, seed=12)))
     made = release(bundle, 1, "d1")

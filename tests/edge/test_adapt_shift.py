@@ -66,6 +66,23 @@ def test_a_shift_is_seen_within_a_dozen_frames_and_home_is_quiet(reference: Refe
     assert any(alarms)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_faint_shift_is_seen_before_home_has_followed_it(seed: int) -> None:
+    """As far away as JPEG artefacts of quality 40 are on CIFAR-10: a fifteenth of the variance between single frames."""
+    rng = np.random.default_rng(seed)
+    reference = Reference.of(rng.normal(size=(2000, FEATURES)))
+    settings = AdaptSettings()
+    detector = ShiftDetector(settings, reference)
+    for v in rng.normal(size=(1500, FEATURES)):
+        assert not detector.watch(v)
+        detector.learn(v)
+    heard = []
+    for v in rng.normal(np.sqrt(0.067), size=(700, FEATURES)):
+        heard.append(detector.watch(v))
+        detector.learn(v)
+    assert max(heard) > settings.probe_frames  # a faster alarm would be taken for chance
+
+
 def test_frames_that_resemble_each_other_count_for_fewer(reference: Reference) -> None:
     """A camera that shows one picture for a long time is not a shift, though its features are far from the mean."""
     detector = ShiftDetector(AdaptSettings(), reference)

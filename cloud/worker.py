@@ -154,7 +154,7 @@ class Worker:
             current = self._current(domain)
             own = current.states if current is not None and current.domain == domain else {}
             candidate = self._lesson.distiller.train(domain, own)
-            result = self._judge(candidate, domain, current)
+            result = self._judge(candidate, domain)
             payload = encode(self._release(candidate, result))
         except RefoldError as e:
             result = GateResult(False, (e.message,), {})
@@ -162,14 +162,14 @@ class Worker:
         reason = "; ".join(result.reasons)
         return Outcome(payload, result.passed, reason, self._samples_upto, self._statistics_upto)
 
-    def _judge(self, candidate: Candidate, domain: str, current: Release | None) -> GateResult:
+    def _judge(self, candidate: Candidate, domain: str) -> GateResult:
         rows = self._store.held_back(*self._key, domain or None, self._job.gate.held_back_most)
         images, unbiased, _ = self._pictures(rows)
         if unbiased.sum() >= self._job.gate.held_back:  # the selector's own choices are no fair sample of the domain
             images = images[unbiased]
         teachers = self._lesson.teachers
         votes = teachers.probabilities(images, domain) if teachers is not None and len(images) else None
-        return self._gate.judge(candidate, current, images, votes, self._reports.get(domain, ()))
+        return self._gate.judge(candidate, self._current(domain), images, votes, self._reports.get(domain, ()))
 
     def _current(self, domain: str) -> Release | None:
         """What devices serve in this domain now: its newest good release, else the newest one without a domain."""

@@ -165,6 +165,7 @@ def _export(model: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
             model(example)
         except Exception as e:
             raise ModelError(f"The model does not take an input of (2, {', '.join(map(str, shape))}): {_line(e)}") from e
+        disabled = logging.root.manager.disable
         logging.disable(logging.CRITICAL)  # torch logs and prints the whole graph of what it cannot capture
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -177,7 +178,7 @@ def _export(model: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
                 detail=str(e),
             ) from e
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(disabled)
 
 
 def _line(e: Exception) -> str:

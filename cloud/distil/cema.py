@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -110,20 +110,17 @@ class _Parameters:
 class CemaLoop:
     """State of one CEMA run: buffers, running statistics, optimisers. Deterministic by seed and order of uploads."""
 
-    def __init__(
-        self, student: Student, teachers: Teachers, settings: DistilSettings, initial: Mapping[str, NormState], classes: int
-    ) -> None:
+    def __init__(self, student: Student, teachers: Teachers, settings: DistilSettings, classes: int) -> None:
         self._student = student
         self._teachers = teachers
         self._settings = settings
-        self._initial = initial
         self._threshold = MARGIN * math.log(max(classes, 2))
         self._fresh: list[Tensor] = []
         self._history: deque[Tensor] = deque(maxlen=settings.replay)
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._renorm = Renorm()
         self._teacher_renorms = [Renorm() for _ in teachers.teachers]
-        student.load(initial)
+        student.load({})
         self._norms = _Parameters(student.parameters, STUDENT_RATE)
         self._teacher_norms: list[_Parameters] | None = None
         self._teacher_source: list[list[Tensor]] = []
@@ -153,7 +150,7 @@ class CemaLoop:
 
     def states(self) -> dict[str, NormState]:
         """The student's norms as they are, running statistics included."""
-        self._student.load(self._initial)
+        self._student.load({})
         self._norms.enter()
         moments = self._renorm.running or self._student.exported_moments()
         states = self._student.states(self._student.clamp(moments))
@@ -165,7 +162,7 @@ class CemaLoop:
         return [self._history[int(i)] for i in order]
 
     def _enter(self) -> None:
-        self._student.load(self._initial)
+        self._student.load({})
         self._norms.enter()
         if self._teacher_norms is None:
             example = self._fresh[0][None] if self._fresh else torch.zeros(0)

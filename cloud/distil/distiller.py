@@ -180,7 +180,7 @@ class Distiller:
 
     def _loop(self, domain: str) -> CemaLoop:
         if domain not in self._loops:
-            self._loops[domain] = CemaLoop(self._student, self._teachers, self.settings, {}, self._classes())
+            self._loops[domain] = CemaLoop(self._student, self._teachers, self.settings, self._classes())
         return self._loops[domain]
 
     def _classes(self) -> int:

@@ -9,7 +9,7 @@ serve better than 200 seen once (docs/adr/006-adaptation.md).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import numpy as np
@@ -70,7 +70,7 @@ class TapObserver:
             self._kept.clear()
         return state
 
-    def _moments(self, images: deque[U8] | list[U8], served: ServingState) -> F32:
+    def _moments(self, images: Iterable[U8], served: ServingState) -> F32:
         """Mean over some frames, float32 (2, channels)."""
         if self._taps is None or self._taps.serving is not served:
             self._taps = self._build(served)

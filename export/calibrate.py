@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from export.interpret import Parameters, batches, float_parameters, run, simulated
 from export.ir import Graph
 from export.placement import Placement
-from export.scales import OBSERVERS, Range, Scale, scale_of, squared_error
+from export.scales import COMPETING, LEVELS, OBSERVERS, Range, Scale, scale_of, squared_error
 from refold.errors import InputError
 
 __all__ = ["Calibration", "calibrate"]
@@ -45,12 +45,14 @@ def calibrate(
     quantised: Callable[[Mapping[str, Scale]], Parameters],
     observer: str = "auto",
     progress: Progress = lambda what: None,
+    levels: Mapping[str, int] = {},
 ) -> Calibration:
     """Args:
         x: calibration inputs, float32 (N, 3, H, W).
         quantised: makes the parameters of the integer model (dequantised codes), to measure with.
-        observer: one of minmax, percentile, entropy, or auto: the best of these and of the mixture in which every activation
-            takes the observer with the least squared error.
+        observer: one of minmax, percentile, entropy, mse, or auto: the best of the first three (of all where a value has fewer
+            levels) and of the mixture in which every activation takes the one of them with the least squared error.
+        levels: codes of a value, where not 256.
 
     Raises:
         InputError: the network gives the same output for every picture.
@@ -84,9 +86,14 @@ def calibrate(
         progress("histograms")
         for b in batches(x):
             run(graph, b, parameters, count)
+
+    def observed(name: str, value: str) -> Scale:
+        steps = levels.get(value, LEVELS)
+        return scale_of(*OBSERVERS[name](ranges[value], steps), clamps.get(value), steps)
+
+    competing = OBSERVERS if levels else COMPETING  # fewer levels: clipping matters more
     by_observer = {
-        name: {v: scale_of(*OBSERVERS[name](ranges[v]), clamps.get(v)) for v in placement.scaled}
-        for name in (OBSERVERS if observer == "auto" else (observer,))
+        name: {v: observed(name, v) for v in placement.scaled} for name in (competing if observer == "auto" else (observer,))
     }
     if observer == "auto":
         by_observer["mixed"] = {

@@ -61,7 +61,7 @@ def run_checks(
     Raises:
         GateError: naming the check, the layer where there is one, and the reason.
     """
-    exact, tensors = model.qmax > 64, model.table.tensors()
+    exact, tensors = model.qmax > 64, model.table.tensors() | artefact.codes
     numbers = _integer_layers(target, artefact, tensors)
     engine = session(artefact.model, tensors, exact=exact)
     logits = infer(engine, evidence.x)
@@ -121,7 +121,7 @@ def _identities(
         "exported_identical": ({}, logits),
         "perturbed_identical": (
             states,
-            infer(session(artefact.model, model.table.tensors(states), exact=exact), x),
+            infer(session(artefact.model, model.table.tensors(states) | artefact.codes, exact=exact), x),
         ),
     }
     numbers = {}
@@ -187,7 +187,7 @@ def _student(target: str, student: bytes, logits: F32, evidence: Evidence) -> di
 
 
 def _taps(target: str, artefact: Artefact, model: IntegerModel, x: F32, exact: bool) -> dict[str, float]:
-    moments = infer(session(artefact.taps, model.table.tensors(), exact=exact), x)
+    moments = infer(session(artefact.taps, model.table.tensors() | artefact.codes, exact=exact), x)
     channels = sum(s.channels for s in model.table.norms if s.kind.has_statistics)
     if moments.shape != (len(x), 2, channels) or not np.isfinite(moments).all():
         raise GateError(f"{target}: the tap model's moments are not finite: nothing was saved.", code="taps")

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from export.bits import parse_bits
 from export.calibrate import CHOICES
 from export.capture import load_model
 from export.pictures import load_pictures
@@ -71,6 +72,12 @@ def _classes(text: str | None) -> list[str]:
 @click.option(
     "--observer", type=click.Choice(CHOICES), default="auto", show_default=True, help="How activation ranges are chosen."
 )
+@click.option(
+    "--bits",
+    multiple=True,
+    metavar="[LAYERS=]wNaM",
+    help="Bits of weights and activations, 2 to 8: w4, w4a6, or layer3.*=w2 for some; first and last layer keep 8.",
+)
 @click.option("--keep-float", multiple=True, metavar="GLOB", help="Layers to leave in float; repeat for several.")
 @click.option(
     "--min-agreement",
@@ -84,7 +91,7 @@ def _classes(text: str | None) -> list[str]:
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def export(
     model: str, weights: Path | None, calibration: Path, preprocess: str, targets: tuple[str, ...], output: Path,
-    name: str | None, classes: str | None, input_size: str | None, sample_limit: int, observer: str,
+    name: str | None, classes: str | None, input_size: str | None, sample_limit: int, observer: str, bits: tuple[str, ...],
     keep_float: tuple[str, ...], min_agreement: float, keys: tuple[Path, ...], threads: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantise MODEL (file.py:callable, package.module:callable or a .pt2) into a bundle.
@@ -108,7 +115,7 @@ def export(
         signers = [SigningKey.load(k) for k in keys]
         pictures = load_pictures(calibration, plan, sample_limit, names)
         progress("loading the model")
-        options = Options(targets, name or output.stem, names, observer, keep_float, min_agreement)
+        options = Options(targets, name or output.stem, names, observer, parse_bits(bits), keep_float, min_agreement)
         done = export_model(load_model(model, weights), output, plan, pictures, options, keys=signers, progress=progress)
     _report(done, len(pictures.images), pictures.skipped, time.monotonic() - started, as_json)
 

@@ -46,8 +46,8 @@ def float_parameters(graph: Graph) -> Parameters:
 
 
 def fake_quantise(x: Tensor, scale: Scale) -> Tensor:
-    """x rounded to codes 0..255 and back; gradients pass where x is inside the range (straight-through estimator)."""
-    return torch.fake_quantize_per_tensor_affine(x, scale.scale, scale.zero_point, 0, 255)
+    """x rounded to codes and back; gradients pass where x is inside the range (straight-through estimator)."""
+    return torch.fake_quantize_per_tensor_affine(x, scale.scale, scale.zero_point, 0, scale.levels - 1)
 
 
 def simulated(scales: Mapping[str, Scale]) -> FakeQuantise:

@@ -20,9 +20,11 @@ import numpy as np
 from torch import nn
 from torch.export import ExportedProgram
 
+from export.bits import EIGHT, BitPlan
 from export.calibrate import Calibration, calibrate
 from export.capture import capture
 from export.checks import Evidence, run_checks
+from export.given import Given, taken, with_constants
 from export.interpret import Parameters
 from export.ir import Graph
 from export.operators import OPERATORS, Role
@@ -38,6 +40,7 @@ from refold.bundle import Bundle, write_bundle
 from refold.codec import table_to_pb
 from refold.errors import ModelError, UsageError
 from refold.norms import NormSite, NormState
+from refold.packing import pack, packed_size, weights_to_bytes
 from refold.preprocess import Preprocess
 from refold.signing import SigningKey
 from refold.v1 import manifest_pb2 as pb
@@ -55,7 +58,8 @@ class Options:
 
     Attributes:
         targets: names of `export.targets.TARGETS`; one set of integers serves all: the narrowest sets the weight codes.
-        observer: auto, minmax, percentile or entropy.
+        observer: auto, minmax, percentile, entropy or mse.
+        bits: of each layer's weights and activations.
         keep_float: globs of layer names that stay in float.
         min_agreement: share of calibration pictures on which the engine must choose the float model's class.
     """
@@ -64,6 +68,7 @@ class Options:
     name: str = "model"
     classes: Sequence[str] = ()
     observer: str = "auto"
+    bits: BitPlan = EIGHT
     keep_float: Sequence[str] = ()
     min_agreement: float = 0.9
 
@@ -80,9 +85,11 @@ class Recipe:
     graph: Graph
     scales: Mapping[str, Scale]
     qmax: int
+    bits: BitPlan
     targets: tuple[TargetConfig, ...]
     model: IntegerModel
     calibration: Calibration
+    given: Given | None = None
 
 
 @dataclass(frozen=True)
@@ -100,8 +107,12 @@ def make_recipe(
     pictures: Pictures,
     options: Options = Options(),
     progress: Progress = lambda what: None,
+    given: Given | None = None,
 ) -> Recipe:
     """Captures, calibrates and quantises; writes nothing.
+
+    Args:
+        given: the integers and scales of a training, taken as they are in place of rounding and calibration.
 
     Raises:
         ModelError, InputError: see `export.capture`, `export.calibrate` and `export.quantise`.
@@ -111,27 +122,29 @@ def make_recipe(
     targets = tuple(target_named(t) for t in dict.fromkeys(options.targets))
     progress("capturing the model")
     captured = _marked(capture(model, preprocess.height, preprocess.width), options.keep_float)
+    captured = captured if given is None else with_constants(captured, given)
     graph, placement = _prepared(captured)
+    options.bits.check(graph)
     qmax = min(t.qmax for t in targets)
-    weights = quantised_weights(graph, placement, qmax)
+    weights = given.weights if given is not None else quantised_weights(graph, placement, qmax, options.bits)
     if not weights:
         raise ModelError("The model has no convolution or linear layer that can run in integers.", code="no-layers")
 
     def quantised(scales: Mapping[str, Scale]) -> Parameters:
         return dequantised_parameters(graph, weights)
 
-    # Refuses a model without norms before minutes of calibration.
-    integer_model(graph, placement, weights, dict.fromkeys(placement.scaled, Scale(1.0, 0)), qmax)
-    calibration = calibrate(
-        graph,
-        placement,
-        preprocess.apply(pictures.images),
-        quantised,
-        options.observer,
-        lambda w: progress(f"calibrating: {w}"),
-    )
+    x = preprocess.apply(pictures.images)
+    if given is not None:
+        calibration = taken(given, graph, placement, x, qmax)
+    else:
+        # Refuses a model without norms before minutes of calibration.
+        integer_model(graph, placement, weights, dict.fromkeys(placement.scaled, Scale(1.0, 0)), qmax)
+        levels = options.bits.levels(graph, placement)
+        calibration = calibrate(
+            graph, placement, x, quantised, options.observer, lambda w: progress(f"calibrating: {w}"), levels
+        )
     integers = integer_model(graph, placement, weights, calibration.scales, qmax)
-    return Recipe(captured, calibration.scales, qmax, targets, integers, calibration)
+    return Recipe(captured, calibration.scales, qmax, options.bits, targets, integers, calibration, given)
 
 
 def _prepared(captured: Graph) -> tuple[Graph, Placement]:
@@ -176,7 +189,8 @@ def fresh_export(
             captured.constants[name] = getattr(state, role)
     graph, placement = _prepared(captured)
     anchors: dict[str, NormSite] = {s.name: s for s in recipe.model.table.sites}
-    weights = quantised_weights(graph, placement, recipe.qmax)
+    rounded = recipe.given is None
+    weights = quantised_weights(graph, placement, recipe.qmax, recipe.bits) if rounded else recipe.model.weights
     model = integer_model(graph, placement, weights, recipe.scales, recipe.qmax, anchors)
     return write(target or recipe.targets[0], model, embedded=True), model
 
@@ -190,12 +204,14 @@ def export_model(
     *,
     keys: Sequence[SigningKey] = (),
     progress: Progress = lambda what: None,
+    given: Given | None = None,
 ) -> Exported:
     """Exports a model into `output`.
 
     Args:
         model: in evaluation mode, with its weights.
         pictures: calibration; at most `MOST_PICTURES` of them go into the bundle.
+        given: of a training; its own forward pass then takes the float model's place in the checks.
 
     Raises:
         ModelError, InputError, UsageError: the model or the pictures cannot be used.
@@ -204,7 +220,7 @@ def export_model(
     """  # fmt: skip
     if not output.parent.is_dir():
         raise UsageError(f"There is no directory {output.parent} to write {output.name} into.")
-    recipe = make_recipe(model, preprocess, pictures, options, progress)
+    recipe = make_recipe(model, preprocess, pictures, options, progress, given)
     classes = recipe.model.graph.shapes[recipe.model.graph.output][-1]
     if options.classes and len(options.classes) != classes:
         raise UsageError(f"--classes names {len(options.classes)} classes; the model has {classes} outputs.")
@@ -230,6 +246,9 @@ def export_model(
         if artefact.taps:
             entry.taps = f"targets/{target.name}/taps.onnx"
             parts[entry.taps] = artefact.taps
+        if artefact.packed:
+            manifest.packed = "weights.packed"
+            parts[manifest.packed] = weights_to_bytes({n: pack(w.codes, w.bits) for n, w in artefact.packed.items()})
         for name, value in checks[target.name].items():
             entry.checks[name] = value
     progress("saving")
@@ -259,8 +278,9 @@ def _manifest(recipe: Recipe, preprocess: Preprocess, options: Options, classes:
         common = {"name": node.name, "site": site.name if site is not None and site.has_norm else ""}
         if node.output in model.weights:
             op = _layer_op(model, node.op, node.output)
-            size = model.weights[node.output].codes.size
-            m.layers.add(op=op, weight_bits=model.bits, weight_bytes=size, runs_in="int8", **common)
+            held = model.weights[node.output]
+            size = packed_size(held.codes.size, held.bits)
+            m.layers.add(op=op, weight_bits=held.bits, weight_bytes=size, runs_in="int8", **common)
         elif model.placement.roles[node.output] is Role.FLOAT and node.op not in BEHIND_A_NORM:
             reason = "kept so by --keep-float" if node.attributes.get("keep_float") else OPERATORS[node.op].reason
             size = sum(model.graph.constants[p].nbytes for p in node.parameters.values())

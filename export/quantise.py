@@ -9,17 +9,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from export.bits import EIGHT, BitPlan
 from export.interpret import Parameters
 from export.ir import Graph, Node
 from export.operators import Role
 from export.placement import Placement
-from export.scales import Scale
+from export.scales import LEVELS, Scale
 from refold.errors import ModelError
 from refold.norms import ActivationScale, NormKind, NormSite, NormState, NormTable, SiteTensors
 
-__all__ = ["IntegerModel", "WeightCodes", "integer_model", "quantise_weights"]
+__all__ = ["IntegerModel", "WeightCodes", "code_limit", "integer_model", "quantise_weights"]
 
 F32 = NDArray[np.float32]
+CLIPPED_BELOW = 7  # bits
 EXPLICIT = {
     "batch_norm": NormKind.BATCH,
     "layer_norm": NormKind.LAYER,
@@ -30,13 +32,18 @@ EXPLICIT = {
 
 @dataclass(frozen=True)
 class WeightCodes:
-    """W ≈ scale[c] * codes[c]; int8, |code| ≤ qmax. Scale 0 where a whole channel is zero.
+    """W ≈ scale[c] * codes[c]; int8. Scale 0 where a whole channel is zero.
 
-    The codes are those of the unfolded weights; the sign of a folded norm is multiplied in by `signed`.
+    The codes are those of the unfolded weights; the sign of a folded norm is multiplied in by `signed`. Codes of an asymmetric
+    form have their zero point subtracted: no runtime here takes one for weights (quant.md §4.1).
+
+    Attributes:
+        bits: a channel's codes take at most 2**bits values.
     """
 
     codes: NDArray[np.int8]
     scale: F32
+    bits: int = 8
 
     def signed(self, sign: NDArray[np.int8]) -> NDArray[np.int8]:
         return np.asarray(self.codes * sign.reshape(-1, *[1] * (self.codes.ndim - 1)), np.int8)
@@ -45,20 +52,42 @@ class WeightCodes:
         return np.asarray(self.codes * self.scale.reshape(-1, *[1] * (self.codes.ndim - 1)), np.float32)
 
 
-def quantise_weights(weight: F32, qmax: int) -> WeightCodes:
-    """Per output channel (axis 0), symmetric, narrow range."""
-    flat = np.abs(weight.reshape(weight.shape[0], -1)).max(1)
-    scale = (flat.astype(np.float64) / qmax).astype(np.float32)
+def code_limit(bits: int, qmax: int) -> int:
+    """The largest code of a symmetric, narrow-range form on a target whose kernels take codes up to qmax."""
+    return min((1 << bits - 1) - 1, qmax)
+
+
+def quantise_weights(weight: F32, bits: int, qmax: int) -> WeightCodes:
+    """Per output channel (axis 0), symmetric, narrow range.
+
+    From 6 bits down every channel is clipped where its squared error is least: rounding then costs more than a clipped weight.
+    """
+    limit = code_limit(bits, qmax)
+    flat = np.abs(weight.reshape(weight.shape[0], -1))
+    reach = flat.max(1).astype(np.float64)
+    if bits < CLIPPED_BELOW:
+        reach = _best_reach(flat, reach, limit)
+    scale = (reach / limit).astype(np.float32)
     safe = np.where(scale > 0, scale, 1).astype(np.float64).reshape(-1, *[1] * (weight.ndim - 1))
-    codes = np.clip(np.rint(weight / safe), -qmax, qmax).astype(np.int8)
-    return WeightCodes(codes, scale)
+    codes = np.clip(np.rint(weight / safe), -limit, limit).astype(np.int8)
+    return WeightCodes(codes, scale, 7 if bits == 8 and limit <= 64 else bits)
+
+
+def _best_reach(flat: F32, reach: NDArray[np.float64], limit: int) -> NDArray[np.float64]:
+    least, best = np.full(len(flat), np.inf), reach
+    for share in np.linspace(1.0, 0.3, 36):
+        step = np.maximum(reach * share / limit, 1e-30)[:, None]
+        error = ((np.minimum(np.rint(flat / step), limit) * step - flat) ** 2).sum(1)
+        best = np.where(error < least, reach * share, best)
+        least = np.minimum(error, least)
+    return best
 
 
 @dataclass(frozen=True)
 class IntegerModel:
     """Everything a writer needs: the graph, where it runs, the integers by layer output, and the norm table.
 
-    `table` is in execution order; `sites` maps a node's output to its site.
+    `table` is in execution order; `sites` maps a node's output to its site; `levels` has the values with fewer than 256 codes.
     """
 
     graph: Graph
@@ -67,6 +96,7 @@ class IntegerModel:
     table: NormTable
     sites: Mapping[str, NormSite]
     qmax: int
+    levels: Mapping[str, int]
 
     def codes(self, node: Node) -> NDArray[np.int8]:
         """The integers that ship: sign included."""
@@ -74,16 +104,23 @@ class IntegerModel:
 
     @property
     def bits(self) -> int:
-        return 7 if self.qmax <= 64 else 8
+        """Of the widest layer."""
+        return max(w.bits for w in self.weights.values())
+
+    def scale_of(self, value: str) -> Scale:
+        """The exported scale of a value that has one of its own."""
+        found = next(a for a in self.table.activations if a.tensor == value)
+        return Scale(found.scale, found.zero_point, self.levels.get(value, LEVELS))
 
 
 def is_integer_layer(placement: Placement, node: Node) -> bool:
     return node.op in ("conv", "linear") and placement.roles[node.output] is Role.INTEGER
 
 
-def quantised_weights(graph: Graph, placement: Placement, qmax: int) -> dict[str, WeightCodes]:
+def quantised_weights(graph: Graph, placement: Placement, qmax: int, plan: BitPlan = EIGHT) -> dict[str, WeightCodes]:
+    bits = plan.weight_bits(graph, placement)
     return {
-        n.output: quantise_weights(graph.constants[n.parameters["weight"]], qmax)
+        n.output: quantise_weights(graph.constants[n.parameters["weight"]], bits[n.output], qmax)
         for n in graph.nodes
         if is_integer_layer(placement, n)
     }
@@ -145,7 +182,8 @@ def integer_model(
             "The model has no norm layer (BatchNorm, LayerNorm, GroupNorm, RMSNorm): nothing in it could adapt on a device.",
             code="no-norm",
         )
-    return IntegerModel(graph, placement, weights, table, sites, qmax)
+    levels = {v: scales[v].levels for v in placement.scaled if scales[v].levels != LEVELS}
+    return IntegerModel(graph, placement, weights, table, sites, qmax, levels)
 
 
 def _with_floor(site: NormSite, known: NormSite) -> NormSite:

@@ -2,7 +2,8 @@
 
 minmax      the whole range: no clipping, coarser steps
 percentile  all but a few outliers
-entropy     the clipping whose 8-bit histogram diverges least from the true one (as TensorRT's calibrator)
+entropy     the clipping whose quantised histogram diverges least from the true one (as TensorRT's calibrator)
+mse         the clipping with the least mean squared error: the one to take below 8 bits, where steps cost more than outliers
 """
 
 from __future__ import annotations
@@ -13,19 +14,21 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["OBSERVERS", "Range", "Scale", "scale_of"]
+__all__ = ["COMPETING", "LEVELS", "OBSERVERS", "Range", "Scale", "scale_of"]
 
 BINS = 2048
+LEVELS = 256  # of an 8-bit code
 OUTLIERS = 1e-4  # share of values the percentile observer leaves outside
 F64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """real = scale * (code - zero_point), code in 0..255."""
+    """real = scale * (code - zero_point), code in 0..levels-1."""
 
     scale: float
     zero_point: int
+    levels: int = LEVELS
 
 
 @dataclass
@@ -52,11 +55,14 @@ class Range:
         return np.asarray((edges[1:] + edges[:-1]) / 2)
 
 
-def minmax(seen: Range) -> tuple[float, float]:
+Observer = Callable[[Range, int], tuple[float, float]]
+
+
+def minmax(seen: Range, levels: int = LEVELS) -> tuple[float, float]:
     return seen.low, seen.high
 
 
-def percentile(seen: Range) -> tuple[float, float]:
+def percentile(seen: Range, levels: int = LEVELS) -> tuple[float, float]:
     total = np.cumsum(seen.counts)
     if not total[-1]:
         return seen.low, seen.high
@@ -66,21 +72,29 @@ def percentile(seen: Range) -> tuple[float, float]:
     return min(0.0, float(low)), max(0.0, float(high))
 
 
-def entropy(seen: Range) -> tuple[float, float]:
+def entropy(seen: Range, levels: int = LEVELS) -> tuple[float, float]:
     total = seen.counts.sum()
     if not total:
         return seen.low, seen.high
+    return _best_clipping(seen, lambda low, high: _divergence(seen, low, high, levels))
+
+
+def mse(seen: Range, levels: int = LEVELS) -> tuple[float, float]:
+    return _best_clipping(seen, lambda low, high: squared_error(seen, scale_of(low, high, levels=levels)))
+
+
+def _best_clipping(seen: Range, cost: Callable[[float, float], float]) -> tuple[float, float]:
     best, chosen = np.inf, (seen.low, seen.high)
     for threshold in np.geomspace(1.0, 0.1, 40) * max(-seen.low, seen.high):
         low, high = max(seen.low, -float(threshold)), min(seen.high, float(threshold))
-        divergence = _divergence(seen, low, high)
-        if divergence < best:
-            best, chosen = divergence, (low, high)
+        found = cost(low, high)
+        if found < best:
+            best, chosen = found, (low, high)
     return chosen
 
 
-def _divergence(seen: Range, low: float, high: float) -> float:
-    """KL of the whole histogram from what 256 levels between low and high leave of it.
+def _divergence(seen: Range, low: float, high: float, levels: int) -> float:
+    """KL of the whole histogram from what `levels` steps between low and high leave of it.
 
     The bin of exact zeros is left out: after a ReLU it holds half of everything and is represented without error.
     """
@@ -88,29 +102,30 @@ def _divergence(seen: Range, low: float, high: float) -> float:
     counts[int(np.argmin(np.abs(centres)))] = 0
     if not counts.sum():
         return 0.0
-    level = np.clip(np.floor((centres - low) / max(high - low, 1e-30) * 256), 0, 255).astype(int)
+    level = np.clip(np.floor((centres - low) / max(high - low, 1e-30) * levels), 0, levels - 1).astype(int)
     inside = (centres >= low) & (centres <= high) & (counts > 0)
-    mass = np.bincount(level, weights=counts, minlength=256)  # what is clipped piles up in the outermost levels
-    width = np.bincount(level, weights=inside.astype(float), minlength=256)
+    mass = np.bincount(level, weights=counts, minlength=levels)  # what is clipped piles up in the outermost levels
+    width = np.bincount(level, weights=inside.astype(float), minlength=levels)
     q = np.where(inside, mass[level] / np.maximum(width[level], 1), 0.0)
     p, q = counts / counts.sum(), q / max(float(q.sum()), 1e-30)
     some = p > 0
     return float((p[some] * np.log(p[some] / np.maximum(q[some], 1e-9))).sum())
 
 
-OBSERVERS: dict[str, Callable[[Range], tuple[float, float]]] = {"minmax": minmax, "percentile": percentile, "entropy": entropy}
+OBSERVERS: dict[str, Observer] = {"minmax": minmax, "percentile": percentile, "entropy": entropy, "mse": mse}
+COMPETING = ("minmax", "percentile", "entropy")  # for `auto`; the mixture of the three has the least squared error already
 
 
 def squared_error(seen: Range, scale: Scale) -> float:
     """Mean squared rounding and clipping error of the histogram under a scale."""
     centres = seen.centres
-    codes = np.clip(np.rint(centres / scale.scale) + scale.zero_point, 0, 255)
+    codes = np.clip(np.rint(centres / scale.scale) + scale.zero_point, 0, scale.levels - 1)
     error = (codes - scale.zero_point) * scale.scale - centres
     return float((error**2 * seen.counts).sum() / max(seen.counts.sum(), 1))
 
 
-def scale_of(low: float, high: float, clamp: tuple[float, float] | None = None) -> Scale:
-    """The scale whose 256 codes cover low..high and contain 0 exactly.
+def scale_of(low: float, high: float, clamp: tuple[float, float] | None = None, levels: int = LEVELS) -> Scale:
+    """The scale whose `levels` codes cover low..high and contain 0 exactly.
 
     Args:
         clamp: bounds of an absorbed activation function; the codes then never reach outside, so that a runtime may drop it.
@@ -118,13 +133,14 @@ def scale_of(low: float, high: float, clamp: tuple[float, float] | None = None) 
     low, high = min(0.0, low), max(0.0, high)
     if clamp is not None:
         low, high = max(low, clamp[0]), min(high, clamp[1])
-    scale = np.float32(max((high - low) / 255, 1e-8))
-    zero_point = int(np.clip(np.rint(-low / float(scale)), 0, 255))
+    top = levels - 1
+    scale = np.float32(max((high - low) / top, 1e-8))
+    zero_point = int(np.clip(np.rint(-low / float(scale)), 0, top))
     if clamp is not None:
-        while (255 - zero_point) * scale > np.float32(clamp[1]) or -zero_point * scale < np.float32(clamp[0]):
+        while (top - zero_point) * scale > np.float32(clamp[1]) or -zero_point * scale < np.float32(clamp[0]):
             room = [
-                clamp[1] / max(255 - zero_point, 1) if np.isfinite(clamp[1]) else np.inf,
+                clamp[1] / max(top - zero_point, 1) if np.isfinite(clamp[1]) else np.inf,
                 -clamp[0] / zero_point if zero_point and np.isfinite(clamp[0]) else np.inf,
             ]
             scale = np.nextafter(min(scale, np.float32(min(room))), np.float32(0))
-    return Scale(float(scale), zero_point)
+    return Scale(float(scale), zero_point, levels)

@@ -69,7 +69,7 @@ class Student(nn.Module):
         self.norms, self.layers, self.constants = _Holder(), _Holder(), _Holder()
         self._integer = set(model.weights)
         self.at: FakeQuantise | None = None
-        self._scales = {a.tensor: Scale(a.scale, a.zero_point) for a in model.table.activations}
+        self._scales = {a.tensor: model.scale_of(a.tensor) for a in model.table.activations}
         for node in model.graph.nodes:
             self._hold(model, node)
 
@@ -174,6 +174,6 @@ def _put_rounding(program: ExportedProgram, rounded: list[Scale]) -> None:
     clones = [n for n in program.graph.nodes if n.target == torch.ops.aten.clone.default]
     for node, scale in zip(clones, rounded[-len(clones) :], strict=True):
         node.target = torch.ops.aten.fake_quantize_per_tensor_affine.default
-        node.args = (node.args[0], scale.scale, scale.zero_point, 0, 255)
+        node.args = (node.args[0], scale.scale, scale.zero_point, 0, scale.levels - 1)
         node.kwargs = {}
     program.graph_module.recompile()

@@ -2,6 +2,7 @@
 
     targets/<name>/model.onnx   the integer model: adaptable tensors are external initialisers (not in the file)
     targets/<name>/taps.onnx    same integers; outputs each norm's input moments
+    weights.packed              integers of 2 to 6 bits, one copy for all targets, which then do not hold them
     student.pt2                 the exported program the cloud trains
     calibration.npz             the slice kept for release gates
     manifest.pb                 everything else: norm table, preprocessing, layers, digests
@@ -21,13 +22,16 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 
 from refold.atomic import write_atomically
 from refold.codec import table_from_pb
 from refold.errors import BundleError, NormStateError, StorageError, UsageError
 from refold.limits import LIMITS
 from refold.norms import NormTable
+from refold.packing import unpack, weights_from_bytes
 from refold.preprocess import Preprocess
 from refold.signing import KeyRing, SigningKey
 from refold.v1 import manifest_pb2 as pb
@@ -130,6 +134,12 @@ class Bundle:
     def read(self, path: str) -> bytes:
         """The bytes of one part, verified. Raises BundleError when absent or changed."""
         return b"".join(self._chunks(path))
+
+    def packed_weights(self) -> dict[str, NDArray[np.int8]]:
+        """Integers of fewer than 7 bits, expanded: by their names in the target models. Raises BundleError when damaged."""
+        if not self.manifest.packed:
+            return {}
+        return {name: unpack(codes) for name, codes in weights_from_bytes(self.read(self.manifest.packed)).items()}
 
     def _chunks(self, path: str) -> Iterator[bytes]:
         part = self._parts.get(path)

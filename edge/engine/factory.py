@@ -57,13 +57,14 @@ class EngineFactory:
 
     def _prepare(self, part: str) -> Graph:
         model, table = self.bundle.read(part), self.bundle.norms
-        external, named = OnnxGraph(model).externals(), set(table.tensors())
+        packed = self.bundle.packed_weights
+        external, named = OnnxGraph(model).externals(), set(table.tensors()) | set(packed())
         if external != named:
             odd = sorted(external ^ named)[0]
             raise BundleError(f"{part} of {self.bundle.path} and its norm table disagree about {odd}.", code="damaged")
         pre = self.bundle.preprocess
         key = hashlib.sha256(f"{self.bundle.digest} {part} {ort.__version__} {processor()}".encode()).hexdigest()[:32]
-        return prepare(model, table, (3, pre.height, pre.width), self._cache / f"{key}.graph" if self._cache else None)
+        return prepare(model, table, (3, pre.height, pre.width), self._cache / f"{key}.graph" if self._cache else None, packed)
 
     def _count_integer_layers(self) -> tuple[int, int]:
         """(layers that run in integers here, layers that did where the bundle was made); fewer is slower and is said aloud."""

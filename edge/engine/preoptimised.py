@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = ["Graph", "Scope", "disturbed", "prepare"]
 log = logging.getLogger(__name__)
 SHARING = "ConstantSharing"  # would merge scales that are equal today
 DIGEST = 32
+Packed = Callable[[], dict[str, NDArray[np.int8]]]
 
 
 class Scope(Enum):
@@ -42,13 +44,18 @@ class Scope(Enum):
 
 @dataclass(frozen=True)
 class Graph:
-    """A model's original and optimised bytes, with the tensors each wants."""
+    """A model's original and optimised bytes, with the tensors each wants.
+
+    Attributes:
+        packed: expands the integers the original leaves out; the optimised graph holds them.
+    """
 
     original: bytes
     optimised: bytes
     scope: Scope
     wanted: frozenset[str]
     operators: dict[str, int]
+    packed: Packed
 
     def open(
         self, table: NormTable, states: dict[str, NormState], activations: tuple[ActivationScale, ...], threads: int
@@ -58,7 +65,7 @@ class Graph:
         if self._fits(table, activations):
             some = {name: value for name, value in tensors.items() if name in self.wanted}
             return open_session(self.optimised, some, session_options(threads, optimise=False))
-        return open_session(self.original, tensors, session_options(threads))
+        return open_session(self.original, tensors | self.packed(), session_options(threads))
 
     def open_codes(
         self,
@@ -81,23 +88,26 @@ class Graph:
         return self.scope is Scope.NORMS_AND_SCALES and all(zero_points[a.tensor] == a.zero_point for a in activations)
 
 
-def prepare(model: bytes, table: NormTable, shape: tuple[int, ...], cached: Path | None) -> Graph:
+def prepare(
+    model: bytes, table: NormTable, shape: tuple[int, ...], cached: Path | None, packed: Packed = dict[str, NDArray[np.int8]]
+) -> Graph:
     """Optimises `model` (or reads what an earlier start left at `cached`) and finds out what the result may be used for.
 
     Args:
         model: ONNX bytes with the adaptable tensors external.
         shape: of one input, (3, H, W).
+        packed: expands the integers that are not in `model`.
         cached: where to keep it; None: in memory only. A damaged file is replaced; a full disk only costs the next start.
     """
     known = _read(cached) if cached else None
     if known is None:
-        known = _optimise(model, table, shape)
+        known = _optimise(model, table, shape, packed)
         if cached:
             _write(cached, *known)
     scope, optimised = known
     graph = OnnxGraph(optimised)
     wanted = frozenset(graph.externals())
-    return Graph(model, optimised, scope, wanted, dict(graph.operators()))
+    return Graph(model, optimised, scope, wanted, dict(graph.operators()), packed)
 
 
 def disturbed(table: NormTable, seed: int = 1) -> tuple[dict[str, NormState], tuple[ActivationScale, ...]]:
@@ -115,13 +125,13 @@ def disturbed(table: NormTable, seed: int = 1) -> tuple[dict[str, NormState], tu
     return states, scales
 
 
-def _optimise(model: bytes, table: NormTable, shape: tuple[int, ...]) -> tuple[Scope, bytes]:
+def _optimise(model: bytes, table: NormTable, shape: tuple[int, ...], packed: Packed) -> tuple[Scope, bytes]:
     with tempfile.TemporaryDirectory(prefix="refold-") as scratch:
         path = Path(scratch) / "optimised.onnx"
         options = session_options()
         options.optimized_model_filepath = str(path)
         try:
-            open_session(model, table.tensors(), options, disabled_optimizers=[SHARING])
+            open_session(model, table.tensors() | packed(), options, disabled_optimizers=[SHARING])
             content = path.read_bytes()
         except OSError as e:
             log.warning("The optimised graph cannot be kept (%s): engines are built from the original.", e)
@@ -135,7 +145,7 @@ def _optimise(model: bytes, table: NormTable, shape: tuple[int, ...]) -> tuple[S
     for candidate, with_scales in ((Scope.NORMS, ()), (Scope.NORMS_AND_SCALES, scales)):
         try:
             ours, theirs = (
-                Graph(model, content, s, wanted, {}).open(table, states, with_scales, 1).run(None, {"input": x})[0]
+                Graph(model, content, s, wanted, {}, packed).open(table, states, with_scales, 1).run(None, {"input": x})[0]
                 for s in (candidate, Scope.NOTHING)
             )
         except BundleError as e:

@@ -10,11 +10,14 @@ the norm table it is given are the same for all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from export.quantise import IntegerModel
+import numpy as np
+from numpy.typing import NDArray
+
+from export.quantise import IntegerModel, WeightCodes
 from refold.errors import UsageError
 
 __all__ = ["TARGETS", "Artefact", "OrtTarget", "TargetConfig", "register_writer", "target_named", "write"]
@@ -41,11 +44,18 @@ class Artefact:
 
     Attributes:
         fused: names of the layers that must run in integers once ONNX Runtime has optimised `model`.
+        packed: integers of fewer than 7 bits, int8 by initialiser, which the files leave out because all targets share them.
     """
 
     model: bytes
     taps: bytes
     fused: tuple[str, ...]
+    packed: Mapping[str, WeightCodes] = field(default_factory=dict)
+
+    @property
+    def codes(self) -> dict[str, NDArray[np.generic]]:
+        """What must be given beside the adaptable tensors when a file is opened."""
+        return {name: w.codes for name, w in self.packed.items()}
 
 
 Config = TypeVar("Config")
@@ -78,7 +88,7 @@ def write(config: TargetConfig, model: IntegerModel, *, embedded: bool = False) 
     """Writes a target's files.
 
     Args:
-        embedded: put the adaptable tensors into the file instead of leaving them to be given when it is opened.
+        embedded: put adaptable tensors and packed integers into the file instead of leaving them to be given when it is opened.
     """
     from export.targets import ort  # noqa: F401  (registers its writer)
 

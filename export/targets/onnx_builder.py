@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,20 +12,27 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export.ir import Node
-from export.quantise import IntegerModel
+from export.quantise import IntegerModel, WeightCodes
+from refold.packing import MOST_BITS
 
 __all__ = ["IR_VERSION", "OPSET", "OnnxBuilder"]
 
 OPSET = 17  # LayerNormalization; everything else is older. ONNX Runtime 1.20 reads it
 IR_VERSION = 8
-KINDS = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32, np.dtype(np.uint8): TensorProto.UINT8}
+KINDS = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.int32): TensorProto.INT32,
+    np.dtype(np.int8): TensorProto.INT8,
+    np.dtype(np.uint8): TensorProto.UINT8,
+}
 
 
 class OnnxBuilder:
     """For each value v: `v` (float as computed), `v.q` (codes), `v.dq` (float again). Made only when asked for.
 
     Args:
-        embedded: adaptable tensors are stored with their exported values; otherwise they are external references without data.
+        embedded: adaptable tensors are stored with their exported values; otherwise they are external references without data,
+            and so are integers of few bits.
     """
 
     def __init__(self, model: IntegerModel, *, embedded: bool = False) -> None:
@@ -32,7 +40,9 @@ class OnnxBuilder:
         self.graph = model.graph
         self.nodes: list[onnx.NodeProto] = []
         self.tensors: dict[str, onnx.TensorProto] = {}
+        self.packed: dict[str, WeightCodes] = {}
         self._made: set[str] = set()
+        self._embedded = embedded
         for name, value in model.table.tensors().items():
             self.tensors[name] = numpy_helper.from_array(np.asarray(value), name) if embedded else _external(name, value)
 
@@ -49,6 +59,17 @@ class OnnxBuilder:
         if name not in self.tensors:
             self.tensors[name] = numpy_helper.from_array(np.ascontiguousarray(value, dtype), name)
         return name
+
+    def weight_codes(self, node: Node) -> tuple[str, str]:
+        """Names of an integer layer's codes, sign included, and of their zero point; few bits are left out of the file."""
+        codes, bits = self.model.codes(node), self.model.weights[node.output].bits
+        name = f"{node.name}.codes"
+        if bits > MOST_BITS or self._embedded:
+            self.constant(name, codes, np.int8)
+        elif name not in self.tensors:
+            self.packed[name] = replace(self.model.weights[node.output], codes=codes)
+            self.tensors[name] = _external(name, codes)
+        return name, self.constant(f"{name}.zero_point", np.zeros(codes.shape[0], np.int8), np.int8)
 
     def integers(self, name: str, *values: int) -> str:
         return self.constant(name, np.asarray(values, np.int64), np.int64)
@@ -67,8 +88,15 @@ class OnnxBuilder:
         return self.model.placement.is_quantised(value)
 
     def codes(self, value: str) -> str:
-        """Name of a quantised value's uint8 codes, from `value` in float unless an operator already made them."""
-        return self.node("QuantizeLinear", [value, *self.scale(value)], f"{value}.q")
+        """Name of a quantised value's uint8 codes, from `value` in float unless an operator already made them.
+
+        QuantizeLinear stops at 255; where there are fewer codes the smaller of two codes is taken behind it.
+        """
+        top = self.model.levels.get(value, 256) - 1
+        if top == 255:
+            return self.node("QuantizeLinear", [value, *self.scale(value)], f"{value}.q")
+        wide = self.node("QuantizeLinear", [value, *self.scale(value)], f"{value}.q8")
+        return self.node("Min", [wide, self.constant(f"top.{top}", np.asarray(top), np.uint8)], f"{value}.q")
 
     def real(self, value: str) -> str:
         """Name of what readers of a value see: dequantised codes, or the float itself."""
@@ -79,6 +107,8 @@ class OnnxBuilder:
     def clamped(self, node: Node, source: str, output: str) -> str:
         """The absorbed activation function, `source` to `output`. It is written; a runtime drops it where the codes clamp."""
         low, high = node.activation or (-np.inf, np.inf)
+        if self.model.levels.get(output, 256) < 256:
+            high = np.inf  # the highest code says it, and ONNX Runtime would not see through a second bound
         if low == 0 and np.isinf(high):
             return self.node("Relu", [source], output)
         bounds = [self.constant(f"clip.{b:g}", b) if np.isfinite(b) else "" for b in (low, high)]

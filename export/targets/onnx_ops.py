@@ -22,9 +22,8 @@ INT64_MAX = 2**63 - 1
 def emit_integer_layer(b: OnnxBuilder, node: Node, target: str) -> None:
     """conv or linear on codes: dequantised codes in, int32 bias at scale x·w, float out; ONNX Runtime fuses all of it."""
     names, axis = b.model.sites[node.output].tensors, 0
-    codes = b.model.codes(node)
-    q = b.constant(f"{node.name}.codes", codes, np.int8)
-    zero = b.constant(f"{q}.zero_point", np.zeros(codes.shape[0], np.int8), np.int8)
+    kernel = b.graph.constants[node.parameters["weight"]].shape[2:]
+    q, zero = b.weight_codes(node)
     weight = b.node("DequantizeLinear", [q, names.weight_scale, zero], f"{node.output}.w", axis=axis)
     bias = b.node("DequantizeLinear", [names.bias, names.bias_scale], f"{node.output}.b", axis=0)
     x = b.real(node.inputs[0])
@@ -33,7 +32,7 @@ def emit_integer_layer(b: OnnxBuilder, node: Node, target: str) -> None:
         return
     a = node.attributes
     b.node(
-        "Conv", [x, weight, bias], target, name=node.name, kernel_shape=list(codes.shape[2:]), strides=a["strides"],
+        "Conv", [x, weight, bias], target, name=node.name, kernel_shape=list(kernel), strides=a["strides"],
         pads=a["pads"], dilations=a["dilations"], group=a["groups"],
     )  # fmt: skip
 

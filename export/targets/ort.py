@@ -26,7 +26,7 @@ def write_ort(config: OrtTarget, model: IntegerModel, embedded: bool) -> Artefac
         builder = OnnxBuilder(model, embedded=embedded)
         taps = _taps(builder, _emit_all(builder))
     fused = tuple(n.name for n in model.graph.nodes if n.output in model.weights)
-    return Artefact(engine.finished(LOGITS, ["batch", classes]), taps, fused)
+    return Artefact(engine.finished(LOGITS, ["batch", classes]), taps, fused, engine.packed)
 
 
 def _emit_all(b: OnnxBuilder) -> list[tuple[Node, str]]:

@@ -86,7 +86,7 @@ class Layer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., op: _Optional[str] = ..., weight_bits: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., site: _Optional[str] = ..., runs_in: _Optional[str] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("format", "name", "made_by", "created_unix_ms", "input_name", "output_name", "classes", "class_count", "preprocess", "targets", "norms", "student", "calibration", "layers", "parts")
+    __slots__ = ("format", "name", "made_by", "created_unix_ms", "input_name", "output_name", "classes", "class_count", "preprocess", "targets", "norms", "student", "calibration", "layers", "parts", "packed")
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     MADE_BY_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +102,7 @@ class Manifest(_message.Message):
     CALIBRATION_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
+    PACKED_FIELD_NUMBER: _ClassVar[int]
     format: int
     name: str
     made_by: str
@@ -117,4 +118,25 @@ class Manifest(_message.Message):
     calibration: str
     layers: _containers.RepeatedCompositeFieldContainer[Layer]
     parts: _containers.RepeatedCompositeFieldContainer[Part]
-    def __init__(self, format: _Optional[int] = ..., name: _Optional[str] = ..., made_by: _Optional[str] = ..., created_unix_ms: _Optional[int] = ..., input_name: _Optional[str] = ..., output_name: _Optional[str] = ..., classes: _Optional[_Iterable[str]] = ..., class_count: _Optional[int] = ..., preprocess: _Optional[_Union[Preprocess, _Mapping]] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., norms: _Optional[_Union[_norms_pb2.NormTable, _Mapping]] = ..., student: _Optional[str] = ..., calibration: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[Layer, _Mapping]]] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ...) -> None: ...
+    packed: str
+    def __init__(self, format: _Optional[int] = ..., name: _Optional[str] = ..., made_by: _Optional[str] = ..., created_unix_ms: _Optional[int] = ..., input_name: _Optional[str] = ..., output_name: _Optional[str] = ..., classes: _Optional[_Iterable[str]] = ..., class_count: _Optional[int] = ..., preprocess: _Optional[_Union[Preprocess, _Mapping]] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., norms: _Optional[_Union[_norms_pb2.NormTable, _Mapping]] = ..., student: _Optional[str] = ..., calibration: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[Layer, _Mapping]]] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., packed: _Optional[str] = ...) -> None: ...
+
+class PackedTensor(_message.Message):
+    __slots__ = ("name", "shape", "bits", "offset", "data")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    bits: int
+    offset: _containers.RepeatedScalarFieldContainer[int]
+    data: bytes
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., bits: _Optional[int] = ..., offset: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class PackedWeights(_message.Message):
+    __slots__ = ("tensors",)
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    tensors: _containers.RepeatedCompositeFieldContainer[PackedTensor]
+    def __init__(self, tensors: _Optional[_Iterable[_Union[PackedTensor, _Mapping]]] = ...) -> None: ...

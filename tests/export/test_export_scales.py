@@ -60,7 +60,35 @@ def test_outliers_are_left_out_by_percentile_and_entropy_only():
 def test_weight_codes_are_the_nearest_and_zero_channels_have_no_scale(seed, qmax):
     w = np.random.default_rng(seed).normal(0, 1, (4, 3, 2, 2)).astype(np.float32)
     w[2] = 0
-    got = quantise_weights(w, qmax)
+    got = quantise_weights(w, 8, qmax)
     assert got.codes.dtype == np.int8 and np.abs(got.codes).max() == qmax and got.scale[2] == 0
     assert (np.abs(got.dequantised() - w) <= got.scale.reshape(-1, 1, 1, 1) * 0.5001).all()
     assert np.array_equal(got.signed(np.array([1, -1, 1, 1], np.int8))[1], -got.codes[1])
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 6), st.sampled_from([64, 127]))
+def test_few_bits_stay_in_a_narrow_range_and_clip_where_that_pays(seed, bits, qmax):
+    w = np.random.default_rng(seed).standard_t(3, (3, 40)).astype(np.float32)
+    got = quantise_weights(w, bits, qmax)
+    limit = 2 ** (bits - 1) - 1
+    plain = np.abs(w).max(1, keepdims=True) / limit
+    assert got.bits == bits and np.abs(got.codes).max() <= limit
+    unclipped = np.clip(np.rint(w / plain), -limit, limit) * plain
+    assert (((got.dequantised() - w) ** 2).sum(1) <= ((unclipped - w) ** 2).sum(1) * 1.0001).all()
+
+
+@given(NUMBERS, NUMBERS, st.integers(2, 7), st.sampled_from([None, (0.0, math.inf), (0.0, 6.0)]))
+def test_scales_of_fewer_levels(a, b, bits, clamp):
+    s = scale_of(min(a, b), max(a, b), clamp, 2**bits)
+    assert s.levels == 2**bits and 0 <= s.zero_point < s.levels and s.scale > 0
+    if clamp:
+        assert np.float32((s.levels - 1 - s.zero_point) * np.float32(s.scale)) <= np.float32(clamp[1])
+
+
+def test_least_squares_clip_more_the_fewer_the_levels():
+    seen = ranged(np.random.default_rng(0).normal(0, 1, 100_000))
+    reach = [OBSERVERS["mse"](seen, 2**bits)[1] for bits in (2, 4, 8)]
+    assert reach == sorted(reach) and reach[0] < reach[2]
+    for levels in (4, 16):
+        best = squared_error(seen, scale_of(*OBSERVERS["mse"](seen, levels), levels=levels))
+        assert best <= min(squared_error(seen, scale_of(*o(seen, levels), levels=levels)) for o in OBSERVERS.values())

@@ -51,6 +51,11 @@ class BitPlan:
         bits = {v: found[v].activations or 8 for v in placement.scaled if v in found}
         return {v: 2**b for v, b in bits.items() if b < 8}
 
+    def over(self, other: BitPlan) -> BitPlan:
+        """This plan where it speaks, else the other: weights of a search under the activations a person asked for."""
+        overall = Bits(self.overall.weights or other.overall.weights, self.overall.activations or other.overall.activations)
+        return BitPlan(overall, (*other.lines, *self.lines))
+
     def check(self, graph: Graph) -> None:
         """Raises UsageError when a line fits no layer."""
         names = [n.name for n in graph.nodes]

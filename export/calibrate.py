@@ -15,7 +15,7 @@ from export.placement import Placement
 from export.scales import COMPETING, LEVELS, OBSERVERS, Range, Scale, scale_of, squared_error
 from refold.errors import InputError
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "calibrate", "output_error"]
 
 CHOICES = ("auto", *OBSERVERS)
 MEASURED = 64  # pictures on which the observers compete; the differences between them are far above its noise
@@ -103,7 +103,7 @@ def calibrate(
     errors = {}
     for name, scales in by_observer.items():
         progress(f"observer {name}")
-        errors[name] = _output_error(graph, placement, x, logits, scales, quantised(scales))
+        errors[name] = output_error(graph, x, logits, scales, quantised(scales))
     chosen = min(errors, key=lambda n: errors[n])
     return Calibration(by_observer[chosen], logits, errors, chosen)
 
@@ -113,10 +113,15 @@ def spread(placement: Placement, scales: Mapping[str, Scale]) -> dict[str, Scale
     return {value: scales[source] for value, source in placement.scale_of.items()}
 
 
-def _output_error(
-    graph: Graph, placement: Placement, x: NDArray[np.float32], logits: NDArray[np.float32], scales: Mapping[str, Scale],
-    parameters: Parameters,
-) -> float:  # fmt: skip
+def output_error(
+    graph: Graph, x: NDArray[np.float32], logits: NDArray[np.float32], scales: Mapping[str, Scale], parameters: Parameters
+) -> float:
+    """Root mean square error of the simulated integer network's logits over the true ones' standard deviation.
+
+    Args:
+        x, logits: inputs (N, 3, H, W) and the float network's answers (N, classes); at most 64 of them are run.
+        parameters: of the integer network.
+    """
     part = np.linspace(0, len(x) - 1, min(MEASURED, len(x))).astype(int)
     own = simulated(scales)
     with torch.no_grad():

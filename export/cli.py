@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -20,6 +21,7 @@ from export.preprocessing import parse_preprocess
 from export.targets import TARGETS
 from refold.errors import UsageError
 from refold.signing import SigningKey
+from refold.sizes import parse_size
 
 __all__ = ["export"]
 
@@ -78,6 +80,9 @@ def _classes(text: str | None) -> list[str]:
     metavar="[LAYERS=]wNaM",
     help="Bits of weights and activations, 2 to 8: w4, w4a6, or layer3.*=w2 for some; first and last layer keep 8.",
 )
+@click.option("--budget", metavar="SIZE", help="Bytes for the integer weights, e.g. 60KB: bits by layer, by sensitivity.")
+@click.option("--equalise", is_flag=True, help="Even out channel ranges across layers, where the output error falls.")
+@click.option("--correct-bias", is_flag=True, help="Take the mean rounding error out of every channel, where that helps.")
 @click.option("--keep-float", multiple=True, metavar="GLOB", help="Layers to leave in float; repeat for several.")
 @click.option(
     "--min-agreement",
@@ -92,6 +97,7 @@ def _classes(text: str | None) -> list[str]:
 def export(
     model: str, weights: Path | None, calibration: Path, preprocess: str, targets: tuple[str, ...], output: Path,
     name: str | None, classes: str | None, input_size: str | None, sample_limit: int, observer: str, bits: tuple[str, ...],
+    budget: str | None, equalise: bool, correct_bias: bool,
     keep_float: tuple[str, ...], min_agreement: float, keys: tuple[Path, ...], threads: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantise MODEL (file.py:callable, package.module:callable or a .pt2) into a bundle.
@@ -115,7 +121,10 @@ def export(
         signers = [SigningKey.load(k) for k in keys]
         pictures = load_pictures(calibration, plan, sample_limit, names)
         progress("loading the model")
-        options = Options(targets, name or output.stem, names, observer, parse_bits(bits), keep_float, min_agreement)
+        options = Options(
+            targets, name or output.stem, names, observer, parse_bits(bits), None if budget is None else parse_size(budget),
+            equalise, correct_bias, keep_float, min_agreement,
+        )  # fmt: skip
         done = export_model(load_model(model, weights), output, plan, pictures, options, keys=signers, progress=progress)
     _report(done, len(pictures.images), pictures.skipped, time.monotonic() - started, as_json)
 
@@ -127,6 +136,9 @@ def _report(done: Exported, used: int, skipped: tuple[str, ...], seconds: float,
         click.echo(json.dumps({
             "path": str(done.bundle.path), "digest": done.bundle.digest, "bytes": done.bundle.size, "pictures": used,
             "skipped": list(skipped), "observer": calibration.chosen, "observer_errors": dict(calibration.errors),
+            "treated": {n: {"without": a, "with": b, "kept": b < a} for n, (a, b) in done.recipe.treated.items()},
+            "bits": {layer.name: layer.weight_bits for layer in layers if layer.runs_in == "int8"},
+            "sensitivities": {r.name: dict(r.errors) for r in done.recipe.sensitivities},
             "integer_layers": integer, "float_layers": len(layers) - integer, "seconds": round(seconds, 1),
             "checks": {t: dict(c) for t, c in done.checks.items()},
         }, indent=1))  # fmt: skip
@@ -143,6 +155,26 @@ def _report(done: Exported, used: int, skipped: tuple[str, ...], seconds: float,
         f"{integer} integer layers of {done.recipe.model.bits} bits, {len(layers) - integer} float operators; "
         f"{len(norms)} updatable norms, {sum(s.channels for s in norms):,} channels"
     )
+    for line in _choices(done):
+        click.echo(line)
     for target, checks in done.checks.items():
         told = ", ".join(f"{k} {v:.4g}" for k, v in checks.items())
         click.echo(f"{target}: every check passed ({told})")
+
+
+def _choices(done: Exported) -> Iterator[str]:
+    """What the options that measure have found: treatments, and the table of sensitivities behind a budget."""
+    for name, (without, having) in done.recipe.treated.items():
+        verdict = "kept" if having < without else "left out"
+        yield f"{name.replace('_', ' ')}: output error {without:.4f} without, {having:.4f} with; {verdict}"
+    rows = done.recipe.sensitivities
+    if not rows:
+        return
+    bits = {layer.name: layer.weight_bits for layer in done.bundle.manifest.layers}
+    tried = sorted(rows[0].errors)
+    width = max(len(r.name) for r in rows)
+    yield f"{'error of the logits, this layer alone in':{width}}  {'bits':>4}  " + "  ".join(f"{b:>7}" for b in tried)
+    for row in rows:
+        yield f"{row.name:{width}}  {bits[row.name]:>4}  " + "  ".join(f"{row.errors[b]:7.4f}" for b in tried)
+    total = sum(layer.weight_bytes for layer in done.bundle.manifest.layers if layer.runs_in == "int8")
+    yield f"integer weights: {total:,} bytes"

@@ -21,17 +21,21 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from export.bits import EIGHT, BitPlan
-from export.calibrate import Calibration, calibrate
+from export.calibrate import Calibration
 from export.capture import capture
 from export.checks import Evidence, run_checks
 from export.given import Given, taken, with_constants
-from export.interpret import Parameters
 from export.ir import Graph
 from export.operators import OPERATORS, Role
 from export.pictures import Pictures
-from export.placement import Placement, place
-from export.quantise import IntegerModel, dequantised_parameters, integer_model, quantised_weights
-from export.rules import apply_rules
+from export.ptq import LayerSensitivity, compare
+from export.quantise import (
+    IntegerModel,
+    integer_model,
+    is_integer_layer,
+    quantised_weights,
+)
+from export.rounding import Rounding, prepared, round_off
 from export.scales import Scale
 from export.student import student_program
 from export.targets import Artefact, TargetConfig, target_named, write
@@ -60,6 +64,8 @@ class Options:
         targets: names of `export.targets.TARGETS`; one set of integers serves all: the narrowest sets the weight codes.
         observer: auto, minmax, percentile, entropy or mse.
         bits: of each layer's weights and activations.
+        budget: bytes the integer layers' weights may take; their bits are then chosen by sensitivity, but where `bits` speaks.
+        equalise, correct_bias: `export.ptq`; each is kept where the integer network's output error falls.
         keep_float: globs of layer names that stay in float.
         min_agreement: share of calibration pictures on which the engine must choose the float model's class.
     """
@@ -69,6 +75,9 @@ class Options:
     classes: Sequence[str] = ()
     observer: str = "auto"
     bits: BitPlan = EIGHT
+    budget: int | None = None
+    equalise: bool = False
+    correct_bias: bool = False
     keep_float: Sequence[str] = ()
     min_agreement: float = 0.9
 
@@ -79,7 +88,10 @@ class Recipe:
 
     Attributes:
         graph: as captured, norms apart, weights in float.
+        truth: what the integers stand for: the float graph after its rules, before any bias was corrected.
         model: the integer model at the exported state.
+        treated: name of a treatment (`export.ptq`) → the output error (without it, with it); the smaller was kept.
+        sensitivities: by layer, where a budget decided.
     """
 
     graph: Graph
@@ -89,7 +101,10 @@ class Recipe:
     targets: tuple[TargetConfig, ...]
     model: IntegerModel
     calibration: Calibration
+    truth: Graph
     given: Given | None = None
+    treated: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    sensitivities: tuple[LayerSensitivity, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,33 +138,37 @@ def make_recipe(
     progress("capturing the model")
     captured = _marked(capture(model, preprocess.height, preprocess.width), options.keep_float)
     captured = captured if given is None else with_constants(captured, given)
-    graph, placement = _prepared(captured)
+    graph, placement = prepared(captured)
     options.bits.check(graph)
-    qmax = min(t.qmax for t in targets)
-    weights = given.weights if given is not None else quantised_weights(graph, placement, qmax, options.bits)
-    if not weights:
+    qmax, x = min(t.qmax for t in targets), preprocess.apply(pictures.images)
+    if not any(is_integer_layer(placement, n) for n in graph.nodes):
         raise ModelError("The model has no convolution or linear layer that can run in integers.", code="no-layers")
-
-    def quantised(scales: Mapping[str, Scale]) -> Parameters:
-        return dequantised_parameters(graph, weights)
-
-    x = preprocess.apply(pictures.images)
     if given is not None:
         calibration = taken(given, graph, placement, x, qmax)
-    else:
-        # Refuses a model without norms before minutes of calibration.
-        integer_model(graph, placement, weights, dict.fromkeys(placement.scaled, Scale(1.0, 0)), qmax)
-        levels = options.bits.levels(graph, placement)
-        calibration = calibrate(
-            graph, placement, x, quantised, options.observer, lambda w: progress(f"calibrating: {w}"), levels
-        )
-    integers = integer_model(graph, placement, weights, calibration.scales, qmax)
-    return Recipe(captured, calibration.scales, qmax, options.bits, targets, integers, calibration, given)
-
-
-def _prepared(captured: Graph) -> tuple[Graph, Placement]:
-    graph = apply_rules(captured)
-    return graph, place(graph)
+        integers = integer_model(graph, placement, given.weights, calibration.scales, qmax)
+        return Recipe(captured, calibration.scales, qmax, options.bits, targets, integers, calibration, graph, given)
+    found = round_off(
+        captured,
+        x,
+        qmax,
+        Rounding(options.observer, options.bits, options.budget, options.equalise, options.correct_bias),
+        progress,
+    )
+    best = found.best
+    integers = integer_model(best.graph, best.placement, best.weights, best.calibration.scales, qmax)
+    return Recipe(
+        best.captured,
+        best.calibration.scales,
+        qmax,
+        found.plan,
+        targets,
+        integers,
+        best.calibration,
+        found.truth,
+        None,
+        found.treated,
+        found.sensitivities,
+    )
 
 
 def _marked(graph: Graph, keep_float: Sequence[str]) -> Graph:
@@ -187,7 +206,7 @@ def fresh_export(
         state = states.get(node.site) if node.site else None
         for role, name in node.parameters.items() if state is not None else ():
             captured.constants[name] = getattr(state, role)
-    graph, placement = _prepared(captured)
+    graph, placement = prepared(captured)
     anchors: dict[str, NormSite] = {s.name: s for s in recipe.model.table.sites}
     rounded = recipe.given is None
     weights = quantised_weights(graph, placement, recipe.qmax, recipe.bits) if rounded else recipe.model.weights
@@ -226,11 +245,10 @@ def export_model(
         raise UsageError(f"--classes names {len(options.classes)} classes; the model has {classes} outputs.")
     progress("writing the student")
     student = student_program(recipe.model)
-    manifest = _manifest(recipe, preprocess, options, classes)
+    x = preprocess.apply(pictures.images)
+    manifest = _manifest(recipe, preprocess, options, classes, compare(recipe.truth, recipe.model, x))
     parts = {manifest.student: student, manifest.calibration: _calibration_part(pictures)}
-    evidence = Evidence(
-        preprocess.apply(pictures.images), pictures.labels, recipe.calibration.float_logits, options.min_agreement
-    )
+    evidence = Evidence(x, pictures.labels, recipe.calibration.float_logits, options.min_agreement)
     checks = {}
     for target in recipe.targets:
         progress(f"writing and checking {target.name}")
@@ -264,7 +282,9 @@ def _calibration_part(pictures: Pictures) -> bytes:
     return out.getvalue()
 
 
-def _manifest(recipe: Recipe, preprocess: Preprocess, options: Options, classes: int) -> pb.Manifest:
+def _manifest(
+    recipe: Recipe, preprocess: Preprocess, options: Options, classes: int, noise: Mapping[str, float]
+) -> pb.Manifest:
     m = pb.Manifest(
         name=options.name, made_by=f"refold {__version__}", created_unix_ms=int(time.time() * 1000), input_name="input",
         output_name="logits", class_count=classes, student="student.pt2", calibration="calibration.npz",
@@ -275,7 +295,11 @@ def _manifest(recipe: Recipe, preprocess: Preprocess, options: Options, classes:
     model = recipe.model
     for node in model.graph.nodes:
         site = model.sites.get(node.output)
-        common = {"name": node.name, "site": site.name if site is not None and site.has_norm else ""}
+        common = {
+            "name": node.name,
+            "site": site.name if site is not None and site.has_norm else "",
+            "signal_to_noise": noise[node.output],
+        }
         if node.output in model.weights:
             op = _layer_op(model, node.op, node.output)
             held = model.weights[node.output]

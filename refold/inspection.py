@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
 
 from refold.bundle import Bundle
+from refold.errors import BundleError
 from refold.signing import KeyRing
 
 __all__ = ["describe", "extract", "inspect", "verify"]
+
+BAR, BAR_DB = 30, 60.0  # a full bar's characters and decibels
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
@@ -52,6 +56,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
                 "bytes": layer.weight_bytes,
                 "site": layer.site,
                 "runs_in": layer.runs_in,
+                "signal_to_noise_db": round(layer.signal_to_noise, 2) if layer.signal_to_noise else None,
             }
             for layer in m.layers
         ],
@@ -74,12 +79,16 @@ def _table(rows: Sequence[tuple[str, ...]], right: set[int]) -> str:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--compare", is_flag=True, help="Float against integers, layer by layer, as measured when it was exported.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
-def inspect(bundle: Path, as_json: bool) -> None:
+def inspect(bundle: Path, compare: bool, as_json: bool) -> None:
     """Print what is inside BUNDLE: layers, bits, bytes, norm sites, targets, checks."""
     d = describe(Bundle.open(bundle))
     if as_json:
         click.echo(json.dumps(d, indent=1))
+        return
+    if compare:
+        click.echo(_comparison(d))
         return
     pre = d["preprocess"]
     click.echo(f"{d['name']}  {d['bytes']:,} bytes  digest {d['digest'][:16]}  by {d['made_by']}")
@@ -99,6 +108,21 @@ def inspect(bundle: Path, as_json: bool) -> None:
         )
         click.echo(_table([(f"  {k}", f"{v:.6g}") for k, v in target["checks"].items()] or [("  no checks", "")], {1}))
     click.echo("\n" + _table([("part", "bytes"), *((p["path"], f"{p['bytes']:,}") for p in d["parts"])], {1}))
+
+
+def _comparison(d: dict[str, Any]) -> str:
+    """Signal over quantisation noise at every layer's output, as a table with bars, and the layers where most is lost."""
+    rows = [r for r in d["layers"] if r["signal_to_noise_db"] is not None]
+    if not rows:
+        raise BundleError(f"{d['path']} was exported without the comparison: export it again.", code="no-comparison")
+    table = [("layer", "operator", "bits", "runs in", "dB", "signal over quantisation noise")]
+    for r in rows:
+        db = r["signal_to_noise_db"]
+        bar = "█" * max(round(min(db, BAR_DB) / BAR_DB * BAR), 0)
+        table.append((r["name"], r["op"], str(r["bits"] or ""), r["runs_in"].partition(":")[0], f"{db:.1f}", bar))
+    steps = [(b["name"], b["signal_to_noise_db"] - a["signal_to_noise_db"]) for a, b in pairwise(rows)]
+    lost = ", ".join(f"{name} ({step:.1f} dB)" for name, step in sorted(steps, key=lambda s: s[1])[:3])
+    return _table(table, {2, 4}) + (f"\n\n6 dB are one bit. Most is lost at {lost}." if lost else "")
 
 
 @click.command()

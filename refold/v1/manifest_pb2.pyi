@@ -70,20 +70,22 @@ class Target(_message.Message):
     def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., taps: _Optional[str] = ..., weight_bits: _Optional[int] = ..., updatable: _Optional[bool] = ..., checks: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Layer(_message.Message):
-    __slots__ = ("name", "op", "weight_bits", "weight_bytes", "site", "runs_in")
+    __slots__ = ("name", "op", "weight_bits", "weight_bytes", "site", "runs_in", "signal_to_noise")
     NAME_FIELD_NUMBER: _ClassVar[int]
     OP_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_BITS_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     RUNS_IN_FIELD_NUMBER: _ClassVar[int]
+    SIGNAL_TO_NOISE_FIELD_NUMBER: _ClassVar[int]
     name: str
     op: str
     weight_bits: int
     weight_bytes: int
     site: str
     runs_in: str
-    def __init__(self, name: _Optional[str] = ..., op: _Optional[str] = ..., weight_bits: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., site: _Optional[str] = ..., runs_in: _Optional[str] = ...) -> None: ...
+    signal_to_noise: float
+    def __init__(self, name: _Optional[str] = ..., op: _Optional[str] = ..., weight_bits: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., site: _Optional[str] = ..., runs_in: _Optional[str] = ..., signal_to_noise: _Optional[float] = ...) -> None: ...
 
 class Manifest(_message.Message):
     __slots__ = ("format", "name", "made_by", "created_unix_ms", "input_name", "output_name", "classes", "class_count", "preprocess", "targets", "norms", "student", "calibration", "layers", "parts", "packed")

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from export.calibrate import CHOICES
 from export.capture import load_model
 from export.pictures import load_pictures
-from export.pipeline import MOST_PICTURES, Exported, Options, export_model
+from export.pipeline import EVERY_TARGET, MOST_PICTURES, Exported, Options, export_model
 from export.preprocessing import parse_preprocess
 from export.targets import TARGETS
 from refold.errors import UsageError
@@ -54,8 +54,8 @@ def _classes(text: str | None) -> list[str]:
     multiple=True,
     default=("ort-x86-avx2",),
     show_default=True,
-    type=click.Choice(list(TARGETS)),
-    help="Repeat for several.",
+    type=click.Choice([*TARGETS, EVERY_TARGET]),
+    help="Repeat for several; all: every one that is possible, with the reasons for the others.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The .refold file to write.")
 @click.option("--name", help="Name of the model; default: the output's.")
@@ -121,7 +121,7 @@ def _report(done: Exported, used: int, skipped: tuple[str, ...], seconds: float,
             "path": str(done.bundle.path), "digest": done.bundle.digest, "bytes": done.bundle.size, "pictures": used,
             "skipped": list(skipped), "observer": calibration.chosen, "observer_errors": dict(calibration.errors),
             "integer_layers": integer, "float_layers": len(layers) - integer, "seconds": round(seconds, 1),
-            "checks": {t: dict(c) for t, c in done.checks.items()},
+            "checks": {t: dict(c) for t, c in done.checks.items()}, "refused": dict(done.refused),
         }, indent=1))  # fmt: skip
         return
     if skipped:
@@ -139,3 +139,5 @@ def _report(done: Exported, used: int, skipped: tuple[str, ...], seconds: float,
     for target, checks in done.checks.items():
         told = ", ".join(f"{k} {v:.4g}" for k, v in checks.items())
         click.echo(f"{target}: every check passed ({told})")
+    for target, why in done.refused.items():
+        click.echo(f"{target}: left out. {why}")

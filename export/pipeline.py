@@ -4,7 +4,7 @@
                                                                                     │
                      write_bundle ◄─ run_checks ◄─ student_program ◄─ target writers ◄┘
 
-Nothing is written to disk before every check has passed.
+Nothing is written to disk before every check has passed. With `--target all` a target that fails is left out, with its reason.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 
 from export.calibrate import Calibration, calibrate
 from export.capture import capture
-from export.checks import Evidence, run_checks
+from export.checks import F32, Evidence, agree, run_checks
 from export.interpret import Parameters
 from export.ir import Graph
 from export.operators import OPERATORS, Role
@@ -30,22 +30,24 @@ from export.pictures import Pictures
 from export.placement import Placement, place
 from export.quantise import IntegerModel, dequantised_parameters, integer_model, quantised_weights
 from export.rules import apply_rules
+from export.runtimes import runtime_of
 from export.scales import Scale
 from export.student import student_program
-from export.targets import Artefact, TargetConfig, target_named, write
+from export.targets import TARGETS, Artefact, TargetProfile, target_named, write
 from refold import __version__
 from refold.bundle import Bundle, write_bundle
 from refold.codec import table_to_pb
-from refold.errors import ModelError, UsageError
+from refold.errors import GateError, ModelError, RefoldError, UsageError
 from refold.norms import NormSite, NormState
 from refold.preprocess import Preprocess
 from refold.signing import SigningKey
 from refold.v1 import manifest_pb2 as pb
 
-__all__ = ["MOST_PICTURES", "Exported", "Options", "Recipe", "export_model", "fresh_export", "make_recipe"]
+__all__ = ["EVERY_TARGET", "MOST_PICTURES", "Exported", "Options", "Recipe", "export_model", "fresh_export", "make_recipe"]
 
 Progress = Callable[[str], None]
 BEHIND_A_NORM = ("clamp", "reshape", "transpose", "slice", "pad", "max_pool", "expand_constant", "upsample_nearest")
+EVERY_TARGET = "all"
 MOST_PICTURES = 2048  # in a bundle: 6 MB of 32x32; the device compares its frames with them, the cloud restyles them
 
 
@@ -54,7 +56,8 @@ class Options:
     """What a person may choose.
 
     Attributes:
-        targets: names of `export.targets.TARGETS`; one set of integers serves all: the narrowest sets the weight codes.
+        targets: names of `export.targets.TARGETS`; one set of integers serves all: the narrowest sets the weight codes. "all"
+            is every target that is possible here; at least one must be.
         observer: auto, minmax, percentile or entropy.
         keep_float: globs of layer names that stay in float.
         min_agreement: share of calibration pictures on which the engine must choose the float model's class.
@@ -80,18 +83,23 @@ class Recipe:
     graph: Graph
     scales: Mapping[str, Scale]
     qmax: int
-    targets: tuple[TargetConfig, ...]
+    targets: tuple[TargetProfile, ...]
     model: IntegerModel
     calibration: Calibration
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A finished export: the bundle on disk, the recipe for fresh exports, and each target's check numbers."""
+    """A finished export: the bundle on disk, the recipe for fresh exports, and each target's check numbers.
+
+    Attributes:
+        refused: with `--target all`, the targets that were left out, each with the sentence that says why.
+    """
 
     bundle: Bundle
     recipe: Recipe
     checks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_recipe(
@@ -108,7 +116,12 @@ def make_recipe(
     """  # fmt: skip
     if not options.targets:
         raise UsageError("Name at least one --target.")
-    targets = tuple(target_named(t) for t in dict.fromkeys(options.targets))
+    targets = tuple(TARGETS.values()) if EVERY_TARGET in options.targets else tuple(
+        target_named(t) for t in dict.fromkeys(options.targets)
+    )  # fmt: skip
+    if EVERY_TARGET not in options.targets:
+        for target in targets:
+            runtime_of(target)  # a package that is missing is said before minutes of calibration
     progress("capturing the model")
     captured = _marked(capture(model, preprocess.height, preprocess.width), options.keep_float)
     graph, placement = _prepared(captured)
@@ -130,7 +143,7 @@ def make_recipe(
         options.observer,
         lambda w: progress(f"calibrating: {w}"),
     )
-    integers = integer_model(graph, placement, weights, calibration.scales, qmax)
+    integers = integer_model(graph, placement, weights, calibration.scales, qmax, peak=calibration.peak)
     return Recipe(captured, calibration.scales, qmax, targets, integers, calibration)
 
 
@@ -155,7 +168,7 @@ def _marked(graph: Graph, keep_float: Sequence[str]) -> Graph:
 
 
 def fresh_export(
-    recipe: Recipe, states: Mapping[str, NormState], target: TargetConfig | None = None
+    recipe: Recipe, states: Mapping[str, NormState], target: TargetProfile | None = None
 ) -> tuple[Artefact, IntegerModel]:
     """A whole export at other norm states, from the float weights, with the recipe's calibration; tensors inside the file.
 
@@ -177,7 +190,7 @@ def fresh_export(
     graph, placement = _prepared(captured)
     anchors: dict[str, NormSite] = {s.name: s for s in recipe.model.table.sites}
     weights = quantised_weights(graph, placement, recipe.qmax)
-    model = integer_model(graph, placement, weights, recipe.scales, recipe.qmax, anchors)
+    model = integer_model(graph, placement, weights, recipe.scales, recipe.qmax, anchors, recipe.model.peak)
     return write(target or recipe.targets[0], model, embedded=True), model
 
 
@@ -215,25 +228,48 @@ def export_model(
     evidence = Evidence(
         preprocess.apply(pictures.images), pictures.labels, recipe.calibration.float_logits, options.min_agreement
     )
-    checks = {}
+    checks: dict[str, dict[str, float]] = {}
+    answers: dict[str, F32] = {}
+    refused: dict[str, str] = {}
     for target in recipe.targets:
         progress(f"writing and checking {target.name}")
-        artefact = write(target, recipe.model)
-
-        def fresh(states: Mapping[str, NormState], target: TargetConfig = target) -> tuple[Artefact, IntegerModel]:
-            return fresh_export(recipe, states, target)
-
-        checks[target.name] = run_checks(target.name, artefact, recipe.model, student, evidence, fresh)
+        try:
+            artefact, checks[target.name] = _checked(recipe, target, student, evidence, answers)
+        except RefoldError as e:
+            if EVERY_TARGET not in options.targets:
+                raise
+            refused[target.name] = e.message
+            continue
         entry = manifest.targets.add(name=target.name, weight_bits=recipe.model.bits, updatable=True)
-        entry.model = f"targets/{target.name}/model.onnx"
+        entry.model = f"targets/{target.name}/{target.model}"
         parts[entry.model] = artefact.model
         if artefact.taps:
-            entry.taps = f"targets/{target.name}/taps.onnx"
+            entry.taps = f"targets/{target.name}/{target.taps}"
             parts[entry.taps] = artefact.taps
         for name, value in checks[target.name].items():
             entry.checks[name] = value
+    if not checks:
+        raise GateError(
+            f"No target is possible. {' '.join(f'{name}: {why}' for name, why in refused.items())}", code="no-target"
+        )
     progress("saving")
-    return Exported(write_bundle(output, manifest, parts, *keys), recipe, checks)
+    return Exported(write_bundle(output, manifest, parts, *keys), recipe, checks, refused)
+
+
+def _checked(
+    recipe: Recipe, target: TargetProfile, student: bytes, evidence: Evidence, answers: dict[str, F32]
+) -> tuple[Artefact, dict[str, float]]:
+    """One target's files and check numbers. `answers` are the logits by target of those that passed; this one's are added."""
+    runtime_of(target)
+    artefact = write(target, recipe.model)
+    numbers, logits = run_checks(
+        target, artefact, recipe.model, student, evidence, lambda states: fresh_export(recipe, states, target)
+    )
+    other = next((name for name in answers if TARGETS[name].runtime != target.runtime), None)
+    if other is not None:
+        numbers |= agree(target.name, logits, other, answers[other], evidence.step)
+    answers[target.name] = logits
+    return artefact, numbers
 
 
 def _calibration_part(pictures: Pictures) -> bytes:

@@ -58,7 +58,8 @@ def quantise_weights(weight: F32, qmax: int) -> WeightCodes:
 class IntegerModel:
     """Everything a writer needs: the graph, where it runs, the integers by layer output, and the norm table.
 
-    `table` is in execution order; `sites` maps a node's output to its site.
+    `table` is in execution order; `sites` maps a node's output to its site. `peak` is the largest |logit| calibration saw: a
+    runtime whose last layer cannot leave float logits makes a scale of it.
     """
 
     graph: Graph
@@ -67,6 +68,7 @@ class IntegerModel:
     table: NormTable
     sites: Mapping[str, NormSite]
     qmax: int
+    peak: float = 1.0
 
     def codes(self, node: Node) -> NDArray[np.int8]:
         """The integers that ship: sign included."""
@@ -110,6 +112,7 @@ def integer_model(
     scales: Mapping[str, Scale],
     qmax: int,
     floors: Mapping[str, NormSite] | None = None,
+    peak: float = 1.0,
 ) -> IntegerModel:
     """Puts the norm table together.
 
@@ -117,6 +120,7 @@ def integer_model(
         scales: of the values with a scale of their own.
         floors: sites of the bundle a fresh export is compared with; its dead channels keep that bundle's floors and signs,
             which, like the activation scales, are numbers of the calibration and not of the norm state.
+        peak: largest |logit| of the float model on the calibration pictures.
 
     Raises:
         ModelError: two layers share a norm, or the model has none.
@@ -145,7 +149,7 @@ def integer_model(
             "The model has no norm layer (BatchNorm, LayerNorm, GroupNorm, RMSNorm): nothing in it could adapt on a device.",
             code="no-norm",
         )
-    return IntegerModel(graph, placement, weights, table, sites, qmax)
+    return IntegerModel(graph, placement, weights, table, sites, qmax, peak)
 
 
 def _with_floor(site: NormSite, known: NormSite) -> NormSite:

@@ -30,6 +30,7 @@ __all__ = ["ADAPTABLE", "CODE_OFFSET", "Operator", "Tensor", "TfliteFile"]
 ADAPTABLE = "refold.adaptable"
 CODE_OFFSET = 128  # unsigned code of the norm table minus signed code of the file
 IDENTIFIER = b"TFL3"
+LAYERS = (3, 4, 9)  # BuiltinOperator CONV_2D, DEPTHWISE_CONV_2D, FULLY_CONNECTED
 ROLES = ("scale", "zero_point", "data")
 KINDS: dict[int, type[np.generic]] = {0: np.float32, 2: np.int32, 4: np.int64, 7: np.int16, 9: np.int8}
 
@@ -205,6 +206,12 @@ class TfliteFile:
             raise ValueError(role)
         place: Place = getattr(self.tensors[index], role)
         return place
+
+    def integer_layers(self) -> list[str]:
+        """Names of the weight tensors of every convolution and linear layer that runs on int8 weights and integer codes."""
+        layers = [o for o in self.operators if o.builtin in LAYERS and len(o.inputs) > 1]
+        pairs = [(self.tensors[o.inputs[0]], self.tensors[o.inputs[1]]) for o in layers]
+        return [weight.name for x, weight in pairs if x.kind in (np.int8, np.int16) and weight.kind is np.int8]
 
     def values(self, name: str) -> NDArray[np.generic]:
         """What the file holds of an adaptable tensor, flat: float32, int32 or uint8 as the norm table has it."""

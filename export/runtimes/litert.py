@@ -20,7 +20,6 @@ from refold.tflite import TfliteFile
 __all__ = ["LiteRt", "infer"]
 
 NAMES = {number: name for name, number in vars(BuiltinOperator).items() if not name.startswith("_")}
-LAYERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 
 
 def infer(content: bytes, x: F32) -> F32:
@@ -56,12 +55,7 @@ class LiteRt:
     def fusion(self, artefact: Artefact, model: IntegerModel) -> Fusion:
         """LiteRT changes no types: a layer runs in integers if its operator in the file reads int8 weights and codes."""
         file = TfliteFile(artefact.model)
-        integer = set()
-        for o in file.operators:
-            if NAMES[o.builtin] in LAYERS:
-                x, weight, bias = (file.tensors[i] for i in o.inputs)
-                if x.kind in (np.int8, np.int16) and weight.kind is np.int8 and bias.kind is np.int32:
-                    integer.add(file.tensors[o.inputs[1]].name.removesuffix(".weight"))
+        integer = {name.removesuffix(".weight") for name in file.integer_layers()}
         operators = Counter(NAMES[o.builtin] for o in file.operators)
         return Fusion(operators, tuple(name for name in artefact.fused if name not in integer))
 

@@ -278,7 +278,7 @@ class LiteRtBuilder:
         """The file's bytes; the output tensor gets this name."""
         self._tensors[output].name = name
         graph = schema.SubGraphT()
-        graph.name, graph.tensors, graph.operators = "main", self._tensors, self._operators
+        graph.name, graph.tensors, graph.operators = "main", self._tensors, self._wanted(output)
         graph.inputs, graph.outputs = list(inputs), [output]
         model = schema.ModelT()
         model.version, model.description, model.subgraphs = 3, "refold", [graph]
@@ -291,6 +291,15 @@ class LiteRtBuilder:
         builder = _Builder(1 << 16)
         builder.Finish(model.Pack(builder), b"TFL3")
         return bytes(builder.Output())
+
+    def _wanted(self, output: int) -> list[Any]:
+        """The operators that lead to the output: LiteRT runs whatever stands in the file."""
+        needed, kept = {output}, []
+        for operator in reversed(self._operators):
+            if needed.intersection(operator.outputs):
+                needed.update(operator.inputs)
+                kept.append(operator)
+        return kept[::-1]
 
 
 def _operator_code(op: str) -> Any:

@@ -49,7 +49,7 @@ def bare_session(bundle: Bundle) -> ort.InferenceSession:
     options.add_external_initializers(
         list(tensors), [ort.OrtValue.ortvalue_from_numpy(np.asarray(v)) for v in tensors.values()]
     )
-    model = bundle.read(bundle.target(choose_target(bundle, None)).model)
+    model = bundle.read(bundle.target(choose_target(bundle, runtime="ort")).model)
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

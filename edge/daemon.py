@@ -176,7 +176,8 @@ class Daemon:
         s = self.settings.inference
         if s.port is None:
             return None
-        handlers = Handlers(self.bundle, self.slot, s.max_batch, self._observe if s.observe else None)
+        observe = self._observe if s.observe else None
+        handlers = Handlers(self.bundle, self.slot, s.max_batch, observe, self.factory.runtime.platform)
         server = InferenceServer(handlers, s)
         self._closing.callback(server.close)
         return server

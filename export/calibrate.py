@@ -37,6 +37,11 @@ class Calibration:
     errors: Mapping[str, float]
     chosen: str
 
+    @property
+    def peak(self) -> float:
+        """The largest |logit|."""
+        return float(np.abs(self.float_logits).max())
+
 
 def calibrate(
     graph: Graph,

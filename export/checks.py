@@ -7,6 +7,10 @@ perturbed_identical  engine(refold(state 1 % away)) is bit-identical to a fresh 
 student_*            the cloud's student computes what the engine computes; student_apart is their distance over the
                      distance of the engine from the float model
 taps_finite          the tap model runs and gives two moments for each channel
+argmax_<target>      where a bundle has several runtimes: the share of pictures on which this one and an earlier target's
+                     choose the same class, ties within a step counted as agreement
+
+What a runtime is, and how much it may round, is behind `export.runtimes`.
 """
 
 from __future__ import annotations
@@ -20,18 +24,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.engines import fusion, infer, session
 from export.quantise import IntegerModel
-from export.targets import Artefact
+from export.runtimes import Runtime, Tolerance, runtime_of
+from export.targets import Artefact, TargetProfile
 from refold.errors import GateError
 from refold.norms import NormKind, NormSite, NormState, NormTable
 
-__all__ = ["Evidence", "perturbed", "run_checks"]
+__all__ = ["Evidence", "agree", "perturbed", "run_checks"]
 
 F32 = NDArray[np.float32]
 IDENTITY = 8  # pictures on which bit-identity is asked: any difference shows in the first
-STUDENT_ARGMAX, STUDENT_STEPS = 0.995, 0.99
-STUDENT_NOISE = 0.5  # deep attention amplifies a single tied rounding: half of the quantisation error itself is then the bound
+SAME_CLASS = 0.995  # between two runtimes of one bundle
 FLOAT_ERROR = 0.25  # error of the logits over their spread, below which differing argmaxes are near-ties of an undecided net
 
 
@@ -44,40 +47,73 @@ class Evidence:
     float_logits: F32
     min_agreement: float = 0.9
 
+    @property
+    def step(self) -> float:
+        """One of 255 between the lowest and the highest float logit."""
+        return float(self.float_logits.max() - self.float_logits.min()) / 255
+
 
 def run_checks(
-    target: str,
+    profile: TargetProfile,
     artefact: Artefact,
     model: IntegerModel,
     student: bytes,
     evidence: Evidence,
     fresh: Callable[[Mapping[str, NormState]], tuple[Artefact, IntegerModel]],
-) -> dict[str, float]:
-    """All checks of one target; the numbers for `Target.checks`.
+) -> tuple[dict[str, float], F32]:
+    """All checks of one target.
 
     Args:
         fresh: a fresh export at other norm states, its tensors embedded (`export.pipeline.fresh_export`).
 
+    Returns:
+        (the numbers for `Target.checks`, the engine's logits of `evidence.x`).
+
     Raises:
         GateError: naming the check, the layer where there is one, and the reason.
     """
-    exact, tensors = model.qmax > 64, model.table.tensors() | artefact.codes
-    numbers = _integer_layers(target, artefact, tensors)
-    engine = session(artefact.model, tensors, exact=exact)
-    logits = infer(engine, evidence.x)
+    runtime, target = runtime_of(profile), profile.name
+    numbers = _integer_layers(target, runtime, artefact, model)
+    logits = runtime.logits(artefact, model, evidence.x)
     numbers |= _against_float(target, logits, evidence)
-    numbers |= _identities(target, artefact, model, evidence.x[:IDENTITY], logits[:IDENTITY], fresh, exact)
-    numbers |= _student(target, student, logits, evidence)
+    numbers |= _identities(target, runtime, artefact, model, evidence.x[:IDENTITY], logits[:IDENTITY], fresh)
+    numbers |= _student(target, student, logits, evidence, runtime.tolerance)
     if artefact.taps:
-        numbers |= _taps(target, artefact, model, evidence.x[:IDENTITY], exact)
-    return numbers
+        numbers |= _taps(target, runtime, artefact, model, evidence.x[:IDENTITY])
+    return numbers, logits
 
 
-def _integer_layers(target: str, artefact: Artefact, tensors: Mapping[str, NDArray[np.generic]]) -> dict[str, float]:
-    found = fusion(artefact.model, tensors, artefact.fused)
+def agree(target: str, logits: F32, other: str, theirs: F32, step: float) -> dict[str, float]:
+    """Two runtimes of one bundle must be one model to whoever reads their answers.
+
+    Args:
+        target, logits: the runtime checked, float32 (N, classes).
+        other, theirs: a target of another runtime that passed its checks.
+        step: how far two logits of a picture may lie apart and still be a tie.
+
+    Raises:
+        GateError: they choose different classes too often.
+    """
+    same = _same_class(logits, theirs, step)
+    if same < SAME_CLASS:
+        raise GateError(
+            f"{target} and {other} choose the same class on only {same:.1%} of the calibration pictures although they hold the "
+            "same integers: nothing was saved for it. Please report it with the model.",
+            code="targets-differ",
+        )
+    return {f"argmax_{other}": same}
+
+
+def _same_class(logits: F32, theirs: F32, step: float) -> float:
+    rows, a, b = np.arange(len(logits)), logits.argmax(1), theirs.argmax(1)
+    return float(((a == b) | (logits[rows, a] - logits[rows, b] <= step)).mean())
+
+
+def _integer_layers(target: str, runtime: Runtime, artefact: Artefact, model: IntegerModel) -> dict[str, float]:
+    found = runtime.fusion(artefact, model)
     if found.unfused:
         raise GateError(
-            f"{target}: ONNX Runtime runs {found.unfused[0]} in float although it was written in integers"
+            f"{target}: {runtime.name} runs {found.unfused[0]} in float although it was written in integers"
             f"{f' (and {len(found.unfused) - 1} more)' if len(found.unfused) > 1 else ''}. "
             f"Export it with --keep-float {found.unfused[0]!r}, or report it with the model.",
             code="not-fused",
@@ -109,27 +145,24 @@ def _against_float(target: str, logits: F32, evidence: Evidence) -> dict[str, fl
 
 def _identities(
     target: str,
+    runtime: Runtime,
     artefact: Artefact,
     model: IntegerModel,
     x: F32,
     logits: F32,
     fresh: Callable[[Mapping[str, NormState]], tuple[Artefact, IntegerModel]],
-    exact: bool,
 ) -> dict[str, float]:
     states = perturbed(model.table, 0.01)
     cases = {
         "exported_identical": ({}, logits),
-        "perturbed_identical": (
-            states,
-            infer(session(artefact.model, model.table.tensors(states) | artefact.codes, exact=exact), x),
-        ),
+        "perturbed_identical": (states, runtime.logits(artefact, model, x, states)),
     }
     numbers = {}
     for name, (case, ours) in cases.items():
         written, again = fresh(case)
         codes = next((n.name for n in model.graph.nodes if n.output in model.weights
                       and not np.array_equal(model.codes(n), again.codes(n))), "")  # fmt: skip
-        theirs = infer(session(written.model, exact=exact), x)
+        theirs = runtime.written(written, model, x)
         if codes or not np.array_equal(ours, theirs):
             raise GateError(
                 f"{target}: an engine with refolded norms differs from a fresh export at the same state"
@@ -162,22 +195,19 @@ def _near(site: NormSite, strength: float, rng: np.random.Generator) -> NormStat
     return NormState(around(s.gamma), np.asarray(beta, np.float32), np.asarray(mean, np.float32), around(s.variance))
 
 
-def _student(target: str, student: bytes, logits: F32, evidence: Evidence) -> dict[str, float]:
+def _student(target: str, student: bytes, logits: F32, evidence: Evidence, tolerance: Tolerance) -> dict[str, float]:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.export.load(io.BytesIO(student)).module()
         x = torch.from_numpy(evidence.x)
         got = np.concatenate([program(x[i : i + 32]).numpy() for i in range(0, len(x), 32)])
-    step = float(evidence.float_logits.max() - evidence.float_logits.min()) / 255
-    rows = np.arange(len(got))
-    ours, theirs = logits.argmax(1), got.argmax(1)
-    tied = logits[rows, ours] - logits[rows, theirs] <= step
-    same = float((ours == theirs).mean())
+    step = evidence.step
+    same = float((logits.argmax(1) == got.argmax(1)).mean())
     close = float((np.abs(got - logits) <= 2 * step).mean())
     noise = float(np.sqrt(np.mean((logits - evidence.float_logits) ** 2)))
     apart = float(np.sqrt(np.mean((got - logits) ** 2))) / max(noise, step)
-    agreed = float(((ours == theirs) | tied).mean()) >= STUDENT_ARGMAX and close >= STUDENT_STEPS
-    if not agreed and apart > STUDENT_NOISE:
+    agreed = _same_class(logits, got, step) >= tolerance.argmax and close >= tolerance.steps
+    if not agreed and apart > tolerance.noise:
         raise GateError(
             f"{target}: the cloud's student and the engine choose the same class on {same:.1%} of the calibration pictures "
             f"and are within two output steps on {close:.1%}: training it would train another model, so nothing was saved.",
@@ -186,8 +216,8 @@ def _student(target: str, student: bytes, logits: F32, evidence: Evidence) -> di
     return {"student_argmax": same, "student_within_two_steps": close, "student_apart": apart}
 
 
-def _taps(target: str, artefact: Artefact, model: IntegerModel, x: F32, exact: bool) -> dict[str, float]:
-    moments = infer(session(artefact.taps, model.table.tensors() | artefact.codes, exact=exact), x)
+def _taps(target: str, runtime: Runtime, artefact: Artefact, model: IntegerModel, x: F32) -> dict[str, float]:
+    moments = runtime.moments(artefact, model, x)
     channels = sum(s.channels for s in model.table.norms if s.kind.has_statistics)
     if moments.shape != (len(x), 2, channels) or not np.isfinite(moments).all():
         raise GateError(f"{target}: the tap model's moments are not finite: nothing was saved.", code="taps")

@@ -16,7 +16,7 @@ from export.bits import parse_bits
 from export.calibrate import CHOICES
 from export.capture import load_model
 from export.pictures import load_pictures
-from export.pipeline import MOST_PICTURES, Exported, Options, export_model
+from export.pipeline import EVERY_TARGET, MOST_PICTURES, Exported, Options, export_model
 from export.preprocessing import parse_preprocess
 from export.targets import TARGETS
 from refold.errors import UsageError
@@ -57,8 +57,8 @@ def _classes(text: str | None) -> list[str]:
     multiple=True,
     default=("ort-x86-avx2",),
     show_default=True,
-    type=click.Choice(list(TARGETS)),
-    help="Repeat for several.",
+    type=click.Choice([*TARGETS, EVERY_TARGET]),
+    help="Repeat for several; all: every one that is possible, with the reasons for the others.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The .refold file to write.")
 @click.option("--name", help="Name of the model; default: the output's.")
@@ -140,7 +140,7 @@ def _report(done: Exported, used: int, skipped: tuple[str, ...], seconds: float,
             "bits": {layer.name: layer.weight_bits for layer in layers if layer.runs_in == "int8"},
             "sensitivities": {r.name: dict(r.errors) for r in done.recipe.sensitivities},
             "integer_layers": integer, "float_layers": len(layers) - integer, "seconds": round(seconds, 1),
-            "checks": {t: dict(c) for t, c in done.checks.items()},
+            "checks": {t: dict(c) for t, c in done.checks.items()}, "refused": dict(done.refused),
         }, indent=1))  # fmt: skip
         return
     if skipped:
@@ -160,6 +160,8 @@ def _report(done: Exported, used: int, skipped: tuple[str, ...], seconds: float,
     for target, checks in done.checks.items():
         told = ", ".join(f"{k} {v:.4g}" for k, v in checks.items())
         click.echo(f"{target}: every check passed ({told})")
+    for target, why in done.refused.items():
+        click.echo(f"{target}: left out. {why}")
 
 
 def _choices(done: Exported) -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,10 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from export.runtimes import Fusion
 from refold.errors import GateError
 
-__all__ = ["Fusion", "fusion", "infer", "session"]
+__all__ = ["fusion", "infer", "session"]
 
 F32 = NDArray[np.float32]
 BATCH = 16
@@ -69,14 +69,6 @@ def infer(engine: ort.InferenceSession, x: F32, batch: int = BATCH) -> F32:
     """Runs a session over x, float32 (N, 3, H, W), in batches."""
     name = engine.get_inputs()[0].name
     return np.concatenate([engine.run(None, {name: x[i : i + batch]})[0] for i in range(0, len(x), batch)])
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """operators: how many of each type the optimised graph has; unfused: layers left as float operators, by name."""
-
-    operators: Mapping[str, int]
-    unfused: tuple[str, ...]
 
 
 def fusion(model: bytes, tensors: Mapping[str, NDArray[np.generic]], wanted: tuple[str, ...]) -> Fusion:

@@ -4,7 +4,7 @@
                                                                                     │
                      write_bundle ◄─ run_checks ◄─ student_program ◄─ target writers ◄┘
 
-Nothing is written to disk before every check has passed.
+Nothing is written to disk before every check has passed. With `--target all` a target that fails is left out, with its reason.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 from export.bits import EIGHT, BitPlan
 from export.calibrate import Calibration
 from export.capture import capture
-from export.checks import Evidence, run_checks
+from export.checks import F32, Evidence, agree, run_checks
 from export.given import Given, taken, with_constants
 from export.ir import Graph
 from export.operators import OPERATORS, Role
@@ -36,23 +36,25 @@ from export.quantise import (
     quantised_weights,
 )
 from export.rounding import Rounding, prepared, round_off
+from export.runtimes import runtime_of
 from export.scales import Scale
 from export.student import student_program
-from export.targets import Artefact, TargetConfig, target_named, write
+from export.targets import TARGETS, Artefact, TargetProfile, target_named, write
 from refold import __version__
 from refold.bundle import Bundle, write_bundle
 from refold.codec import table_to_pb
-from refold.errors import ModelError, UsageError
+from refold.errors import GateError, ModelError, RefoldError, UsageError
 from refold.norms import NormSite, NormState
 from refold.packing import pack, packed_size, weights_to_bytes
 from refold.preprocess import Preprocess
 from refold.signing import SigningKey
 from refold.v1 import manifest_pb2 as pb
 
-__all__ = ["MOST_PICTURES", "Exported", "Options", "Recipe", "export_model", "fresh_export", "make_recipe"]
+__all__ = ["EVERY_TARGET", "MOST_PICTURES", "Exported", "Options", "Recipe", "export_model", "fresh_export", "make_recipe"]
 
 Progress = Callable[[str], None]
 BEHIND_A_NORM = ("clamp", "reshape", "transpose", "slice", "pad", "max_pool", "expand_constant", "upsample_nearest")
+EVERY_TARGET = "all"
 MOST_PICTURES = 2048  # in a bundle: 6 MB of 32x32; the device compares its frames with them, the cloud restyles them
 
 
@@ -61,7 +63,8 @@ class Options:
     """What a person may choose.
 
     Attributes:
-        targets: names of `export.targets.TARGETS`; one set of integers serves all: the narrowest sets the weight codes.
+        targets: names of `export.targets.TARGETS`; one set of integers serves all: the narrowest sets the weight codes. "all"
+            is every target that is possible here; at least one must be.
         observer: auto, minmax, percentile, entropy or mse.
         bits: of each layer's weights and activations.
         budget: bytes the integer layers' weights may take; their bits are then chosen by sensitivity, but where `bits` speaks.
@@ -98,7 +101,7 @@ class Recipe:
     scales: Mapping[str, Scale]
     qmax: int
     bits: BitPlan
-    targets: tuple[TargetConfig, ...]
+    targets: tuple[TargetProfile, ...]
     model: IntegerModel
     calibration: Calibration
     truth: Graph
@@ -109,11 +112,16 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Exported:
-    """A finished export: the bundle on disk, the recipe for fresh exports, and each target's check numbers."""
+    """A finished export: the bundle on disk, the recipe for fresh exports, and each target's check numbers.
+
+    Attributes:
+        refused: with `--target all`, the targets that were left out, each with the sentence that says why.
+    """
 
     bundle: Bundle
     recipe: Recipe
     checks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_recipe(
@@ -134,7 +142,12 @@ def make_recipe(
     """  # fmt: skip
     if not options.targets:
         raise UsageError("Name at least one --target.")
-    targets = tuple(target_named(t) for t in dict.fromkeys(options.targets))
+    targets = tuple(TARGETS.values()) if EVERY_TARGET in options.targets else tuple(
+        target_named(t) for t in dict.fromkeys(options.targets)
+    )  # fmt: skip
+    if EVERY_TARGET not in options.targets:
+        for target in targets:
+            runtime_of(target)  # a package that is missing is said before minutes of calibration
     progress("capturing the model")
     captured = _marked(capture(model, preprocess.height, preprocess.width), options.keep_float)
     captured = captured if given is None else with_constants(captured, given)
@@ -145,7 +158,7 @@ def make_recipe(
         raise ModelError("The model has no convolution or linear layer that can run in integers.", code="no-layers")
     if given is not None:
         calibration = taken(given, graph, placement, x, qmax)
-        integers = integer_model(graph, placement, given.weights, calibration.scales, qmax)
+        integers = integer_model(graph, placement, given.weights, calibration.scales, qmax, peak=calibration.peak)
         return Recipe(captured, calibration.scales, qmax, options.bits, targets, integers, calibration, graph, given)
     found = round_off(
         captured,
@@ -155,7 +168,9 @@ def make_recipe(
         progress,
     )
     best = found.best
-    integers = integer_model(best.graph, best.placement, best.weights, best.calibration.scales, qmax)
+    integers = integer_model(
+        best.graph, best.placement, best.weights, best.calibration.scales, qmax, peak=best.calibration.peak
+    )
     return Recipe(
         best.captured,
         best.calibration.scales,
@@ -187,7 +202,7 @@ def _marked(graph: Graph, keep_float: Sequence[str]) -> Graph:
 
 
 def fresh_export(
-    recipe: Recipe, states: Mapping[str, NormState], target: TargetConfig | None = None
+    recipe: Recipe, states: Mapping[str, NormState], target: TargetProfile | None = None
 ) -> tuple[Artefact, IntegerModel]:
     """A whole export at other norm states, from the float weights, with the recipe's calibration; tensors inside the file.
 
@@ -210,7 +225,7 @@ def fresh_export(
     anchors: dict[str, NormSite] = {s.name: s for s in recipe.model.table.sites}
     rounded = recipe.given is None
     weights = quantised_weights(graph, placement, recipe.qmax, recipe.bits) if rounded else recipe.model.weights
-    model = integer_model(graph, placement, weights, recipe.scales, recipe.qmax, anchors)
+    model = integer_model(graph, placement, weights, recipe.scales, recipe.qmax, anchors, recipe.model.peak)
     return write(target or recipe.targets[0], model, embedded=True), model
 
 
@@ -249,28 +264,51 @@ def export_model(
     manifest = _manifest(recipe, preprocess, options, classes, compare(recipe.truth, recipe.model, x))
     parts = {manifest.student: student, manifest.calibration: _calibration_part(pictures)}
     evidence = Evidence(x, pictures.labels, recipe.calibration.float_logits, options.min_agreement)
-    checks = {}
+    checks: dict[str, dict[str, float]] = {}
+    answers: dict[str, F32] = {}
+    refused: dict[str, str] = {}
     for target in recipe.targets:
         progress(f"writing and checking {target.name}")
-        artefact = write(target, recipe.model)
-
-        def fresh(states: Mapping[str, NormState], target: TargetConfig = target) -> tuple[Artefact, IntegerModel]:
-            return fresh_export(recipe, states, target)
-
-        checks[target.name] = run_checks(target.name, artefact, recipe.model, student, evidence, fresh)
+        try:
+            artefact, checks[target.name] = _checked(recipe, target, student, evidence, answers)
+        except RefoldError as e:
+            if EVERY_TARGET not in options.targets:
+                raise
+            refused[target.name] = e.message
+            continue
         entry = manifest.targets.add(name=target.name, weight_bits=recipe.model.bits, updatable=True)
-        entry.model = f"targets/{target.name}/model.onnx"
+        entry.model = f"targets/{target.name}/{target.model}"
         parts[entry.model] = artefact.model
         if artefact.taps:
-            entry.taps = f"targets/{target.name}/taps.onnx"
+            entry.taps = f"targets/{target.name}/{target.taps}"
             parts[entry.taps] = artefact.taps
         if artefact.packed:
             manifest.packed = "weights.packed"
             parts[manifest.packed] = weights_to_bytes({n: pack(w.codes, w.bits) for n, w in artefact.packed.items()})
         for name, value in checks[target.name].items():
             entry.checks[name] = value
+    if not checks:
+        raise GateError(
+            f"No target is possible. {' '.join(f'{name}: {why}' for name, why in refused.items())}", code="no-target"
+        )
     progress("saving")
-    return Exported(write_bundle(output, manifest, parts, *keys), recipe, checks)
+    return Exported(write_bundle(output, manifest, parts, *keys), recipe, checks, refused)
+
+
+def _checked(
+    recipe: Recipe, target: TargetProfile, student: bytes, evidence: Evidence, answers: dict[str, F32]
+) -> tuple[Artefact, dict[str, float]]:
+    """One target's files and check numbers. `answers` are the logits by target of those that passed; this one's are added."""
+    runtime_of(target)
+    artefact = write(target, recipe.model)
+    numbers, logits = run_checks(
+        target, artefact, recipe.model, student, evidence, lambda states: fresh_export(recipe, states, target)
+    )
+    other = next((name for name in answers if TARGETS[name].runtime != target.runtime), None)
+    if other is not None:
+        numbers |= agree(target.name, logits, other, answers[other], evidence.step)
+    answers[target.name] = logits
+    return artefact, numbers
 
 
 def _calibration_part(pictures: Pictures) -> bytes:

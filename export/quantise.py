@@ -88,6 +88,7 @@ class IntegerModel:
     """Everything a writer needs: the graph, where it runs, the integers by layer output, and the norm table.
 
     `table` is in execution order; `sites` maps a node's output to its site; `levels` has the values with fewer than 256 codes.
+    `peak` is the largest |logit| calibration saw: a runtime whose last layer cannot leave float logits makes a scale of it.
     """
 
     graph: Graph
@@ -97,6 +98,7 @@ class IntegerModel:
     sites: Mapping[str, NormSite]
     qmax: int
     levels: Mapping[str, int]
+    peak: float = 1.0
 
     def codes(self, node: Node) -> NDArray[np.int8]:
         """The integers that ship: sign included."""
@@ -147,6 +149,7 @@ def integer_model(
     scales: Mapping[str, Scale],
     qmax: int,
     floors: Mapping[str, NormSite] | None = None,
+    peak: float = 1.0,
 ) -> IntegerModel:
     """Puts the norm table together.
 
@@ -154,6 +157,7 @@ def integer_model(
         scales: of the values with a scale of their own.
         floors: sites of the bundle a fresh export is compared with; its dead channels keep that bundle's floors and signs,
             which, like the activation scales, are numbers of the calibration and not of the norm state.
+        peak: largest |logit| of the float model on the calibration pictures.
 
     Raises:
         ModelError: two layers share a norm, or the model has none.
@@ -183,7 +187,7 @@ def integer_model(
             code="no-norm",
         )
     levels = {v: scales[v].levels for v in placement.scaled if scales[v].levels != LEVELS}
-    return IntegerModel(graph, placement, weights, table, sites, qmax, levels)
+    return IntegerModel(graph, placement, weights, table, sites, qmax, levels, peak)
 
 
 def _with_floor(site: NormSite, known: NormSite) -> NormSite:

@@ -1,11 +1,13 @@
-"""ONNX Runtime engines that are rebuilt with other norms in milliseconds and swapped between two frames.
+"""Engines that are rebuilt with other norms in milliseconds and swapped between two frames, on ONNX Runtime or LiteRT.
 
 EngineFactory(bundle) ── build(ServingState) ──► Engine ── EngineSlot.swap ──► the frame loop reads .current
                       └─ build_taps(ServingState) ──► TapEngine
+
+`engine.py` says what each of these is; `ort.py` and `litert.py` are the two runtimes.
 """
 
+from edge.engine.engine import Engine, EngineSlot, TapEngine
 from edge.engine.factory import EngineFactory
-from edge.engine.session import Engine, EngineSlot, TapEngine
 from edge.engine.target import choose_target
 
 __all__ = ["Engine", "EngineFactory", "EngineSlot", "TapEngine", "choose_target"]

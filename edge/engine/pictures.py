@@ -1,6 +1,6 @@
 """Pictures straight into the integers: no float input, no quantisation of it, no transposition.
 
-A model's first two operators turn a float picture into codes: `QuantizeLinear` and, in ONNX Runtime's own layout, `Transpose`.
+A model's first operators turn a float picture into codes: in ONNX Runtime `QuantizeLinear` and, for its layout, `Transpose`.
 A pixel has 256 values, so those operators are a table of 3 x 256 codes. `Codes` applies it: as one multiply and add where these
 give exactly the table's codes, which is tried for every entry, else by looking up. The factory compares answers with the float
 path's before it lets any engine work this way.
@@ -9,12 +9,11 @@ path's before it lets any engine work this way.
 from __future__ import annotations
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from refold.preprocess import Preprocess
 
-__all__ = ["Codes", "PictureSession", "Scratch"]
+__all__ = ["Codes", "Scratch"]
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
@@ -62,27 +61,3 @@ class Codes:
         else:
             np.add(pixels, self._rows, out=scratch.places)
             self._flat.take(scratch.places, out=scratch.flat, mode="clip")
-
-
-class PictureSession:
-    """A session whose input is codes, uint8 (N, H, W, 3)."""
-
-    def __init__(self, session: ort.InferenceSession, codes: Codes) -> None:
-        self._run = session.run
-        self._input = session.get_inputs()[0].name
-        self._outputs = [session.get_outputs()[0].name]
-        self._codes = codes
-
-    def run(self, image: U8, scratch: Scratch) -> F32:
-        """Logits float32 (1, classes) of one C-contiguous picture, uint8 (H, W, 3), whose shape the caller has checked."""
-        self._codes.fill(image, scratch)
-        return self._run(self._outputs, {self._input: scratch.codes})[0]  # type: ignore[no-any-return]
-
-    def run_all(self, images: U8) -> F32:
-        """Logits float32 (N, classes) of pictures uint8 (N, H, W, 3)."""
-        n, height, width, _ = images.shape
-        scratch, codes = Scratch(height, width), np.empty(images.shape, np.uint8)
-        for i in range(n):
-            self._codes.fill(np.ascontiguousarray(images[i]), scratch)
-            codes[i] = scratch.codes[0]
-        return self._run(self._outputs, {self._input: codes})[0]  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Running sessions: an engine, its tap twin, and the slot a frame loop reads them from."""
+"""Running sessions of ONNX Runtime: an engine, the one that takes pictures, and the tap twin."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edge.engine.pictures import PictureSession
+from edge.engine.pictures import Codes, Scratch
 from edge.serving import ServingState
 from refold.errors import BundleError, InputError
 from refold.preprocess import Preprocess
 
-__all__ = ["Engine", "EngineSlot", "TapEngine", "open_session", "session_options"]
+__all__ = ["OrtEngine", "OrtTapEngine", "PictureSession", "open_session", "session_options"]
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
@@ -70,14 +70,32 @@ class _Session:
             ) from e
 
 
-class Engine:
-    """The integer model at one serving state; any thread may run it.
+class PictureSession:
+    """A session whose input is codes, uint8 (N, H, W, 3)."""
 
-    Attributes:
-        serving: the state it was built from.
-        pictures: takes 8-bit pictures without a float detour, with the same answers; None where this model or ONNX Runtime
-            does not allow it. Then the session for floats is opened when first wanted.
-    """
+    def __init__(self, session: ort.InferenceSession, codes: Codes) -> None:
+        self._run = session.run
+        self._input = session.get_inputs()[0].name
+        self._outputs = [session.get_outputs()[0].name]
+        self._codes = codes
+
+    def run(self, image: U8, scratch: Scratch) -> F32:
+        """Logits float32 (1, classes) of one C-contiguous picture, uint8 (H, W, 3), whose shape the caller has checked."""
+        self._codes.fill(image, scratch)
+        return self._run(self._outputs, {self._input: scratch.codes})[0]  # type: ignore[no-any-return]
+
+    def run_all(self, images: U8) -> F32:
+        """Logits float32 (N, classes) of pictures uint8 (N, H, W, 3)."""
+        n, height, width, _ = images.shape
+        scratch, codes = Scratch(height, width), np.empty(images.shape, np.uint8)
+        for i in range(n):
+            self._codes.fill(np.ascontiguousarray(images[i]), scratch)
+            codes[i] = scratch.codes[0]
+        return self._run(self._outputs, {self._input: codes})[0]  # type: ignore[no-any-return]
+
+
+class OrtEngine:
+    """See `edge.engine.engine.Engine`. Where pictures have their own way, floats get a session when first wanted."""
 
     def __init__(
         self,
@@ -105,28 +123,5 @@ class Engine:
         return self.pictures.run_all(images)
 
 
-class TapEngine(_Session):
-    """The same model's tap twin. `run`: float32 (N, 3, H, W) to moments float32 (N, 2, channels).
-
-    Moments are mean and mean square over space of each norm's output, all sites with statistics in order;
-    `refold.norms.unfold_moments` brings them back to the norm's input.
-    """
-
-
-class EngineSlot:
-    """Where the frame loop finds its engine. Reading and swapping are one pointer each: neither ever waits.
-
-    Who reads `current` keeps that engine for its frame; a swapped-out engine lives until the last such frame is done.
-    """
-
-    __slots__ = ("current", "swaps")
-
-    def __init__(self, engine: Engine) -> None:
-        self.current = engine
-        self.swaps = 0
-
-    def swap(self, engine: Engine) -> Engine:
-        """Serves `engine` from the next frame on; returns the one served so far."""
-        previous, self.current = self.current, engine
-        self.swaps += 1
-        return previous
+class OrtTapEngine(_Session):
+    """See `edge.engine.engine.TapEngine`."""

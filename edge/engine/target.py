@@ -1,18 +1,21 @@
-"""Which of a bundle's targets this machine runs."""
+"""Which of a bundle's targets this machine runs, and whether their runtime is installed."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import platform
+from importlib.util import find_spec
 from pathlib import Path
 
 from refold.bundle import Bundle
 from refold.errors import BundleError
 
-__all__ = ["architecture", "choose_target", "processor"]
+__all__ = ["architecture", "choose_target", "processor", "require", "runtime_name"]
 
 ARCHITECTURES = {"x86_64": "x86", "amd64": "x86", "i686": "x86", "aarch64": "arm64", "arm64": "arm64", "armv7l": "arm32"}
+# runtime → (module, what to install); the fastest first (packages.md §4)
+RUNTIMES = {"ort": ("onnxruntime", "onnxruntime"), "litert": ("ai_edge_litert", "refold[litert]")}
 FEATURES = {"avx2": ("avx2",), "vnni": ("avx512_vnni", "avx_vnni"), "neon": ("asimd", "neon"), "dotprod": ("asimddp",)}
 
 
@@ -37,16 +40,42 @@ def processor() -> str:
     return hashlib.sha256(" ".join([architecture(), *sorted(_features())]).encode()).hexdigest()[:12]
 
 
+def runtime_name(target: str) -> str:
+    """The runtime a target's name begins with."""
+    return target.partition("-")[0]
+
+
+def _installed(runtime: str) -> bool:
+    return find_spec(RUNTIMES[runtime][0]) is not None
+
+
+def require(target: str) -> None:
+    """Raises BundleError when this version does not know the target's runtime, or its package is not installed."""
+    runtime = runtime_name(target)
+    if runtime not in RUNTIMES:
+        raise BundleError(f"Target {target} is for a runtime this version does not know: update Refold.", code="no-runtime")
+    if not _installed(runtime):
+        module, package = RUNTIMES[runtime]
+        raise BundleError(
+            f"Target {target} needs {module}, which is not installed: pip install '{package}'.", code="no-runtime"
+        )
+
+
 def _suits(name: str, runtime: str) -> bool:
-    """Target names are runtime-architecture-instruction set, e.g. ort-x86-vnni."""
+    """Target names are runtime-architecture-instruction set, e.g. ort-x86-vnni; a runtime alone runs anywhere."""
     first, _, rest = name.partition("-")
     where, _, feature = rest.partition("-")
     wanted = FEATURES.get(feature, ())
     return first == runtime and where in ("", "any", architecture()) and (not wanted or bool(_features().intersection(wanted)))
 
 
-def choose_target(bundle: Bundle, name: str | None = None, *, runtime: str = "ort") -> str:
-    """The target to run: the one asked for, else the fastest of the bundle's that suits this processor.
+def choose_target(bundle: Bundle, name: str | None = None, *, runtime: str | None = None) -> str:
+    """The target to run: the one asked for, else the fastest of the bundle's that suits this machine.
+
+    ONNX Runtime's targets come first, LiteRT's where there are none or ONNX Runtime is not installed.
+
+    Args:
+        runtime: only targets of this one.
 
     Raises:
         BundleError: nothing suits, or the named target is absent or for another architecture.
@@ -63,12 +92,13 @@ def choose_target(bundle: Bundle, name: str | None = None, *, runtime: str = "or
                 code="no-target",
             )
         return name
-    suited = [n for n in have if _suits(n, runtime)]
+    suited = [n for r in ([runtime] if runtime else RUNTIMES) for n in have if _suits(n, r)]
     if not suited:
         raise BundleError(
             f"{bundle.path} has no target for this machine ({architecture()}); it has: {', '.join(have) or 'none'}. "
             "Export the model for it (`refold export --target`).",
             code="no-target",
         )
-    vnni = [n for n in suited if n.endswith("-vnni")]
-    return (vnni or suited)[0]
+    suited = [n for n in suited if _installed(runtime_name(n))] or suited
+    best = [n for n in suited if runtime_name(n) == runtime_name(suited[0])]
+    return ([n for n in best if n.endswith("-vnni")] or best)[0]

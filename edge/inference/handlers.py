@@ -61,12 +61,14 @@ class Handlers:
         slot: one read per request, so that a request is answered by one engine.
         max_batch: pictures per request.
         observe: takes each uint8 picture and its logits afterwards; must return at once.
+        platform: what runs the model, in the protocol's words.
     """
 
     bundle: Bundle
     slot: EngineSlot
     max_batch: int = 64
     observe: Observe | None = None
+    platform: str = "onnxruntime_qdq"
     ready: bool = True
     requests: int = field(default=0, init=False)
 

@@ -78,7 +78,7 @@ class Servicer(service.GRPCInferenceServiceServicer):
     ) -> pb.ModelMetadataResponse:
         handlers = self._handlers
         handlers.check_model(request.name, request.version)
-        answer = pb.ModelMetadataResponse(name=handlers.name, versions=[handlers.version], platform="onnxruntime_qdq")
+        answer = pb.ModelMetadataResponse(name=handlers.name, versions=[handlers.version], platform=handlers.platform)
         for name, datatype, shape in handlers.inputs():
             answer.inputs.add(name=name, datatype=datatype, shape=shape)
         classes = handlers.bundle.manifest.class_count or -1

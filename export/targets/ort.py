@@ -5,7 +5,7 @@ from __future__ import annotations
 from export.ir import Node
 from export.operators import Role
 from export.quantise import IntegerModel
-from export.targets import Artefact, OrtTarget, register_writer
+from export.targets import Artefact, TargetProfile, register_writer
 from export.targets.onnx_builder import OnnxBuilder
 from export.targets.onnx_ops import EMITTERS, emit_codes, emit_integer_layer
 
@@ -14,8 +14,8 @@ __all__ = ["INPUT", "LOGITS", "MOMENTS", "write_ort"]
 INPUT, LOGITS, MOMENTS = "input", "logits", "moments"
 
 
-@register_writer(OrtTarget)
-def write_ort(config: OrtTarget, model: IntegerModel, embedded: bool) -> Artefact:
+@register_writer("ort")
+def write_ort(profile: TargetProfile, model: IntegerModel, embedded: bool) -> Artefact:
     """Both graphs hold the same integers and name the same adaptable tensors."""
     engine = OnnxBuilder(model, embedded=embedded)
     _emit_all(engine)

@@ -47,7 +47,7 @@ def test_rebuilt_engines_equal_fresh_sessions(bundle, factory, x, seed):
 
 def test_activation_scales_travel_too(bundle, factory, x):
     states, scales = disturbed(bundle.norms, 3)
-    assert factory._model.scope is Scope.NORMS_AND_SCALES
+    assert factory.runtime.model.scope is Scope.NORMS_AND_SCALES
     np.testing.assert_array_equal(
         factory.build(ServingState(states, scales)).run(x), fresh(bundle, states, scales).run(None, {"input": x})[0]
     )
@@ -191,7 +191,11 @@ def test_the_view_of_onnx_changes_nothing_else(bundle):
         ("x86_64", {"avx2", "avx512_vnni"}, ["ort-x86-avx2", "ort-x86-vnni"], "ort-x86-vnni"),
         ("aarch64", {"asimd"}, ["ort-x86-avx2", "ort-arm64"], "ort-arm64"),
         ("aarch64", {"asimd"}, ["ort-x86-avx2"], None),
-        ("x86_64", {"avx2"}, ["litert-x86"], None),
+        ("x86_64", {"avx2"}, ["litert-arm64"], None),
+        ("x86_64", {"avx2"}, ["tensorrt-x86"], None),
+        ("x86_64", {"avx2"}, ["litert", "ort-x86-avx2"], "ort-x86-avx2"),
+        ("aarch64", {"asimd"}, ["ort-x86-avx2", "litert"], "litert"),
+        ("riscv64", set(), ["ort-x86-avx2", "litert"], "litert"),
     ],
 )
 def test_the_target_follows_the_machine(bundle, monkeypatch, machine, features, have, chosen):

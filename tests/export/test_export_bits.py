@@ -64,6 +64,18 @@ def test_few_bits_end_to_end(family, bits, tmp_path, x):
     assert np.array_equal(engine.run(x), infer(session(twin.model), x))
 
 
+@pytest.mark.parametrize("bits", [["w4a4"], ["w2a3"]])
+def test_litert_runs_the_same_few_bits(bits, tmp_path, x):
+    """Same integers, same levels: the self-check compares the two runtimes, and both with the student."""
+    pytest.importorskip("ai_edge_litert")
+    options = Options(("ort-x86-avx2", "litert"), "few", bits=parse_bits(bits), min_agreement=0.0)
+    done = export_model(export_nets.make("residual"), tmp_path / "m.refold", export_nets.PREPROCESS, PICTURES, options)
+    assert done.checks["litert"]["argmax_ort-x86-avx2"] >= 0.995
+    ours, theirs = (EngineFactory(done.bundle, t).build(ServingState()).run(x) for t in ("ort-x86-avx2", "litert"))
+    step = float(ours.max() - ours.min()) / 255
+    assert (np.abs(ours - theirs) <= 3 * step).mean() > 0.99
+
+
 def test_codes_of_activations_never_leave_their_levels(tmp_path, x):
     done = exported(tmp_path, ["w8a3"])
     model = onnx.load_from_string(fresh_export(done.recipe, {})[0].model)

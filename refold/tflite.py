@@ -11,6 +11,9 @@ JSON, adaptable name → list of [role, tensor index], with the roles
     scale        the tensor's quantisation scales, float32
     zero_point   its zero points; 128 less than in the norm table, because codes are signed here
     data         the tensor's own buffer
+
+A second entry lists the weights of fewer than 7 bits, which the file leaves blank because the bundle keeps one packed copy for
+all targets: their name there → [tensor index, axes], where axes transpose the packed tensor into this file's layout.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ from numpy.typing import NDArray
 
 from refold.errors import BundleError
 
-__all__ = ["ADAPTABLE", "CODE_OFFSET", "Operator", "Tensor", "TfliteFile"]
+__all__ = ["ADAPTABLE", "CODE_OFFSET", "PACKED", "Operator", "Tensor", "TfliteFile"]
 
 ADAPTABLE = "refold.adaptable"
+PACKED = "refold.packed"
 CODE_OFFSET = 128  # unsigned code of the norm table minus signed code of the file
 IDENTIFIER = b"TFL3"
 LAYERS = (3, 4, 9)  # BuiltinOperator CONV_2D, DEPTHWISE_CONV_2D, FULLY_CONNECTED
@@ -135,6 +139,7 @@ class TfliteFile:
         tensors, operators: of the subgraph, in the file's order.
         inputs, outputs: tensor indices.
         adaptable: name in the norm table → (role, tensor index), as often as the file holds it.
+        packed: name among the bundle's packed weights → (tensor index, axes); blank until `expanded`.
 
     Raises:
         BundleError: the bytes are no TFLite model, or are damaged.
@@ -165,12 +170,19 @@ class TfliteFile:
         used = [*self.inputs, *self.outputs, *(i for o in self.operators for i in (*o.inputs, *o.outputs) if i != -1)]
         if any(not 0 <= i < len(self.tensors) for i in used):
             raise IndexError("tensor")
-        self.adaptable: dict[str, tuple[tuple[str, int], ...]] = {}
+        told = {}
         for entry in r.tables(model, MODEL_METADATA):
-            if r.text(entry, METADATA_NAME) == ADAPTABLE:
-                place = buffers[r.scalar(entry, METADATA_BUFFER, "I")]
-                told = json.loads(self.content[place.start : place.start + place.size])
-                self.adaptable = {str(k): tuple((str(role), int(i)) for role, i in v) for k, v in told.items()}
+            place = buffers[r.scalar(entry, METADATA_BUFFER, "I")]
+            told[r.text(entry, METADATA_NAME)] = self.content[place.start : place.start + place.size]
+        self.adaptable: dict[str, tuple[tuple[str, int], ...]] = {
+            str(k): tuple((str(role), int(i)) for role, i in v) for k, v in json.loads(told.get(ADAPTABLE, b"{}")).items()
+        }
+        self.packed: dict[str, tuple[int, tuple[int, ...]]] = {
+            str(k): (int(i), tuple(int(a) for a in axes)) for k, (i, axes) in json.loads(told.get(PACKED, b"{}")).items()
+        }
+        for index, axes in self.packed.values():
+            if self.tensors[index].kind is not np.int8 or sorted(axes) != list(range(len(axes))):
+                raise ValueError(f"tensor {index} has no packed weights")
         for role, index in (carried for all_of in self.adaptable.values() for carried in all_of):
             if not self._carrier(role, index).size:
                 raise ValueError(f"tensor {index} has no {role}")
@@ -221,6 +233,28 @@ class TfliteFile:
         if role == "zero_point":
             return np.asarray(np.frombuffer(raw, "<i8")[:1] + CODE_OFFSET, np.uint8)
         return np.frombuffer(raw, np.float32 if role == "scale" or kind is None else kind)
+
+    def expanded(self, weights: Mapping[str, NDArray[np.int8]]) -> TfliteFile:
+        """The file with its blank weights filled in; itself where it has none.
+
+        Args:
+            weights: `refold.bundle.Bundle.packed_weights()`.
+
+        Raises:
+            BundleError: a name is missing, or its weights have another shape than the file has room for.
+        """
+        if not self.packed:
+            return self
+        copy = bytearray(self.content)
+        for name, (index, axes) in self.packed.items():
+            tensor, value = self.tensors[index], weights.get(name)
+            if value is None or value.ndim != len(axes) or value.transpose(axes).shape != tensor.shape:
+                raise BundleError(f"The model and the packed weights disagree about {name}.", code="damaged")
+            raw = value.transpose(axes).tobytes()
+            if len(raw) != tensor.data.size:
+                raise BundleError(f"The model has no room for the weights {name}.", code="damaged")
+            copy[tensor.data.start : tensor.data.start + len(raw)] = raw
+        return TfliteFile(bytes(copy))
 
     def patched(self, tensors: Mapping[str, NDArray[np.generic]]) -> bytes:
         """A copy of the file with other values of every adaptable tensor.

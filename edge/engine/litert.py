@@ -134,7 +134,7 @@ class LiteRtRuntime:
         self.integer_layers = len(self._model.integer_layers())
 
     def _read(self, part: str) -> TfliteFile:
-        file, pre = TfliteFile(self.bundle.read(part)), self.bundle.preprocess
+        file, pre = TfliteFile(self.bundle.read(part)).expanded(self.bundle.packed_weights()), self.bundle.preprocess
         odd = sorted(set(file.adaptable) ^ set(self.bundle.norms.tensors()))
         if odd:
             raise BundleError(f"{part} of {self.bundle.path} and its norm table disagree about {odd[0]}.", code="damaged")

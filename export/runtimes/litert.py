@@ -60,10 +60,10 @@ class LiteRt:
         return Fusion(operators, tuple(name for name in artefact.fused if name not in integer))
 
     def logits(self, artefact: Artefact, model: IntegerModel, x: F32, states: Mapping[str, NormState] | None = None) -> F32:
-        return infer(TfliteFile(artefact.model).patched(model.table.tensors(states)), x)
+        return infer(TfliteFile(artefact.model).expanded(artefact.codes).patched(model.table.tensors(states)), x)
 
     def written(self, artefact: Artefact, model: IntegerModel, x: F32) -> F32:
         return infer(artefact.model, x)
 
     def moments(self, artefact: Artefact, model: IntegerModel, x: F32) -> F32:
-        return infer(TfliteFile(artefact.taps).patched(model.table.tensors()), x)
+        return infer(TfliteFile(artefact.taps).expanded(artefact.codes).patched(model.table.tensors()), x)

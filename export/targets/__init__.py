@@ -33,7 +33,7 @@ class Artefact:
     packed: Mapping[str, WeightCodes] = field(default_factory=dict)
 
     @property
-    def codes(self) -> dict[str, NDArray[np.generic]]:
+    def codes(self) -> dict[str, NDArray[np.int8]]:
         """What must be given beside the adaptable tensors when a file is opened."""
         return {name: w.codes for name, w in self.packed.items()}
 
@@ -57,7 +57,7 @@ def write(profile: TargetProfile, model: IntegerModel, *, embedded: bool = False
 
     Args:
         embedded: put adaptable tensors and packed integers into the file instead of leaving them to be given when it is opened.
-            A runtime whose files are patched (litert) always does.
+            A runtime whose files are patched (litert) always holds the adaptable ones.
 
     Raises:
         ModelError: the runtime has no way to express an operator.

@@ -32,13 +32,13 @@ INPUT, LOGITS, MOMENTS = "input", "logits", "moments"
 def write_litert(profile: TargetProfile, model: IntegerModel, embedded: bool) -> Artefact:
     """Raises ModelError naming the layer and the operator that cannot be written."""
     sizes = _sizes(model.graph)
-    engine = _Writer(profile, model, sizes)
+    engine = _Writer(profile, model, sizes, embedded=embedded)
     engine.write_all()
     taps = b""
     if any(s.kind.has_statistics for s in model.table.norms):
-        taps = _Writer(profile, model, sizes, tapped=True).moments()
+        taps = _Writer(profile, model, sizes, embedded=embedded, tapped=True).moments()
     fused = tuple(n.name for n in model.graph.nodes if n.output in model.weights)
-    return Artefact(engine.logits(), taps, fused)
+    return Artefact(engine.logits(), taps, fused, engine.b.packed)
 
 
 def _sizes(graph: Graph) -> dict[str, tuple[int, ...]]:
@@ -58,10 +58,16 @@ class _Writer:
     """One file. `tapped`: norms are left in float before their activation, and noted."""
 
     def __init__(
-        self, profile: TargetProfile, model: IntegerModel, sizes: dict[str, tuple[int, ...]], *, tapped: bool = False
+        self,
+        profile: TargetProfile,
+        model: IntegerModel,
+        sizes: dict[str, tuple[int, ...]],
+        *,
+        embedded: bool,
+        tapped: bool = False,
     ) -> None:
         self.profile, self.model, self.tapped = profile, model, tapped
-        self.b = LiteRtBuilder(model, sizes)
+        self.b = LiteRtBuilder(model, sizes, embedded=embedded)
         self.noted: list[tuple[int, Order, int]] = []
         value, order = model.graph.input, channels_last(4)
         shape = self.b.stored(value, order)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import flatbuffers
@@ -22,9 +23,11 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
-from export.quantise import IntegerModel
+from export.ir import Node
+from export.quantise import IntegerModel, WeightCodes
 from refold.errors import ModelError
-from refold.tflite import ADAPTABLE, CODE_OFFSET
+from refold.packing import MOST_BITS
+from refold.tflite import ADAPTABLE, CODE_OFFSET, PACKED
 
 __all__ = ["LiteRtBuilder", "Order", "channels_last", "plain"]
 
@@ -110,9 +113,13 @@ class LiteRtBuilder:
     """Args:
     model: what to write.
     sizes: every value's shape for one picture, in the graph's order.
+    embedded: write weights of few bits too; otherwise they are left blank, to be expanded from the bundle's packed copy.
     """
 
-    def __init__(self, model: IntegerModel, sizes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, model: IntegerModel, sizes: Mapping[str, tuple[int, ...]], *, embedded: bool = False) -> None:
+        self.packed: dict[str, WeightCodes] = {}
+        self._blank: dict[str, tuple[int, tuple[int, ...]]] = {}
+        self._embedded = embedded
         self.model, self.graph, self.sizes = model, model.graph, sizes
         self.values = model.table.tensors()
         self.scales = {a.tensor: a for a in model.table.activations}
@@ -147,6 +154,17 @@ class LiteRtBuilder:
         buffer.data = np.frombuffer(data.tobytes(), np.uint8)
         self._buffers.append(buffer)
         self._tensors[tensor].buffer = len(self._buffers) - 1
+
+    def weights(self, node: Node, axes: Sequence[int]) -> int:
+        """The int8 tensor of an integer layer's codes, sign included, in the layout `axes` make of the graph's."""
+        held, codes = self.model.weights[node.output], self.model.codes(node)
+        turned, name = codes.transpose(axes), f"{node.name}.codes"
+        blank = held.bits <= MOST_BITS and not self._embedded
+        made = self.tensor(f"{node.name}.weight", turned.shape, np.int8, np.zeros_like(turned) if blank else turned)
+        if blank:
+            self.packed[name] = replace(held, codes=codes)
+            self._blank[name] = (made, tuple(axes))
+        return made
 
     def quantise(self, tensor: int, scale: Any, zero_point: int = 0, axis: int = 0) -> None:
         """Gives a tensor its scale, or scales along `axis`."""
@@ -295,11 +313,15 @@ class LiteRtBuilder:
         model = schema.ModelT()
         model.version, model.description, model.subgraphs = 3, "refold", [graph]
         model.operatorCodes = [_operator_code(op) for op in self._codes]
-        told = json.dumps(dict(sorted(self._carriers.items())), separators=(",", ":"))
-        metadata, buffer = schema.MetadataT(), schema.BufferT()
-        buffer.data = np.frombuffer(told.encode(), np.uint8)
-        metadata.name, metadata.buffer = ADAPTABLE, len(self._buffers)
-        model.metadata, model.buffers = [metadata], [*self._buffers, buffer]
+        model.metadata, model.buffers = [], list(self._buffers)
+        for kind, said in ((ADAPTABLE, self._carriers), (PACKED, self._blank)):
+            if not said and kind == PACKED:
+                continue
+            metadata, buffer = schema.MetadataT(), schema.BufferT()
+            buffer.data = np.frombuffer(json.dumps(dict(sorted(said.items())), separators=(",", ":")).encode(), np.uint8)
+            metadata.name, metadata.buffer = kind, len(model.buffers)
+            model.metadata.append(metadata)
+            model.buffers.append(buffer)
         builder = _Builder(1 << 16)
         builder.Finish(model.Pack(builder), b"TFL3")
         return bytes(builder.Output())

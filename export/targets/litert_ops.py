@@ -70,18 +70,18 @@ def is_depthwise(b: LiteRtBuilder, node: Node) -> bool:
     return node.op == "conv" and node.attributes["groups"] == b.sizes[node.inputs[0]][1] > 1
 
 
-def _weights(b: LiteRtBuilder, node: Node, array: np.ndarray) -> tuple[np.ndarray, int]:
-    """Weights as TFLite lays them out, and the axis of the output channels."""
+def _layout(b: LiteRtBuilder, node: Node) -> tuple[tuple[int, ...], int]:
+    """How the graph's weights are transposed into TFLite's, and the axis of the output channels there."""
     if node.op == "linear":
-        return array, 0
-    return (array.transpose(1, 2, 3, 0), 3) if is_depthwise(b, node) else (array.transpose(0, 2, 3, 1), 0)
+        return (0, 1), 0
+    return ((1, 2, 3, 0), 3) if is_depthwise(b, node) else ((0, 2, 3, 1), 0)
 
 
 def _parameters(b: LiteRtBuilder, node: Node) -> tuple[int, int]:
     """The tensors of an integer layer's weights and int32 bias."""
     names = b.model.sites[node.output].tensors
-    codes, axis = _weights(b, node, b.model.codes(node))
-    weight = b.tensor(f"{node.name}.weight", codes.shape, np.int8, codes)
+    axes, axis = _layout(b, node)
+    weight = b.weights(node, axes)
     b.quantise(weight, b.values[names.weight_scale], axis=axis)
     b.carries(weight, "scale", names.weight_scale)
     value = b.values[names.bias]

@@ -17,8 +17,9 @@ from export.pictures import Pictures
 from export.pipeline import Options, export_model, fresh_export, make_recipe
 from export.quantise import WeightCodes
 from refold.bundle import Bundle
-from refold.errors import ModelError, UsageError
+from refold.errors import BundleError, ModelError, UsageError
 from refold.packing import packed_size, weights_from_bytes
+from refold.tflite import TfliteFile
 
 PICTURES = Pictures(export_nets.pictures(32), None)
 
@@ -67,13 +68,23 @@ def test_few_bits_end_to_end(family, bits, tmp_path, x):
 @pytest.mark.parametrize("bits", [["w4a4"], ["w2a3"]])
 def test_litert_runs_the_same_few_bits(bits, tmp_path, x):
     """Same integers, same levels: the self-check compares the two runtimes, and both with the student."""
-    pytest.importorskip("ai_edge_litert")
+    litert = pytest.importorskip("export.runtimes.litert")
     options = Options(("ort-x86-avx2", "litert"), "few", bits=parse_bits(bits), min_agreement=0.0)
     done = export_model(export_nets.make("residual"), tmp_path / "m.refold", export_nets.PREPROCESS, PICTURES, options)
     assert done.checks["litert"]["argmax_ort-x86-avx2"] >= 0.995
     ours, theirs = (EngineFactory(done.bundle, t).build(ServingState()).run(x) for t in ("ort-x86-avx2", "litert"))
     step = float(ours.max() - ours.min()) / 255
     assert (np.abs(ours - theirs) <= 3 * step).mean() > 0.99
+    file = TfliteFile(done.bundle.read("targets/litert/model.tflite"))
+    assert file.packed and all(
+        not any(file.content[p.start : p.start + p.size]) for p in (file.tensors[i].data for i, _ in file.packed.values())
+    )
+    states = perturbed(done.bundle.norms, 0.05, seed=3)
+    twin, _ = fresh_export(done.recipe, states, done.recipe.targets[1])
+    assert not TfliteFile(twin.model).packed
+    assert np.array_equal(EngineFactory(done.bundle, "litert").build(ServingState(states)).run(x), litert.infer(twin.model, x))
+    with pytest.raises(BundleError, match="disagree about"):
+        file.expanded({})
 
 
 def test_codes_of_activations_never_leave_their_levels(tmp_path, x):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bench.adaptation.rows import weights
-from bench.models import mobilenetv2, resnet50
+from bench.models import efficientnet_lite0, mobilenetv2, resnet50
 from demo.images import cifar10
 from demo.models import load_npz, resnet8, resnet20
 from export.pictures import Pictures
@@ -23,10 +23,11 @@ from export.pipeline import Exported, Options, export_model
 from refold.bundle import Bundle
 from refold.preprocess import Preprocess
 
-__all__ = ["NETS", "Subject", "crops", "subject"]
+__all__ = ["MORE_NETS", "NETS", "Subject", "crops", "subject"]
 
 U8 = NDArray[np.uint8]
 IMAGENET: dict[str, object] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+LITE: dict[str, object] = {"scale": 1 / 128, "mean": (127 / 128,) * 3, "std": (1.0,) * 3}  # EfficientNet-Lite's own
 PIXELS: dict[str, object] = {"scale": 1.0}
 
 
@@ -47,6 +48,8 @@ NETS = {
     "mobilenetv2": Net(mobilenetv2, 224, IMAGENET, "random", 64),
     "resnet50": Net(resnet50, 224, IMAGENET, "random", 16),
 }
+# With weights of a package that only `bench.targets` asks for.
+MORE_NETS = NETS | {"efficientnet-lite0": Net(efficientnet_lite0, 224, LITE, "trained", 64)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,15 +92,20 @@ class Subject:
         return _pictures(self.net.side, count, seed, "test")
 
 
-def subject(name: str, folder: Path, progress: Callable[[str], None] = lambda what: None) -> Subject:
-    """Exports a net of `NETS` into `folder` with the product's own pipeline and checks."""
+def subject(
+    name: str,
+    folder: Path,
+    progress: Callable[[str], None] = lambda what: None,
+    targets: Sequence[str] = ("ort-x86-avx2",),
+) -> Subject:
+    """Exports a net of `MORE_NETS` into `folder` with the product's own pipeline and checks."""
     torch.set_num_threads(1)
-    net = NETS[name]
+    net = MORE_NETS[name]
     module = net.make().eval()
     preprocess = Preprocess(net.side, net.side, **net.preprocess)  # type: ignore[arg-type]
     pictures = Pictures(_pictures(net.side, net.calibration, 0, "train5k"), None)
     # A net that was never trained is undecided between its classes: there, agreement of the argmax means nothing.
-    options = Options(name=name, min_agreement=0.9 if net.weights == "trained" else 0.0)
+    options = Options(targets, name, min_agreement=0.9 if net.weights == "trained" else 0.0)
     exported = export_model(module, folder / f"{name}.refold", preprocess, pictures, options, progress=progress)
     return Subject(name, net, module, exported)
 

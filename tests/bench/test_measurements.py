@@ -18,6 +18,7 @@ from bench.bundles import Net, Subject, crops
 from bench.exactness import random_states
 from bench.models import MobileNetV2, ResNet50, photographs, sane
 from bench.paired import Paired, paired
+from bench.result import Result
 from edge.engine import EngineFactory
 from export.pictures import Pictures
 from export.pipeline import Options, export_model
@@ -187,3 +188,32 @@ def test_photographs_and_crops() -> None:
     assert np.abs(np.diff(made.astype(int), axis=2)).mean() < made.std()  # smooth, as photographs are
     real = crops(224, 5, 0)
     assert real.shape == (5, 224, 224, 3) and real.dtype == np.uint8 and not math.isclose(real[0].mean(), real[1].mean())
+
+
+def test_targets_measures_both_runtimes(net: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One small net through everything but the child process: rows, identity, claims, picture."""
+    targets = pytest.importorskip("bench.targets")
+    pictures = Pictures(photographs(24, 32), None)
+    options = Options(targets.TARGETS, "small", min_agreement=0.0)
+    exported = export_model(net.module, tmp_path / "m.refold", net.bundle.preprocess, pictures, options)
+    both = Subject("resnet20", net.net, net.module, exported)
+    monkeypatch.setattr(targets, "subject", lambda name, folder, targets: both)
+    frames = photographs(40, 32, seed=5)
+    monkeypatch.setattr(targets, "_frames", lambda net, count: (frames, np.arange(40) % 6))
+    monkeypatch.setattr(Subject, "frames", lambda self, count, seed=0: frames[:count])
+    rows = targets.measured("resnet20", True, 0)
+    assert [r["target"] for r in rows] == list(targets.TARGETS) and all(r["identical"] == r["states"] == 3 for r in rows)
+    assert all(r["ms"] > 0 and r["peak MB"] > 0 and r["integer layers"] == 4 for r in rows)
+    spoilt = [rows[0] | {"identical": 2, "same class": 99.0, "accuracy": 10.0, "float": 90.0}, rows[1]]
+    beside = [
+        {"net": n, "target": "litert", "accuracy": a, "model B": b} for n, a, b in (("theirs", 87.0, 100), ("ours", 86.9, 106))
+    ]
+    failed = {c.id for c in targets.claims([*spoilt, *beside]) if not c.holds}
+    assert failed >= {
+        "targets.resnet20.ort-x86-avx2.accuracy", "targets.resnet20.ort-x86-avx2.identical", "targets.resnet20.same",
+        "targets.mlperf.accuracy", "targets.mlperf.size",
+    }  # fmt: skip
+    assert "targets.resnet20.litert.identical" not in failed
+    result = Result("targets", rows, targets.claims(rows), ["net"])
+    targets.plot(result, tmp_path / "t.png")
+    assert (tmp_path / "t.png").stat().st_size > 1000

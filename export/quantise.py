@@ -30,13 +30,14 @@ EXPLICIT = {
 
 @dataclass(frozen=True)
 class WeightCodes:
-    """W ≈ scale[c] * codes[c]; int8, |code| ≤ qmax. Scale 0 where a whole channel is zero.
+    """W ≈ scale[c] * codes[c]; int8, |code| ≤ qmax. Scale 0 where a whole channel is zero. `bits`: the width they were chosen for.
 
     The codes are those of the unfolded weights; the sign of a folded norm is multiplied in by `signed`.
     """
 
     codes: NDArray[np.int8]
     scale: F32
+    bits: int = 8
 
     def signed(self, sign: NDArray[np.int8]) -> NDArray[np.int8]:
         return np.asarray(self.codes * sign.reshape(-1, *[1] * (self.codes.ndim - 1)), np.int8)

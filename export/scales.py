@@ -22,10 +22,11 @@ F64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Scale:
-    """real = scale * (code - zero_point), code in 0..255."""
+    """real = scale * (code - zero_point), code in 0..levels-1."""
 
     scale: float
     zero_point: int
+    levels: int = 256
 
 
 @dataclass

@@ -56,10 +56,8 @@ def evaluate(node: Node, inputs: Sequence[Tensor], parameters: Parameters, norm:
         parameters: by role; gamma, beta, mean and variance where the node carries a folded norm.
         norm: computes every batch norm, folded or not; a training puts the batch's own statistics here.
     """
-    if node.op == "batch_norm":
-        y = norm(node, inputs[0], parameters)
-    else:
-        y = OPERATORS[node.op].evaluate(node, inputs, parameters)
+    explicit = node.op == "batch_norm"
+    y = norm(node, inputs[0], parameters) if explicit else OPERATORS[node.op].evaluate(node, inputs, parameters)
     if node.op in FOLDING and "gamma" in parameters:
         y = norm(node, y, parameters)
     if node.activation is not None:

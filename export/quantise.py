@@ -30,7 +30,7 @@ EXPLICIT = {
 
 @dataclass(frozen=True)
 class WeightCodes:
-    """W ≈ scale[c] * codes[c]; int8, |code| ≤ qmax. Scale 0 where a whole channel is zero. `bits`: the width they were chosen for.
+    """W ≈ scale[c] * codes[c]; int8, |code| ≤ qmax. Scale 0 where a whole channel is zero; `bits` wide.
 
     The codes are those of the unfolded weights; the sign of a folded norm is multiplied in by `signed`.
     """

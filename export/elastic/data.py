@@ -121,7 +121,7 @@ def augmented(images: U8, rng: np.random.Generator) -> U8:
     rows, columns = rng.integers(0, 2 * top + 1, n), rng.integers(0, 2 * left + 1, n)
     mirrored = rng.random(n) < 0.5
     out = np.empty_like(images)
-    for i in range(n):
+    for i, flip in enumerate(mirrored.tolist()):
         crop = padded[i, rows[i] : rows[i] + height, columns[i] : columns[i] + width]
-        out[i] = crop[:, ::-1] if mirrored[i] else crop
+        out[i] = crop[:, ::-1] if flip else crop
     return out

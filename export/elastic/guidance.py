@@ -1,6 +1,8 @@
 """Group progressive guidance (EQ-Net eq. 7-8): each step runs high, random, low, each taught by the one run just before it.
 
-    L_H = CE(y_H, y)        L_R = lam KL(y_H -> y_R) + (1 - lam) CE(y_R, y)        L_L = lam KL(y_R -> y_L) + (1 - lam) CE(y_L, y)
+    L_H = CE(y_H, y)
+    L_R = lam KL(y_H -> y_R) + (1 - lam) CE(y_R, y)
+    L_L = lam KL(y_R -> y_L) + (1 - lam) CE(y_L, y)
 
 Gradients of all add up; only one subnet's activations are held at a time.
 """
@@ -26,9 +28,7 @@ def sandwich(space: Space, layout: Layout, rng: np.random.Generator, subnets: in
     return [space.draw(layout, rng, bits) for bits in ("max", *["random"] * (subnets - 2), "min")]
 
 
-def guide(
-    supernet: Supernet, x: Tensor, y: Tensor, order: Sequence[Configuration], lam: float = 0.5
-) -> list[float]:
+def guide(supernet: Supernet, x: Tensor, y: Tensor, order: Sequence[Configuration], lam: float = 0.5) -> list[float]:
     """Adds every subnet's gradients to those of the supernet's learned tensors; returns the losses in order.
 
     Args:

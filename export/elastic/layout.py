@@ -49,7 +49,7 @@ class ValuePlace:
 
 @dataclass(frozen=True)
 class Layout:
-    """Layers and values in execution order; `other_bytes`: what every configuration carries (norms, biases, float constants)."""
+    """Layers and values in execution order; `other_bytes`: of norms, biases and float constants."""
 
     layers: tuple[LayerPlace, ...]
     values: tuple[ValuePlace, ...]

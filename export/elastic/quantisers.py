@@ -29,7 +29,8 @@ class Table:
     """Steps and zero points of one form; each tensor float32 (bit-widths, rows).
 
     Attributes:
-        base, zero: at the start; ratio, offset: learned around them, 0 at the start. offset is None where the zero point is fixed.
+        base, zero: at the start.
+        ratio, offset: learned around them, 0 at the start; offset is None where the zero point is fixed.
     """
 
     bits: tuple[int, ...]
@@ -70,7 +71,9 @@ class WeightQuantiser:
         self.tables = tables
 
     @classmethod
-    def fitted(cls, weight: Tensor, bits: Sequence[int], granularities: Sequence[bool], symmetries: Sequence[bool]) -> WeightQuantiser:
+    def fitted(
+        cls, weight: Tensor, bits: Sequence[int], granularities: Sequence[bool], symmetries: Sequence[bool]
+    ) -> WeightQuantiser:
         tables = {}
         for per_channel in granularities:
             rows = weight.flatten(1) if per_channel else weight.reshape(1, -1)

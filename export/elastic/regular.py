@@ -1,6 +1,6 @@
 """Weight distribution regularisation (EQ-Net eq. 4-6): weights spread like a uniform distribution lose least to any step.
 
-    Skew(w) = E[((w - mu) / sd)^3] towards 0,   Kurt(w) = E[((w - mu) / sd)^4] towards 1.8, that of a uniform distribution
+Skew(w) = E[((w - mu) / sd)^3] towards 0,   Kurt(w) = E[((w - mu) / sd)^4] towards 1.8, that of a uniform distribution
 """
 
 from __future__ import annotations

@@ -118,7 +118,9 @@ def _forms(held: Any, kind: Any, what: str) -> tuple[tuple[str, Any], ...]:
     fields = set(kind.__dataclass_fields__)
     for name, row in held.items():
         if not isinstance(row, dict) or set(row) != fields:
-            raise UsageError(f"{what} of {name} in a configuration are {', '.join(sorted(fields))}; nothing else, nothing less.")
+            raise UsageError(
+                f"{what} of {name} in a configuration are {', '.join(sorted(fields))}; nothing else, nothing less."
+            )
     return tuple((name, kind(**row)) for name, row in held.items())
 
 
@@ -183,9 +185,7 @@ class Space:
         """The usual one: per channel, symmetric weights, asymmetric activations, as far as the space has them."""
         return Form(self.granularities[0], self.weight_symmetries[0], self.activation_symmetries[-1])
 
-    def assemble(
-        self, layout: Layout, form: Form, weight_bits: Sequence[int], activation_bits: Sequence[int]
-    ) -> Configuration:
+    def assemble(self, layout: Layout, form: Form, weight_bits: Sequence[int], activation_bits: Sequence[int]) -> Configuration:
         """Args:
             weight_bits, activation_bits: of the elastic layers and values, in order.
         """  # fmt: skip

@@ -160,7 +160,9 @@ class Supernet:
 
     def __call__(self, x: Tensor, configuration: Configuration, norm: Norm = batch_statistics) -> Tensor:
         """Logits float32 (N, classes) of one configuration, differentiable in everything learned."""
-        weights = {p.output: self.weights[p.name](self.weight_of(p.name), configuration.weight[p.name]) for p in self.layout.layers}
+        weights = {
+            p.output: self.weights[p.name](self.weight_of(p.name), configuration.weight[p.name]) for p in self.layout.layers
+        }
 
         def parameters(node: Node) -> Mapping[str, Tensor]:
             found = {role: self.constants[name] for role, name in node.parameters.items()}
@@ -198,7 +200,7 @@ def _value_key(name: str, symmetric: bool, non_negative: bool) -> str:
 
 def _trainable(graph: Graph, placement: Placement, parameters: set[str]) -> set[str]:
     found = {name for name in graph.constants if name in parameters}
-    used = set()
+    used: set[str] = set()
     for node in graph.nodes:
         used.update(node.parameters.values())
         roles = {"gamma", "beta"} | ({"weight", "bias"} if is_integer_layer(placement, node) else set())
@@ -212,9 +214,7 @@ def _bounds(producers: Mapping[str, Node], value: str) -> Bounds:
     return (node.activation if node is not None else None) or UNBOUNDED
 
 
-def _sampled(
-    graph: Graph, placement: Placement, constants: Mapping[str, Tensor], x: NDArray[np.float32]
-) -> dict[str, Tensor]:
+def _sampled(graph: Graph, placement: Placement, constants: Mapping[str, Tensor], x: NDArray[np.float32]) -> dict[str, Tensor]:
     """Numbers of every scaled value in the float model: at random, and the extremes."""
     kept: dict[str, list[Tensor]] = {value: [] for value in placement.scaled}
     each = max(2, SAMPLED // max(1, -(-len(x) // 32)))
@@ -235,4 +235,3 @@ def _sampled(
             if not bool(torch.isfinite(run(graph, batch, parameters, at)).all()):
                 raise InputError("The model's logits on the pictures are not finite: check --preprocess and the weights.")
     return {value: torch.cat(parts) for value, parts in kept.items()}
-

@@ -6,14 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from export.calibrate import Calibration
+from export.interpret import batches, run, simulated
 from export.ir import Graph
-from export.quantise import WeightCodes
+from export.placement import Placement
+from export.quantise import WeightCodes, dequantised_parameters, is_integer_layer
 from export.scales import Scale
 from refold.errors import ModelError
 
-__all__ = ["Given", "with_constants"]
+__all__ = ["Given", "taken", "with_constants"]
 
 
 @dataclass(frozen=True)
@@ -39,3 +43,30 @@ def with_constants(graph: Graph, given: Given) -> Graph:
             raise ModelError(f"The training brings {name}, which does not fit: it belongs to another model.", code="given")
         graph.constants[name] = np.asarray(value, np.float32)
     return graph
+
+
+def taken(given: Given, graph: Graph, placement: Placement, x: NDArray[np.float32], qmax: int) -> Calibration:
+    """Checks that a training covers the graph, and runs its own forward pass: what the engines are compared with.
+
+    Args:
+        x: calibration inputs, float32 (N, 3, H, W).
+        qmax: the largest code the targets' kernels take.
+
+    Raises:
+        ModelError: a layer or value is missing, or codes are too large for a target.
+    """
+    for node in graph.nodes:
+        if not is_integer_layer(placement, node):
+            continue
+        held = given.weights.get(node.output)
+        if held is None or held.codes.shape != graph.constants[node.parameters["weight"]].shape:
+            raise ModelError(f"The training has no integers that fit {node.name}: it belongs to another model.", code="given")
+        if int(np.abs(held.codes.astype(np.int16)).max(initial=0)) > qmax:
+            raise ModelError(f"The integers of {node.name} reach beyond ±{qmax}, the most a chosen target takes.", code="given")
+    missing = [v for v in placement.scaled if v not in given.scales]
+    if missing:
+        raise ModelError(f"The training has no scale for {missing[0]}: it belongs to another model.", code="given")
+    with torch.no_grad():
+        parameters, at = dequantised_parameters(graph, given.weights), simulated(given.scales)
+        logits = np.concatenate([run(graph, b, parameters, at).numpy() for b in batches(x)])
+    return Calibration({v: given.scales[v] for v in placement.scaled}, logits, {"trained": 0.0}, "trained")

@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 from export.calibrate import Calibration, calibrate
 from export.capture import capture
 from export.checks import Evidence, run_checks
+from export.given import Given, taken, with_constants
 from export.interpret import Parameters
 from export.ir import Graph
 from export.operators import OPERATORS, Role
@@ -75,6 +76,7 @@ class Recipe:
     Attributes:
         graph: as captured, norms apart, weights in float.
         model: the integer model at the exported state.
+        given: of a training, whose integers and scales were taken as they are.
     """
 
     graph: Graph
@@ -83,6 +85,7 @@ class Recipe:
     targets: tuple[TargetConfig, ...]
     model: IntegerModel
     calibration: Calibration
+    given: Given | None = None
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,12 @@ def make_recipe(
     pictures: Pictures,
     options: Options = Options(),
     progress: Progress = lambda what: None,
+    given: Given | None = None,
 ) -> Recipe:
     """Captures, calibrates and quantises; writes nothing.
+
+    Args:
+        given: the integers and scales of a training, taken as they are in place of rounding and calibration.
 
     Raises:
         ModelError, InputError: see `export.capture`, `export.calibrate` and `export.quantise`.
@@ -111,9 +118,10 @@ def make_recipe(
     targets = tuple(target_named(t) for t in dict.fromkeys(options.targets))
     progress("capturing the model")
     captured = _marked(capture(model, preprocess.height, preprocess.width), options.keep_float)
+    captured = captured if given is None else with_constants(captured, given)
     graph, placement = _prepared(captured)
     qmax = min(t.qmax for t in targets)
-    weights = quantised_weights(graph, placement, qmax)
+    weights = given.weights if given is not None else quantised_weights(graph, placement, qmax)
     if not weights:
         raise ModelError("The model has no convolution or linear layer that can run in integers.", code="no-layers")
 
@@ -122,16 +130,13 @@ def make_recipe(
 
     # Refuses a model without norms before minutes of calibration.
     integer_model(graph, placement, weights, dict.fromkeys(placement.scaled, Scale(1.0, 0)), qmax)
-    calibration = calibrate(
-        graph,
-        placement,
-        preprocess.apply(pictures.images),
-        quantised,
-        options.observer,
-        lambda w: progress(f"calibrating: {w}"),
-    )
+    x = preprocess.apply(pictures.images)
+    if given is not None:
+        calibration = taken(given, graph, placement, x, qmax)
+    else:
+        calibration = calibrate(graph, placement, x, quantised, options.observer, lambda w: progress(f"calibrating: {w}"))
     integers = integer_model(graph, placement, weights, calibration.scales, qmax)
-    return Recipe(captured, calibration.scales, qmax, targets, integers, calibration)
+    return Recipe(captured, calibration.scales, qmax, targets, integers, calibration, given)
 
 
 def _prepared(captured: Graph) -> tuple[Graph, Placement]:
@@ -176,7 +181,7 @@ def fresh_export(
             captured.constants[name] = getattr(state, role)
     graph, placement = _prepared(captured)
     anchors: dict[str, NormSite] = {s.name: s for s in recipe.model.table.sites}
-    weights = quantised_weights(graph, placement, recipe.qmax)
+    weights = quantised_weights(graph, placement, recipe.qmax) if recipe.given is None else recipe.given.weights
     model = integer_model(graph, placement, weights, recipe.scales, recipe.qmax, anchors)
     return write(target or recipe.targets[0], model, embedded=True), model
 
@@ -190,12 +195,14 @@ def export_model(
     *,
     keys: Sequence[SigningKey] = (),
     progress: Progress = lambda what: None,
+    given: Given | None = None,
 ) -> Exported:
     """Exports a model into `output`.
 
     Args:
         model: in evaluation mode, with its weights.
         pictures: calibration; at most `MOST_PICTURES` of them go into the bundle.
+        given: of a training; its own forward pass then takes the float model's place in the checks.
 
     Raises:
         ModelError, InputError, UsageError: the model or the pictures cannot be used.
@@ -204,7 +211,7 @@ def export_model(
     """  # fmt: skip
     if not output.parent.is_dir():
         raise UsageError(f"There is no directory {output.parent} to write {output.name} into.")
-    recipe = make_recipe(model, preprocess, pictures, options, progress)
+    recipe = make_recipe(model, preprocess, pictures, options, progress, given)
     classes = recipe.model.graph.shapes[recipe.model.graph.output][-1]
     if options.classes and len(options.classes) != classes:
         raise UsageError(f"--classes names {len(options.classes)} classes; the model has {classes} outputs.")

@@ -14,6 +14,7 @@ __all__ = ["EPS", "RATIOS", "subsample", "zero_anchored"]
 
 RATIOS = tuple(1 - 0.01 * i for i in range(80))
 POWER = 2.4
+AT_ONCE = 2**19  # numbers looked at together
 EPS = 1e-8  # the least step there is
 
 
@@ -38,13 +39,14 @@ def zero_anchored(x: Tensor, codes: Codes, zero: int | None) -> tuple[Tensor, Te
     low, high = x.amin(1).clamp_max(0), x.amax(1).clamp_min(0)
     best = torch.full_like(low, torch.inf)
     steps, zeros = torch.full_like(low, EPS), torch.zeros_like(low) if zero is None else torch.full_like(low, float(zero))
-    for ratio in RATIOS:
-        s, z = _candidate(low * ratio, high * ratio, codes, zero)
-        got = integer_codes(x, s[:, None], z[:, None], codes) * s[:, None]
-        error = (got - x).abs_().pow_(POWER).mean(1)
+    for ratios in torch.split(torch.tensor(RATIOS), max(1, AT_ONCE // x.numel())):
+        s, z = _candidate(low * ratios[:, None], high * ratios[:, None], codes, zero)  # (ratios, rows)
+        got = integer_codes(x, s[..., None], z[..., None], codes).mul_(s[..., None])
+        error, which = got.sub_(x).abs_().pow_(POWER).mean(2).min(0)
         better = error < best
         best = torch.where(better, error, best)
-        steps, zeros = torch.where(better, s, steps), torch.where(better, z, zeros)
+        steps = torch.where(better, s.gather(0, which[None])[0], steps)
+        zeros = torch.where(better, z.gather(0, which[None])[0], zeros)
     return steps, zeros
 
 

@@ -86,15 +86,15 @@ def check_budgets(space: Space, layout: Layout, budgets: Sequence[Budget], forms
         cost, _ = least(space, layout, forms, budget)
         if cost > budget.most:
             raise UsageError(
-                f"No configuration has {budget.name} within {budget.told(budget.most)}: the least possible is "
+                f"No configuration fits a budget of {budget.told(budget.most)} ({budget.name}): the least possible is "
                 f"{budget.told(cost)} (every layer at {space.weight_bits[0]}, every value at {space.activation_bits[0]} bits, "
                 "the first and last at 8).",
                 code="budget",
             )
     narrowest = [least(space, layout, [form], budgets[0])[1] for form in forms] if budgets else []
     if budgets and not any(all(b.cost(c) <= b.most for b in budgets) for c in narrowest):
-        told = " and ".join(f"{b.name} of {b.told(b.most)}" for b in budgets)
-        raise UsageError(f"No configuration has {told} at once: loosen one.", code="budget")
+        told = " and ".join(f"{b.told(b.most)} ({b.name})" for b in budgets)
+        raise UsageError(f"No configuration fits {told} at once: loosen one.", code="budget")
 
 
 class _Search:

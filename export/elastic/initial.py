@@ -55,5 +55,6 @@ def _candidate(low: Tensor, high: Tensor, codes: Codes, zero: int | None) -> tup
         above, below = codes.high - zero, zero - codes.low
         s = torch.maximum(high / above if above else high * 0, -low / below if below else low * 0)
         return s.clamp_min(EPS), torch.full_like(low, float(zero))
-    s = ((high - low) / (codes.high - codes.low)).clamp_min(EPS)
+    # Where a zero point near an end would push q - z beyond its reach (8-bit weights of one sign), the step grows instead.
+    s = torch.maximum((high - low) / (codes.high - codes.low), torch.maximum(high, -low) / codes.reach).clamp_min(EPS)
     return s, (codes.low - torch.round(low / s)).clamp(codes.low, codes.high)

@@ -29,12 +29,12 @@ def files(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, files) -> RunFolder:
-    """48 steps in which every bit-width takes part."""
+    """30 steps in which every bit-width takes part."""
     folder = tmp_path_factory.mktemp("elastic") / "run"
     weights, pictures = files
     main(
         ["export", "train", MODEL, "--weights", str(weights), "--data", str(pictures), "--preprocess",
-         elastic_nets.PREPROCESS_TEXT, "--steps", "48", "--batch", "64", "--lr", "0.003", "--no-augment", "--measure", "60",
+         elastic_nets.PREPROCESS_TEXT, "--steps", "30", "--batch", "64", "--lr", "0.003", "--no-augment", "--measure", "60",
          "-o", str(folder), "--json"]
     )  # fmt: skip
     return RunFolder(folder)

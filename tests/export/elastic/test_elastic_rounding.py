@@ -81,7 +81,11 @@ def test_hand_values():
 )  # fmt: skip
 def test_zero_is_exact_and_every_code_is_in_range(bits, symmetric, weights, step, share, seed):
     codes = weight_codes(bits, symmetric) if weights else activation_codes(bits)
-    z = torch.tensor(float(round(codes.low + share * (codes.high - codes.low)))) if not (weights and symmetric) else torch.zeros(())
+    z = (
+        torch.tensor(float(round(codes.low + share * (codes.high - codes.low))))
+        if not (weights and symmetric)
+        else torch.zeros(())
+    )
     s = torch.tensor(step)
     assert float(elastic_round(torch.zeros(1), s, z, codes, 1.0)) == 0.0
     x = torch.randn(50, generator=torch.Generator().manual_seed(seed)) * step * 2**bits

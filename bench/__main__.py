@@ -16,6 +16,7 @@ from refold.errors import RefoldError
 
 BENCHES = {
     "adaptation": "accuracy under shift: Refold's int8 device and cloud against published methods in fp32",
+    "elastic": "one supernet at every bit-width against nets trained alone and ONNX Runtime's own quantisation",
     "corruptions": "the CIFAR-10-C generator against pictures made with its authors' code",
     "exactness": "any release against a fresh export, bit for bit; its size; the swap; int8 against fp32 time",
     "targets": "one bundle on ONNX Runtime and on LiteRT: agreement, accuracy, latency, size, swaps; MLPerf Tiny's own file",
@@ -37,6 +38,7 @@ def _epilogue() -> str:
 @click.option("--resume", is_flag=True, help="Keep rows that an interrupted run of the same code and settings finished.")
 @click.option("--processes", type=click.IntRange(1), default=os.cpu_count() or 1, help="How many rows run side by side.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--steps", type=click.IntRange(1), help="Training steps, where a benchmark trains (elastic).")
 @click.option("--strict", is_flag=True, help="Exit 1 when a claim does not hold.")
 def main(
     name: str,
@@ -47,12 +49,13 @@ def main(
     resume: bool,
     processes: int,
     seed: int,
+    steps: int | None,
     strict: bool,
 ) -> None:
     """Runs one benchmark and writes NAME.json and NAME.png (NAME-quick.* with --quick)."""
     target = target or out / f"{name}{'-quick' if quick else ''}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    options = Options(quick=quick, only=only, resume=resume, processes=processes, seed=seed, target=target)
+    options = Options(quick=quick, only=only, resume=resume, processes=processes, seed=seed, target=target, steps=steps)
     started = time.monotonic()
     try:
         module = importlib.import_module(f"bench.{name}")

@@ -33,6 +33,7 @@ class Options:
     processes: int = 1
     seed: int = 0
     target: Path = Path("result.json")
+    steps: int | None = None
 
     def wants(self, row: str) -> bool:
         return not self.only or any(part in row for part in self.only)

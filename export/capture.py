@@ -21,7 +21,7 @@ from export.lower import known_operators, lower
 from export.weights import load_weights
 from refold.errors import InputError, ModelError, RefoldError, UsageError
 
-__all__ = ["capture", "load_model"]
+__all__ = ["capture", "load_model", "load_program", "program_of"]
 
 
 def load_model(spec: str, weights: Path | None = None) -> nn.Module | ExportedProgram:
@@ -40,7 +40,7 @@ def load_model(spec: str, weights: Path | None = None) -> nn.Module | ExportedPr
     if spec.endswith(".pt2"):
         if weights is not None:
             raise UsageError("A .pt2 program carries its own weights: leave --weights out.")
-        return _load_program(Path(spec))
+        return load_program(Path(spec))
     target, colon, name = spec.rpartition(":")
     if not colon or not name.isidentifier():
         raise UsageError(f"MODEL {spec!r} is neither file.py:callable, package.module:callable nor a .pt2 file.")
@@ -88,7 +88,8 @@ def _import(target: str) -> object:
     return module
 
 
-def _load_program(path: Path) -> ExportedProgram:
+def load_program(path: Path) -> ExportedProgram:
+    """Raises UsageError when there is no such file, ModelError when this torch cannot read it."""
     if not path.is_file():
         raise UsageError(f"There is no file {path}.", code="no-model")
     try:
@@ -104,16 +105,7 @@ def capture(model: nn.Module | ExportedProgram, height: int, width: int) -> Grap
         InputError: a weight is NaN or infinite.
         ModelError: torch cannot capture it, it is in training mode, or it uses an operator export does not know.
     """
-    if isinstance(model, ExportedProgram):
-        program = model
-        shape = tuple(program.graph_signature.user_inputs and _input_shape(program))
-        if shape[1:] != (3, height, width):
-            raise ModelError(
-                f"The program takes {shape}; the preprocessing makes (batch, 3, {height}, {width}).", code="inputs"
-            )
-    else:
-        _check_training(model)
-        program = _export(model.float(), (3, height, width))
+    program = program_of(model, height, width)
     for name, tensor in program.state_dict.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{name} contains NaN or infinity: these weights cannot be exported.", code="not-finite")
@@ -127,6 +119,19 @@ def capture(model: nn.Module | ExportedProgram, height: int, width: int) -> Grap
         if not np.isfinite(value).all():
             raise InputError(f"{name} contains NaN or infinity: these weights cannot be exported.", code="not-finite")
     return graph
+
+
+def program_of(model: nn.Module | ExportedProgram, height: int, width: int) -> ExportedProgram:
+    """The model as torch captured it: weights and names inside, the Python class no longer needed. Raises as `capture`."""
+    if isinstance(model, ExportedProgram):
+        shape = tuple(model.graph_signature.user_inputs and _input_shape(model))
+        if shape[1:] != (3, height, width):
+            raise ModelError(
+                f"The program takes {shape}; the preprocessing makes (batch, 3, {height}, {width}).", code="inputs"
+            )
+        return model
+    _check_training(model)
+    return _export(model.float(), (3, height, width))
 
 
 def _decomposed(program: ExportedProgram) -> ExportedProgram:

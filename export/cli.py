@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -25,6 +27,11 @@ from refold.sizes import parse_size
 
 __all__ = ["export"]
 
+SUBCOMMANDS = {
+    "train": ("export.elastic.cli_train", "train"),
+    "search": ("export.elastic.cli_search", "search"),
+}
+FROM_RUN = ("export.elastic.cli_from", "export_from")
 STEPS = 12  # about as many steps as the pipeline announces; the bar only has to move
 
 
@@ -41,7 +48,9 @@ def _classes(text: str | None) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-@click.command()
+@click.command(
+    epilog="Elastic training: `refold export train`, `refold export search`, then `refold export --from RUN`; see their --help."
+)
 @click.argument("model")
 @click.option("--weights", type=click.Path(path_type=Path), help="npz, safetensors or a torch state dict (never unpickled).")
 @click.option(
@@ -94,7 +103,7 @@ def _classes(text: str | None) -> list[str]:
 @click.option("--key", "keys", multiple=True, type=click.Path(path_type=Path), help="Sign with this private key (PEM).")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of torch, while exporting.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
-def export(
+def export_one(
     model: str, weights: Path | None, calibration: Path, preprocess: str, targets: tuple[str, ...], output: Path,
     name: str | None, classes: str | None, input_size: str | None, sample_limit: int, observer: str, bits: tuple[str, ...],
     budget: str | None, equalise: bool, correct_bias: bool,
@@ -180,3 +189,29 @@ def _choices(done: Exported) -> Iterator[str]:
         yield f"{row.name:{width}}  {bits[row.name]:>4}  " + "  ".join(f"{row.errors[b]:7.4f}" for b in tried)
     total = sum(layer.weight_bytes for layer in done.bundle.manifest.layers if layer.runs_in == "int8")
     yield f"integer weights: {total:,} bytes"
+
+
+def _named(where: tuple[str, str]) -> click.Command:
+    found: click.Command = getattr(importlib.import_module(where[0]), where[1])
+    return found
+
+
+class _ExportGroup(click.Group):
+    """`refold export MODEL ...` exports one model; the first word of a subcommand, or --from, leads elsewhere."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(SUBCOMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return _named(SUBCOMMANDS[name]) if name in SUBCOMMANDS else None
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args and args[0] in SUBCOMMANDS:
+            return super().make_context(info_name, args, parent, **extra)
+        from_run = any(a == "--from" or a.startswith("--from=") for a in args)
+        return (_named(FROM_RUN) if from_run else export_one).make_context(info_name, args, parent, **extra)
+
+
+export = _ExportGroup("export", help="Quantise a PyTorch model into a bundle.")

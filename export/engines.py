@@ -36,6 +36,7 @@ def session(
     *,
     exact: bool = False,
     optimised: Path | None = None,
+    profile: Path | None = None,
 ) -> ort.InferenceSession:
     """Opens a model.
 
@@ -43,6 +44,7 @@ def session(
         tensors: the adaptable tensors; None for a model that holds its own.
         exact: sum 8-bit weight codes without saturation on processors that lack VNNI (slower, same numbers as with it).
         optimised: where to leave the optimised graph.
+        profile: beginning of the name of the file of times that `end_profiling` leaves.
 
     Raises:
         GateError: ONNX Runtime refuses the model.
@@ -52,6 +54,8 @@ def session(
         options.add_session_config_entry("session.x64quantprecision", "1")
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if tensors is not None:
         values = [ort.OrtValue.ortvalue_from_numpy(np.asarray(v, order="C")) for v in tensors.values()]
         options.add_external_initializers(list(tensors), values)

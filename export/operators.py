@@ -21,16 +21,22 @@ from torch.nn import functional as F  # noqa: N812
 
 from export.ir import Node
 
-__all__ = ["OPERATORS", "Operator", "Role", "evaluate"]
+__all__ = ["OPERATORS", "Norm", "Operator", "Role", "batch_norm", "evaluate"]
 
 Parameters = Mapping[str, Tensor]
 Evaluate = Callable[[Node, Sequence[Tensor], Parameters], Tensor]
+Norm = Callable[[Node, Tensor, Parameters], Tensor]
 
 
 class Role(Enum):
     INTEGER = 1
     CODES = 2
     FLOAT = 3
+
+
+def batch_norm(node: Node, x: Tensor, p: Parameters) -> Tensor:
+    """Batch normalisation with the statistics among the parameters: what a device runs."""
+    return F.batch_norm(x, p["mean"], p["variance"], p["gamma"], p["beta"], False, 0.0, node.attributes["epsilon"])
 
 
 @dataclass(frozen=True)
@@ -42,16 +48,18 @@ class Operator:
     reason: str = ""
 
 
-def evaluate(node: Node, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+def evaluate(node: Node, inputs: Sequence[Tensor], parameters: Parameters, norm: Norm = batch_norm) -> Tensor:
     """Runs one node: the operator, the norm folded behind it, the activation function it absorbed.
 
     Args:
         inputs: float32 activations, batch first unless the model moved it.
         parameters: by role; gamma, beta, mean and variance where the node carries a folded norm.
+        norm: computes every batch norm, folded or not; a training puts the batch's own statistics here.
     """
-    y = OPERATORS[node.op].evaluate(node, inputs, parameters)
+    explicit = node.op == "batch_norm"
+    y = norm(node, inputs[0], parameters) if explicit else OPERATORS[node.op].evaluate(node, inputs, parameters)
     if node.op in FOLDING and "gamma" in parameters:
-        y = _batch_norm(node, [y], parameters)
+        y = norm(node, y, parameters)
     if node.activation is not None:
         y = _clamp(y, *node.activation)
     return y
@@ -64,10 +72,6 @@ def _clamp(x: Tensor, low: float, high: float) -> Tensor:
     if low == 0 and math.isinf(high):
         return F.relu(x)
     return x.clamp(None if math.isinf(low) else low, None if math.isinf(high) else high)
-
-
-def _batch_norm(node: Node, xs: Sequence[Tensor], p: Parameters) -> Tensor:
-    return F.batch_norm(xs[0], p["mean"], p["variance"], p["gamma"], p["beta"], False, 0.0, node.attributes["epsilon"])
 
 
 def _conv(node: Node, xs: Sequence[Tensor], p: Parameters) -> Tensor:
@@ -184,7 +188,9 @@ OPERATORS: dict[str, Operator] = {
         lambda n, xs, p: F.interpolate(xs[0], scale_factor=n.attributes["scales"], mode="nearest"), Role.CODES
     ),
     "clamp": Operator(lambda n, xs, p: _clamp(xs[0], n.attributes["low"], n.attributes["high"]), Role.FLOAT, ELEMENTWISE),
-    "batch_norm": Operator(_batch_norm, Role.FLOAT, "no convolution or linear layer directly before it to fold into"),
+    "batch_norm": Operator(
+        lambda n, xs, p: batch_norm(n, xs[0], p), Role.FLOAT, "no convolution or linear layer directly before it to fold into"
+    ),
     "layer_norm": Operator(
         lambda n, xs, p: F.layer_norm(xs[0], p["gamma"].shape, p["gamma"], p["beta"], n.attributes["epsilon"]), Role.FLOAT, NORM
     ),

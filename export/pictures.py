@@ -15,7 +15,7 @@ from refold.errors import InputError
 from refold.limits import LIMITS
 from refold.preprocess import Preprocess, Resize
 
-__all__ = ["Pictures", "load_pictures"]
+__all__ = ["SUFFIXES", "Pictures", "load_pictures", "read_picture"]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
 FEWEST_LEVELS = 8.0  # standard deviation over all pixels of a set below which it shows nothing
@@ -68,7 +68,7 @@ def _from_folder(folder: Path, preprocess: Preprocess, limit: int, classes: Sequ
     for index in _spread(len(files), limit):
         file = files[int(index)]
         try:
-            images.append(_read(file, preprocess))
+            images.append(read_picture(file, preprocess))
         except InputError as e:
             skipped.append(e.message)
             continue
@@ -82,7 +82,8 @@ def _from_folder(folder: Path, preprocess: Preprocess, limit: int, classes: Sequ
     )
 
 
-def _read(file: Path, preprocess: Preprocess) -> U8:
+def read_picture(file: Path, preprocess: Preprocess) -> U8:
+    """uint8 (height, width, 3) as the model takes it. Raises InputError when the file is not such a picture."""
     try:
         with Image.open(file) as picture:
             if picture.width * picture.height > LIMITS.image_pixels:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.ir import Graph, Node
-from export.operators import evaluate
+from export.operators import Norm, evaluate
 from export.scales import Scale
 
 __all__ = ["FakeQuantise", "batches", "fake_quantise", "float_parameters", "run"]
@@ -19,18 +19,19 @@ Parameters = Callable[[Node], Mapping[str, Tensor]]
 FakeQuantise = Callable[[str, Tensor], Tensor]
 
 
-def run(graph: Graph, x: Tensor, parameters: Parameters, at: FakeQuantise | None = None) -> Tensor:
+def run(graph: Graph, x: Tensor, parameters: Parameters, at: FakeQuantise | None = None, norm: Norm | None = None) -> Tensor:
     """The graph's output for one batch.
 
     Args:
         x: float32 (N, 3, H, W).
         parameters: of a node, by role.
         at: called with each value's name and tensor; returns the tensor its readers see. None: as computed.
+        norm: takes the place of every batch norm (see `export.operators.evaluate`). None: the exported statistics.
     """
     values = {graph.input: x if at is None else at(graph.input, x)}
     left = {value: len(readers) for value, readers in graph.consumers().items()}
     for node in graph.nodes:
-        y = evaluate(node, [values[i] for i in node.inputs], parameters(node))
+        y = evaluate(node, [values[i] for i in node.inputs], parameters(node), norm)
         values[node.output] = y if at is None else at(node.output, y)
         for value in set(node.inputs):
             left[value] -= 1

@@ -21,9 +21,10 @@ from torch.nn import functional as F  # noqa: N812
 
 from export.ir import Node
 
-__all__ = ["OPERATORS", "Operator", "Role", "evaluate"]
+__all__ = ["OPERATORS", "Norm", "Operator", "Role", "evaluate"]
 
 Parameters = Mapping[str, Tensor]
+Norm = Callable[[Node, Tensor, Parameters], Tensor]
 Evaluate = Callable[[Node, Sequence[Tensor], Parameters], Tensor]
 
 
@@ -42,16 +43,21 @@ class Operator:
     reason: str = ""
 
 
-def evaluate(node: Node, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+def evaluate(node: Node, inputs: Sequence[Tensor], parameters: Parameters, norm: Norm | None = None) -> Tensor:
     """Runs one node: the operator, the norm folded behind it, the activation function it absorbed.
 
     Args:
         inputs: float32 activations, batch first unless the model moved it.
         parameters: by role; gamma, beta, mean and variance where the node carries a folded norm.
+        norm: what a training puts in the place of every batch norm, folded or not: gets the node, the norm's input and the
+            parameters. None: the exported statistics.
     """
-    y = OPERATORS[node.op].evaluate(node, inputs, parameters)
+    if norm is not None and node.op == "batch_norm":
+        y = norm(node, inputs[0], parameters)
+    else:
+        y = OPERATORS[node.op].evaluate(node, inputs, parameters)
     if node.op in FOLDING and "gamma" in parameters:
-        y = _batch_norm(node, [y], parameters)
+        y = _batch_norm(node, [y], parameters) if norm is None else norm(node, y, parameters)
     if node.activation is not None:
         y = _clamp(y, *node.activation)
     return y

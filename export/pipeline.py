@@ -263,8 +263,13 @@ def _manifest(recipe: Recipe, preprocess: Preprocess, options: Options, classes:
             m.layers.add(op=op, weight_bits=model.bits, weight_bytes=size, runs_in="int8", **common)
         elif model.placement.roles[node.output] is Role.FLOAT and node.op not in BEHIND_A_NORM:
             reason = "kept so by --keep-float" if node.attributes.get("keep_float") else OPERATORS[node.op].reason
-            size = sum(model.graph.constants[p].nbytes for p in node.parameters.values())
-            m.layers.add(op=node.op, weight_bits=32 if size else 0, weight_bytes=size, runs_in=f"float: {reason}", **common)
+            held = node.parameters.values()
+            stored = [p for p in held if p in model.stored]
+            size = sum(model.stored[p].codes.nbytes if p in stored else model.graph.constants[p].nbytes for p in held)
+            if stored:
+                reason = "its weights have more than 8 bits; they are stored as 16-bit integers"
+            bits = 16 if stored else 32 if size else 0
+            m.layers.add(op=node.op, weight_bits=bits, weight_bytes=size, runs_in=f"float: {reason}", **common)
     return m
 
 

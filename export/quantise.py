@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from export.scales import Scale
 from refold.errors import ModelError
 from refold.norms import ActivationScale, NormKind, NormSite, NormState, NormTable, SiteTensors
 
-__all__ = ["IntegerModel", "WeightCodes", "integer_model", "quantise_weights"]
+__all__ = ["IntegerModel", "StoredWeight", "WeightCodes", "integer_model", "quantise_weights"]
 
 F32 = NDArray[np.float32]
 EXPLICIT = {
@@ -55,10 +55,19 @@ def quantise_weights(weight: F32, qmax: int) -> WeightCodes:
 
 
 @dataclass(frozen=True)
+class StoredWeight:
+    """Weights of a float layer, stored as 16-bit integers: W = step * codes, exactly."""
+
+    codes: NDArray[np.int16]
+    step: float
+
+
+@dataclass(frozen=True)
 class IntegerModel:
     """Everything a writer needs: the graph, where it runs, the integers by layer output, and the norm table.
 
-    `table` is in execution order; `sites` maps a node's output to its site.
+    `table` is in execution order; `sites` maps a node's output to its site; `stored` holds weights of float layers that a
+    training left on a 16-bit grid, by the constant's name.
     """
 
     graph: Graph
@@ -67,6 +76,7 @@ class IntegerModel:
     table: NormTable
     sites: Mapping[str, NormSite]
     qmax: int
+    stored: Mapping[str, StoredWeight] = field(default_factory=dict)
 
     def codes(self, node: Node) -> NDArray[np.int8]:
         """The integers that ship: sign included."""
@@ -110,6 +120,7 @@ def integer_model(
     scales: Mapping[str, Scale],
     qmax: int,
     floors: Mapping[str, NormSite] | None = None,
+    power_of_two: bool = False,
 ) -> IntegerModel:
     """Puts the norm table together.
 
@@ -117,6 +128,7 @@ def integer_model(
         scales: of the values with a scale of their own.
         floors: sites of the bundle a fresh export is compared with; its dead channels keep that bundle's floors and signs,
             which, like the activation scales, are numbers of the calibration and not of the norm state.
+        power_of_two: round the folded scales, now and at every refolding, to powers of two.
 
     Raises:
         ModelError: two layers share a norm, or the model has none.
@@ -124,7 +136,7 @@ def integer_model(
     sites: dict[str, NormSite] = {}
     norms: dict[str, str] = {}
     for node in graph.nodes:
-        site = _site(graph, placement, node, weights, scales)
+        site = _site(graph, placement, node, weights, scales, power_of_two)
         if site is None:
             continue
         if site.has_norm and node.parameters["gamma"] in norms:
@@ -157,8 +169,9 @@ def _with_floor(site: NormSite, known: NormSite) -> NormSite:
 
 
 def _site(
-    graph: Graph, placement: Placement, node: Node, weights: Mapping[str, WeightCodes], scales: Mapping[str, Scale]
-) -> NormSite | None:
+    graph: Graph, placement: Placement, node: Node, weights: Mapping[str, WeightCodes], scales: Mapping[str, Scale],
+    power_of_two: bool,
+) -> NormSite | None:  # fmt: skip
     held = {role: graph.constants[name] for role, name in node.parameters.items()}
     if is_integer_layer(placement, node):
         channels = held["weight"].shape[0]
@@ -174,6 +187,7 @@ def _site(
             input_scale=scales[source].scale,
             epsilon=node.attributes["epsilon"] if normed else 0.0,
             has_norm=normed,
+            power_of_two=power_of_two,
         )
     if node.op in EXPLICIT and node.site:
         kind = EXPLICIT[node.op]

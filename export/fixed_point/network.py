@@ -25,6 +25,7 @@ from export.ir import Graph, Node
 from export.placement import place
 from export.rules import apply_rules
 from refold.errors import ModelError
+from refold.norms import nearest_power_of_two
 
 __all__ = ["Network", "fitted", "generator_of", "macs"]
 
@@ -135,7 +136,11 @@ class Network:
             self.quantised[name] = drawn.requires_grad_()
 
     def parameters(self, node: Node) -> Mapping[str, Tensor]:
-        return {role: self._constant(name) for role, name in node.parameters.items()}
+        found = {role: self._constant(name) for role, name in node.parameters.items()}
+        if self.settings.power_of_two and {"weight", "gamma"} <= set(found) and not self.settings.float32:
+            step, epsilon = self.forms[node.parameters["weight"]].step, node.attributes["epsilon"]
+            found["gamma"] = served_gamma(found["gamma"], found["variance"], step, epsilon)
+        return found
 
     def _constant(self, name: str) -> Tensor:
         for place_ in (self.quantised, self.statistics, self._fixed):
@@ -189,6 +194,14 @@ class Network:
         """Every constant of the trained network: quantised tensors, statistics, and what never changed."""
         return {name: t.detach().numpy().copy() for group in (self._fixed, self.statistics, self.quantised)
                 for name, t in group.items()}  # fmt: skip
+
+
+def served_gamma(gamma: Tensor, variance: Tensor, step: float, epsilon: float) -> Tensor:
+    """gamma moved so that step * |gamma| / sigma is a power of two, as `refold.norms` serves it; gradients pass straight."""
+    size = step * gamma.detach().double().abs() * (variance.double() + float(np.float32(epsilon))).rsqrt()
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    nearest = torch.from_numpy(nearest_power_of_two(size.numpy()))
+    return gamma * (nearest / size).to(torch.float32)
 
 
 def generator_of(seed: int, purpose: str, number: int = 0) -> torch.Generator:

@@ -42,6 +42,7 @@ class Settings:
         stochastic_activations: round activations at random in training, as the paper does.
         refresh: steps between two looks at the fractions of activations.
         statistics_momentum: of the running mean and variance.
+        power_of_two: let every folded norm scale by a power of two, as a target that shifts will (`refold.norms`).
         from_scratch: start at random weights (truncated normal, variance 1/2 over the fan-in) instead of the model's own.
         augment: mirror at random, and shift by up to an eighth of the side.
         float32: train in float32 with everything else alike: the baseline.
@@ -76,6 +77,7 @@ class Settings:
     stochastic_activations: bool = True
     refresh: int = 25
     statistics_momentum: float = 0.1
+    power_of_two: bool = False
     from_scratch: bool = False
     augment: bool = False
     float32: bool = False

@@ -25,6 +25,12 @@ FORMAT = 1
 
 def fingerprint(trainer: Trainer) -> str:
     """SHA-256 over the model at the start, the settings, the preprocessing and the pictures: what a checkpoint belongs to."""
+    if not trainer.identity:
+        trainer.identity = _digest(trainer)
+    return trainer.identity
+
+
+def _digest(trainer: Trainer) -> str:
     digest = hashlib.sha256(json.dumps(trainer.settings.encode(), sort_keys=True).encode())
     digest.update(repr(trainer.preprocess).encode())
     for name, value in sorted(trainer.network.captured.constants.items()):

@@ -39,6 +39,7 @@ from export.preprocessing import parse_preprocess
 from export.targets import TARGETS
 from refold.atomic import write_atomically
 from refold.errors import InputError, ModelError, StorageError, UsageError
+from refold.preprocess import Preprocess
 
 __all__ = ["fixed_point_train"]
 
@@ -49,7 +50,7 @@ CHECKPOINT, WEIGHTS, REPORT, PLOT = "checkpoint.pt", "trained.npz", "report.json
 @click.command("fixed-point")
 @click.argument("model")
 @click.option(
-    "--pictures",
+    "--data",
     type=click.Path(path_type=Path),
     required=True,
     help="Labelled: a folder with one folder for each class, or an npz with images and labels.",
@@ -62,6 +63,8 @@ CHECKPOINT, WEIGHTS, REPORT, PLOT = "checkpoint.pt", "trained.npz", "report.json
     required=True,
     help="Folder for checkpoint.pt, trained.npz, report.json and training.png.",
 )
+@click.option("--input-size", metavar="WxH", help="Overrides the size in --preprocess.")
+@click.option("--classes", help="Class names in label order, a,b,c (folders only; default: sorted).")
 @click.option("--weights", type=click.Path(path_type=Path), help="npz, safetensors or a torch state dict (never unpickled).")
 @click.option("--evaluation", type=click.Path(path_type=Path), help="Pictures to measure on; default: a share of the others.")
 @click.option(
@@ -69,7 +72,7 @@ CHECKPOINT, WEIGHTS, REPORT, PLOT = "checkpoint.pt", "trained.npz", "report.json
     type=click.FloatRange(0, 0.9),
     default=0.1,
     show_default=True,
-    help="Share of --pictures to measure on instead of training on, where --evaluation is not given.",
+    help="Share of --data to measure on instead of training on, where --evaluation is not given.",
 )
 @click.option(
     "--longest",
@@ -85,7 +88,7 @@ CHECKPOINT, WEIGHTS, REPORT, PLOT = "checkpoint.pt", "trained.npz", "report.json
 @click.option("--epochs", type=click.IntRange(1), help="Default: 100.")
 @click.option("--batch", type=click.IntRange(1), help="Pictures in a forward pass. Default: 512.")
 @click.option("--accumulation", type=click.IntRange(1), help="Forward passes in a step. Default: 4.")
-@click.option("--learning-rate", type=float, help="Default: 0.1 from scratch, 0.01 from the model's own weights.")
+@click.option("--lr", "learning_rate", type=float, help="Default: 0.1 from scratch, 0.01 from the model's own weights.")
 @click.option("--from-scratch", is_flag=True, help="Start at random weights.")
 @click.option("--augment", is_flag=True, help="Mirror and shift pictures at random.")
 @click.option("--set", "changed", multiple=True, metavar="NAME=VALUE", help="Any other setting: docs/guide/fixed-point.md.")
@@ -104,10 +107,11 @@ CHECKPOINT, WEIGHTS, REPORT, PLOT = "checkpoint.pt", "trained.npz", "report.json
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of torch.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")  # fmt: skip
 def fixed_point_train(
-    model: str, pictures: Path, preprocess: str, output: Path, weights: Path | None, evaluation: Path | None, held_out: float,
-    longest: int, published: bool, float32: bool, strict: bool, power_of_two: bool, epochs: int | None, batch: int | None,
-    accumulation: int | None, learning_rate: float | None, from_scratch: bool, augment: bool, changed: tuple[str, ...],
-    seed: int, target: str, checkpoint_every: float, restart: bool, threads: int, as_json: bool,
+    model: str, data: Path, preprocess: str, input_size: str | None, classes: str | None, output: Path, weights: Path | None,
+    evaluation: Path | None, held_out: float, longest: int, published: bool, float32: bool, strict: bool, power_of_two: bool,
+    epochs: int | None, batch: int | None, accumulation: int | None, learning_rate: float | None, from_scratch: bool,
+    augment: bool, changed: tuple[str, ...], seed: int, target: str, checkpoint_every: float, restart: bool, threads: int,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Train MODEL (file.py:callable, package.module:callable or a .pt2) in adaptive fixed-point words (AdaPT).
 
@@ -128,8 +132,9 @@ def fixed_point_train(
     except OSError as e:
         raise StorageError(f"{output} cannot be made: {e.strerror or e}. Give another folder with --output.") from e
     console = Console(stderr=True)
-    plan = parse_preprocess(preprocess)
-    train, measured_on = _pictures(pictures, evaluation, held_out, plan, seed)
+    plan = parse_preprocess(preprocess, input_size)
+    names = [name.strip() for name in (classes or "").split(",") if name.strip()]
+    train, measured_on = _pictures(data, evaluation, held_out, plan, seed, names)
     module = load_model(model, weights)
     network = Network(capture(module, plan.height, plan.width), settings)
     trainer = Trainer(network, plan, *train, measured_on)
@@ -172,11 +177,11 @@ def _settings(changed: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _pictures(
-    source: Path, evaluation: Path | None, share: float, plan: Any, seed: int
+    source: Path, evaluation: Path | None, share: float, plan: Preprocess, seed: int, names: list[str]
 ) -> tuple[tuple[Any, Any], tuple[Any, Any] | None]:
-    found = _labelled(load_pictures(source, plan, EVERY), source)
+    found = _labelled(load_pictures(source, plan, EVERY, names), source)
     if evaluation is not None:
-        return found, _labelled(load_pictures(evaluation, plan, EVERY), evaluation)
+        return found, _labelled(load_pictures(evaluation, plan, EVERY, names), evaluation)
     images, labels = found
     order = np.random.default_rng(seed).permutation(len(images))
     kept = order[: len(images) - int(share * len(images))]

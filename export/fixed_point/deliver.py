@@ -56,10 +56,12 @@ class Given:
     Attributes:
         weights: of every integer layer, by its node's output.
         scales: of every value with a scale of its own.
+        constants: float tensors that replace the captured ones by name: trained weights, biases and norms.
     """
 
     weights: Mapping[str, FixedCodes]
     scales: Mapping[str, FixedScale]
+    constants: Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Delivery:
     stored: weights of 9 to 16 bits, by constant's name.
     shortened: layers that lost a bit of fraction for the target, by name, with the root mean square of what it changed over
         that of the weights.
+    keep_float: names of what must stay in float, for `export.pipeline.Options`.
     """
 
     captured: Graph
@@ -79,6 +82,7 @@ class Delivery:
     stored: Mapping[str, StoredWeight]
     shortened: Mapping[str, float]
     qmax: int
+    keep_float: tuple[str, ...]
 
     def integers(self, *, power_of_two: bool = False) -> IntegerModel:
         """What the target writers take.
@@ -104,8 +108,10 @@ def deliver(network: Network, qmax: int = 127) -> Delivery:
     if network.settings.float32:
         raise ModelError("A network trained in float32 has no fixed-point codes to deliver.", code="float32")
     captured = network.captured.copy()
-    captured.constants.update({n: v for n, v in network.constants().items() if n in captured.constants})
-    _keep_float(network, captured)
+    constants = {n: v for n, v in network.constants().items() if n in captured.constants}
+    captured.constants.update(constants)
+    kept = _kept_in_float(network)
+    captured.nodes = [n.with_attributes(keep_float=True) if n.name in kept else n for n in captured.nodes]
     graph = apply_rules(captured)
     placement = place(graph)
     weights, shortened = {}, {}
@@ -124,10 +130,11 @@ def deliver(network: Network, qmax: int = 127) -> Delivery:
         captured,
         graph,
         placement,
-        Given(weights, _scales(network, placement)),
+        Given(weights, _scales(network, placement), constants),
         _stored(network, graph, weights),
         shortened,
         qmax,
+        kept,
     )
 
 
@@ -139,19 +146,19 @@ def _codes(weight: NDArray[np.float32], form: FixedPoint, qmax: int) -> tuple[ND
     return codes, form
 
 
-def _keep_float(network: Network, captured: Graph) -> None:
-    """Marks what no integer kernel takes: layers of long words, and whatever reads or makes a value of long words."""
+def _kept_in_float(network: Network) -> tuple[str, ...]:
+    """What no integer kernel takes: layers of long words, and whatever reads or makes a value of long words."""
     forms = {value: network.form_of_value(source) for value, source in network.placement.scale_of.items()}
     long_values = {value for value, form in forms.items() if form is not None and form.word > INTEGER}
-    kept = set()
+    kept = []
     for node in network.graph.nodes:
         if network.placement.roles[node.output] is not Role.INTEGER:
             continue
         weight = node.parameters.get("weight", "")
         too_long = weight in network.forms and network.forms[weight].word > INTEGER
         if too_long or long_values.intersection((*node.inputs, node.output)):
-            kept.add(node.name)
-    captured.nodes = [n.with_attributes(keep_float=True) if n.name in kept else n for n in captured.nodes]
+            kept.append(node.name)
+    return tuple(kept)
 
 
 def _scales(network: Network, placement: Placement) -> dict[str, FixedScale]:

@@ -181,6 +181,21 @@ class Network:
         return F.batch_norm(y, p["mean"], p["variance"], p["gamma"], p["beta"], True, momentum, epsilon)
 
     @torch.no_grad()
+    def settle(self, x: Tensor) -> None:
+        """Chooses the fraction of every activation by what passes in an evaluation, behind the fractions chosen before it."""
+        if self.settings.activation_word is None or self.settings.float32:
+            return
+        word = self.settings.activation_word
+
+        def at(value: str, y: Tensor) -> Tensor:
+            if value in self._scaled:
+                self.values[value] = fitted(y, word, self._clamps.get(value))
+                y = _rounded(y, self.values[value], None)
+            return y
+
+        run(self.graph, x, self.parameters, at)
+
+    @torch.no_grad()
     def evaluate(self, x: Tensor) -> Tensor:
         """Logits as an engine computes them: running statistics, activations rounded to nearest."""
 

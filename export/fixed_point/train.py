@@ -38,6 +38,7 @@ __all__ = ["Epoch", "Trainer", "Watch", "accuracy"]
 
 U8 = NDArray[np.uint8]
 EVALUATED = 256  # pictures in one forward pass of an evaluation
+SETTLED = 128  # training pictures on which activations get their fractions at the end of an epoch
 
 
 @dataclass
@@ -106,6 +107,9 @@ class Trainer:
         labels: int64 (N,).
         held_out: pictures and labels on which epochs are measured; may be empty.
 
+    Attributes:
+        identity: `checkpoint.fingerprint`, once it was asked for.
+
     Raises:
         InputError: labels do not fit the pictures or the network's outputs.
     """  # fmt: skip
@@ -131,6 +135,7 @@ class Trainer:
         }
         self.plateau = Plateau(s.learning_rate)
         self.state = State()
+        self.identity = ""
         self.macs = macs(network.graph)
         self.sizes = {name: network.master[name].numel() for name in network.weights}
         self._count()
@@ -182,6 +187,7 @@ class Trainer:
             )
         self._update(generator)
         if not self.settings.float32:
+            self._add_costs()
             self._switch(loss)
         self.network.requantise(generator)
         self._count()
@@ -247,12 +253,15 @@ class Trainer:
         for name, watch in self.watches.items():
             leaf = self.network.quantised[name]
             watch.nonzero = float(torch.count_nonzero(leaf)) / leaf.numel()
-        if not self.settings.float32:
-            formats = {n: (self.network.forms[n].word, w.nonzero, w.lookback, w.resolution) for n, w in self.watches.items()}
-            self.state.costs = self.state.costs + step_costs(formats, self.macs, self.sizes, self.micro_batch[1])
+
+    def _add_costs(self) -> None:
+        formats = {n: (self.network.forms[n].word, w.nonzero, w.lookback, w.resolution) for n, w in self.watches.items()}
+        self.state.costs = self.state.costs + step_costs(formats, self.macs, self.sizes, self.micro_batch[1])
 
     def _end_epoch(self) -> None:
         state, s = self.state, self.settings
+        part = self.images[np.unique(np.linspace(0, len(self.images) - 1, SETTLED).astype(np.int64))]
+        self.network.settle(torch.from_numpy(self.preprocess.apply(part)))
         loss = float(np.mean(state.losses[-self.steps_in_epoch :]))
         measured = math.nan
         if self.held_out is not None and len(self.held_out[0]):

@@ -52,6 +52,8 @@ def test_dequantised_codes_are_the_trained_network(trained):
         assert np.log2(scale.scale) % 1 == 0 and scale.zero_point in (0, 128) and scale.levels == 256
     own = trained.network.evaluate(torch.from_numpy(X)).numpy()
     assert np.array_equal(interpreted(delivery), own)
+    assert set(delivery.given.constants) == set(trained.network.captured.constants) and not delivery.keep_float
+    assert all(v is delivery.captured.constants[n] for n, v in delivery.given.constants.items())
 
 
 @pytest.mark.parametrize("net", ["vgg", "dense", "squeeze", "vit", "inverted"])
@@ -142,7 +144,7 @@ def test_mixed_words_keep_the_short_ones_in_integers():
     delivery = deliver(net)
     assert len(delivery.given.weights) == 5 and set(delivery.stored) == {"a.0.weight"}
     kept = {n.name for n in delivery.graph.nodes if n.attributes.get("keep_float")}
-    assert kept == {"a.0", "c.0"}
+    assert kept == set(delivery.keep_float) == {"a.0", "c.0"}
     engine = in_runtime(delivery.integers(), "ort-x86-vnni")
     own = net.evaluate(torch.from_numpy(X)).numpy()
     assert np.abs(engine - own).max() < 0.1 * own.std()

@@ -29,13 +29,13 @@ def leaves(trainer: Trainer) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("settings", [
-    for_integers(**{**QUICK, "epochs": 10}, from_scratch=True), Settings(**{**QUICK, "epochs": 10}, from_scratch=True),
+    for_integers(**{**QUICK, "epochs": 8}, from_scratch=True), Settings(**{**QUICK, "epochs": 8}, from_scratch=True),
 ], ids=["integers", "published"])  # fmt: skip
 def test_it_learns_from_scratch(settings):
-    trainer = trainer_of(settings, count=224)
+    trainer = trainer_of(settings, count=160)
     trainer.run()
     epochs = trainer.state.epochs
-    assert len(epochs) == 10
+    assert len(epochs) == 8
     assert np.mean([e.accuracy for e in epochs[-5:]]) > max(0.65, epochs[0].accuracy)  # four classes
 
 
@@ -122,7 +122,7 @@ def test_training_norms_are_torchs():
             assert torch.allclose(net.statistics[name], buffer, rtol=1e-5, atol=1e-7), name
 
 
-@pytest.mark.parametrize("name", sorted(export_nets.NETS))
+@pytest.mark.parametrize("name", sorted(set(export_nets.NETS) - {"decomposed"}))
 def test_every_family_trains(name):
     trainer = trainer_of(for_integers(**{**QUICK, "epochs": 1}, learning_rate=0.01), name, count=64)
     before = leaves(trainer)

@@ -122,9 +122,9 @@ def fixed_point_train(
     given: dict[str, Any] = {
         "epochs": epochs, "batch": batch, "accumulation": accumulation, "power_of_two": power_of_two or None,
         "learning_rate": learning_rate or (None if from_scratch else 0.01), "from_scratch": from_scratch, "augment": augment,
-        "seed": seed, "tolerance": 0.0 if strict else None, **_settings(changed),
+        "seed": seed, "tolerance": 0.0 if strict else None,
     }  # fmt: skip
-    given = {k: v for k, v in given.items() if v is not None}
+    given = {**{k: v for k, v in given.items() if v is not None}, **_settings(changed)}
     settings = Settings(**given) if published else for_integers(longest, **given)
     settings = in_float32(settings) if float32 else settings
     try:

@@ -84,18 +84,20 @@ class Delivery:
     qmax: int
     keep_float: tuple[str, ...]
 
-    def integers(self, *, power_of_two: bool = False) -> IntegerModel:
+    def integers(self, *, power_of_two: bool = False, sixteen_bit: bool = True) -> IntegerModel:
         """What the target writers take.
 
         Args:
             power_of_two: round the folded scales, now and at every refolding, to powers of two.
+            sixteen_bit: store weights of 9 to 16 bits as int16; otherwise as float32, which ONNX Runtime need not dequantise at
+                every inference.
 
         Raises:
             ModelError: see `export.quantise.integer_model`.
         """
         given = self.given
         model = integer_model(self.graph, self.placement, given.weights, given.scales, self.qmax, power_of_two=power_of_two)
-        return replace(model, stored=self.stored)
+        return replace(model, stored=self.stored if sixteen_bit else {})
 
 
 def deliver(network: Network, qmax: int = 127) -> Delivery:
@@ -177,7 +179,7 @@ def _stored(network: Network, graph: Graph, integer: Mapping[str, FixedCodes]) -
     for node in graph.nodes:
         name = node.parameters.get("weight", "")
         form = network.forms.get(name)
-        if form is not None and form.word <= STORED and node.output not in integer:
+        if form is not None and INTEGER < form.word <= STORED and node.output not in integer:
             stored[name] = StoredWeight(form.codes(graph.constants[name]).astype(np.int16), form.step)
     return stored
 

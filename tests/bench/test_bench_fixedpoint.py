@@ -23,7 +23,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(fixedpoint, "cifar10", pictures)
     monkeypatch.setattr(fixedpoint, "resnet20", lambda: CifarResNet(1).eval())
-    monkeypatch.setattr(fixedpoint, "QUICK", {**fixedpoint.QUICK, "epochs": 1, "batch": 16, "lookback": (1, 2)})
+    quick = {**fixedpoint.QUICK, "epochs": 1, "batch": 16, "lookback": (1, 2), "from_scratch": True}
+    monkeypatch.setattr(fixedpoint, "QUICK", quick)
     monkeypatch.setattr(fixedpoint, "TESTED", {True: 32})
 
 

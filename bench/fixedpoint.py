@@ -31,7 +31,7 @@ from export.fixed_point.measure import measure
 from export.fixed_point.network import Network
 from export.fixed_point.power_of_two import scale_errors
 from export.fixed_point.report import report
-from export.fixed_point.settings import Settings, for_integers, in_float32
+from export.fixed_point.settings import Settings, as_published, for_integers, in_float32
 from export.fixed_point.train import Trainer, accuracy
 from export.preprocessing import parse_preprocess
 from export.targets import TARGETS
@@ -52,10 +52,9 @@ PAPER = {
     "accuracy": 0.98,
 }  # arXiv 2107.13490 v4, abstract; points of accuracy
 WHOLE, SHORT = "ort-x86-vnni", "ort-x86-avx2"
-TRAINED = {"word": 16, "fraction": 8}  # where the paper's words start at trained weights, which <8,4> rounds to nothing
 ROWS: dict[str, Callable[[dict[str, Any], int], Settings]] = {
     "float32": lambda common, seed: in_float32(for_integers(**common, seed=seed)),
-    "published": lambda common, seed: Settings(**(common if common["from_scratch"] else {**common, **TRAINED}), seed=seed),
+    "published": lambda common, seed: as_published(**common, seed=seed),
     "integers": lambda common, seed: for_integers(**common, seed=seed),
     "shifts": lambda common, seed: for_integers(**common, seed=seed, power_of_two=True),
 }

@@ -32,7 +32,7 @@ from export.fixed_point.measure import Measured, measure
 from export.fixed_point.network import Network
 from export.fixed_point.power_of_two import scale_errors
 from export.fixed_point.report import Report, plot, report
-from export.fixed_point.settings import Settings, for_integers, in_float32
+from export.fixed_point.settings import Settings, as_published, for_integers, in_float32
 from export.fixed_point.train import Trainer
 from export.pictures import Pictures, load_pictures
 from export.preprocessing import parse_preprocess
@@ -44,6 +44,7 @@ from refold.preprocess import Preprocess
 __all__ = ["fixed_point_train"]
 
 EVERY = 10**9  # pictures: all of them
+FINE_RATE = 0.01  # where trained weights are gone on from: a step of 0.1 would be a tenth of a small tensor
 CHECKPOINT, WEIGHTS, REPORT, PLOT = "checkpoint.pt", "trained.npz", "report.json", "training.png"
 
 
@@ -119,13 +120,15 @@ def fixed_point_train(
     same bytes.
     """
     torch.set_num_threads(threads)
+    if learning_rate is None and not from_scratch:
+        learning_rate = FINE_RATE
     given: dict[str, Any] = {
         "epochs": epochs, "batch": batch, "accumulation": accumulation, "power_of_two": power_of_two or None,
-        "learning_rate": learning_rate or (None if from_scratch else 0.01), "from_scratch": from_scratch, "augment": augment,
-        "seed": seed, "tolerance": 0.0 if strict else None,
+        "learning_rate": learning_rate, "from_scratch": from_scratch, "augment": augment, "seed": seed,
+        "tolerance": 0.0 if strict else None,
     }  # fmt: skip
     given = {**{k: v for k, v in given.items() if v is not None}, **_settings(changed)}
-    settings = Settings(**given) if published else for_integers(longest, **given)
+    settings = as_published(**given) if published else for_integers(longest, **given)
     settings = in_float32(settings) if float32 else settings
     try:
         output.mkdir(parents=True, exist_ok=True)

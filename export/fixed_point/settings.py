@@ -10,7 +10,7 @@ from typing import Any
 from export.fixed_point.precision import Bounds
 from refold.errors import UsageError
 
-__all__ = ["Settings", "for_integers", "in_float32"]
+__all__ = ["Settings", "as_published", "for_integers", "in_float32"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            self._need(_fits(getattr(self, field.name), str(field.type)), field.name, KINDS[str(field.type)])
         for name in ("epochs", "batch", "accumulation", "patience", "refresh"):
             self._need(getattr(self, name) >= 1, name, "at least 1")
         for name in ("learning_rate", "decay", "statistics_momentum", "lookback_momentum"):
@@ -123,6 +125,28 @@ class Settings:
             raise UsageError(f"This version knows no setting {sorted(set(values) - known)[0]!r}.")
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**given)
+
+
+KINDS = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "int | None": "a whole number or none",
+    "tuple[int, int]": "two whole numbers",
+}  # fmt: skip
+
+
+def _fits(value: Any, kind: str) -> bool:
+    if kind == "tuple[int, int]":
+        return isinstance(value, tuple) and len(value) == 2 and all(_fits(v, "int") for v in value)
+    if kind == "bool" or isinstance(value, bool):
+        return kind == "bool" and isinstance(value, bool)
+    if kind == "float":
+        return isinstance(value, (int, float))
+    return isinstance(value, int) or (value is None and kind == "int | None")
+
+
+def as_published(**changed: Any) -> Settings:
+    """The paper's configuration; from trained weights it starts at <16,8>, because <8,4> rounds these to nothing."""
+    start = {} if changed.get("from_scratch") else {"word": 16, "fraction": 8}
+    return Settings(**{**start, **changed})
 
 
 def for_integers(longest: int = 8, **changed: Any) -> Settings:

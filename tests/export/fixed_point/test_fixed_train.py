@@ -16,7 +16,7 @@ from export.fixed_point.checkpoint import resume, save
 from export.fixed_point.network import Network, fitted, generator_of, macs
 from export.fixed_point.precision import Strategy
 from export.fixed_point.report import report
-from export.fixed_point.settings import Settings, for_integers, in_float32
+from export.fixed_point.settings import Settings, as_published, for_integers, in_float32
 from export.fixed_point.train import Plateau, Trainer, augmented, unit
 from export.interpret import float_parameters, run
 from refold.errors import InputError, ModelError, UsageError
@@ -213,6 +213,7 @@ def test_diverging_is_said():
 @pytest.mark.parametrize(("name", "value"), [
     ("epochs", 0), ("learning_rate", 0.0), ("momentum", 1.0), ("lookback", (9, 3)), ("resolution", (1, 5)), ("longest", 33),
     ("word", 9), ("buffer", 8), ("seed", -1), ("tolerance", math.nan), ("activation_word", 1), ("vector_word", 33),
+    ("epochs", True), ("lookback", 5), ("lookback", (1.5, 2)), ("l1", "much"), ("augment", 1),
 ])  # fmt: skip
 def test_settings_are_checked(name, value):
     with pytest.raises(UsageError, match=name):
@@ -227,6 +228,7 @@ def test_settings_survive_json():
     with pytest.raises(UsageError, match="colour"):
         Settings.decode({"colour": 1})
     assert dataclasses.replace(settings, float32=True) == in_float32(settings)
+    assert as_published().word == 16 and as_published(from_scratch=True).fraction == 4
 
 
 def test_labels_must_fit():

@@ -20,6 +20,7 @@ BENCHES = {
     "corruptions": "the CIFAR-10-C generator against pictures made with its authors' code",
     "exactness": "any release against a fresh export, bit for bit; its size; the swap; int8 against fp32 time",
     "targets": "one bundle on ONNX Runtime and on LiteRT: agreement, accuracy, latency, size, swaps; MLPerf Tiny's own file",
+    "fixedpoint": "AdaPT's fixed-point training against float32: accuracy, bits, size, modelled and real time",
     "overhead": "the daemon's frame path against a bare ONNX Runtime session; swaps under load; memory",
 }
 RESULTS = Path(__file__).resolve().parent / "results"

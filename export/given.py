@@ -13,7 +13,7 @@ from export.calibrate import Calibration
 from export.interpret import batches, run, simulated
 from export.ir import Graph
 from export.placement import Placement
-from export.quantise import WeightCodes, dequantised_parameters, is_integer_layer
+from export.quantise import StoredWeight, WeightCodes, dequantised_parameters, is_integer_layer
 from export.scales import Scale
 from refold.errors import ModelError
 
@@ -28,11 +28,15 @@ class Given:
         weights: codes, scales and bits of every integer layer, by its output.
         scales: of every value with a scale of its own.
         constants: float tensors that replace the captured ones by name: trained weights, the norms of this very form.
+        stored: weights of float layers on a 16-bit grid, by constant.
+        power_of_two: folded scales are powers of two, now and at every refolding.
     """
 
     weights: Mapping[str, WeightCodes]
     scales: Mapping[str, Scale]
     constants: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    stored: Mapping[str, StoredWeight] = field(default_factory=dict)
+    power_of_two: bool = False
 
 
 def with_constants(graph: Graph, given: Given) -> Graph:

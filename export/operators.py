@@ -24,8 +24,8 @@ from export.ir import Node
 __all__ = ["OPERATORS", "Norm", "Operator", "Role", "batch_norm", "evaluate"]
 
 Parameters = Mapping[str, Tensor]
-Evaluate = Callable[[Node, Sequence[Tensor], Parameters], Tensor]
 Norm = Callable[[Node, Tensor, Parameters], Tensor]
+Evaluate = Callable[[Node, Sequence[Tensor], Parameters], Tensor]
 
 
 class Role(Enum):

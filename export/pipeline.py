@@ -13,7 +13,7 @@ import fnmatch
 import io
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +158,18 @@ def make_recipe(
         raise ModelError("The model has no convolution or linear layer that can run in integers.", code="no-layers")
     if given is not None:
         calibration = taken(given, graph, placement, x, qmax)
-        integers = integer_model(graph, placement, given.weights, calibration.scales, qmax, peak=calibration.peak)
+        integers = replace(
+            integer_model(
+                graph,
+                placement,
+                given.weights,
+                calibration.scales,
+                qmax,
+                peak=calibration.peak,
+                power_of_two=given.power_of_two,
+            ),
+            stored=given.stored,
+        )
         return Recipe(captured, calibration.scales, qmax, options.bits, targets, integers, calibration, graph, given)
     found = round_off(
         captured,
@@ -223,9 +234,11 @@ def fresh_export(
             captured.constants[name] = getattr(state, role)
     graph, placement = prepared(captured)
     anchors: dict[str, NormSite] = {s.name: s for s in recipe.model.table.sites}
-    rounded = recipe.given is None
-    weights = quantised_weights(graph, placement, recipe.qmax, recipe.bits) if rounded else recipe.model.weights
-    model = integer_model(graph, placement, weights, recipe.scales, recipe.qmax, anchors, recipe.model.peak)
+    given, known = recipe.given, recipe.model
+    weights = known.weights if given is not None else quantised_weights(graph, placement, recipe.qmax, recipe.bits)
+    shifts = given is not None and given.power_of_two
+    model = integer_model(graph, placement, weights, recipe.scales, recipe.qmax, anchors, known.peak, shifts)
+    model = replace(model, stored=known.stored)
     return write(target or recipe.targets[0], model, embedded=True), model
 
 
@@ -340,13 +353,18 @@ def _manifest(
         }
         if node.output in model.weights:
             op = _layer_op(model, node.op, node.output)
-            held = model.weights[node.output]
-            size = packed_size(held.codes.size, held.bits)
-            m.layers.add(op=op, weight_bits=held.bits, weight_bytes=size, runs_in="int8", **common)
+            codes = model.weights[node.output]
+            size = packed_size(codes.codes.size, codes.bits)
+            m.layers.add(op=op, weight_bits=codes.bits, weight_bytes=size, runs_in="int8", **common)
         elif model.placement.roles[node.output] is Role.FLOAT and node.op not in BEHIND_A_NORM:
             reason = "kept so by --keep-float" if node.attributes.get("keep_float") else OPERATORS[node.op].reason
-            size = sum(model.graph.constants[p].nbytes for p in node.parameters.values())
-            m.layers.add(op=node.op, weight_bits=32 if size else 0, weight_bytes=size, runs_in=f"float: {reason}", **common)
+            held = node.parameters.values()
+            stored = [p for p in held if p in model.stored]
+            size = sum(model.stored[p].codes.nbytes if p in stored else model.graph.constants[p].nbytes for p in held)
+            if stored:
+                reason = "its weights have more than 8 bits; they are stored as 16-bit integers"
+            bits = 16 if stored else 32 if size else 0
+            m.layers.add(op=node.op, weight_bits=bits, weight_bytes=size, runs_in=f"float: {reason}", **common)
     return m
 
 

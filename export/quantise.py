@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from export.scales import LEVELS, Scale
 from refold.errors import ModelError
 from refold.norms import ActivationScale, NormKind, NormSite, NormState, NormTable, SiteTensors
 
-__all__ = ["IntegerModel", "WeightCodes", "code_limit", "integer_model", "quantise_weights"]
+__all__ = ["IntegerModel", "StoredWeight", "WeightCodes", "code_limit", "integer_model", "quantise_weights"]
 
 F32 = NDArray[np.float32]
 CLIPPED_BELOW = 7  # bits
@@ -84,11 +84,20 @@ def _best_reach(flat: F32, reach: NDArray[np.float64], limit: int) -> NDArray[np
 
 
 @dataclass(frozen=True)
+class StoredWeight:
+    """Weights of a float layer, stored as 16-bit integers: W = step * codes, exactly."""
+
+    codes: NDArray[np.int16]
+    step: float
+
+
+@dataclass(frozen=True)
 class IntegerModel:
     """Everything a writer needs: the graph, where it runs, the integers by layer output, and the norm table.
 
     `table` is in execution order; `sites` maps a node's output to its site; `levels` has the values with fewer than 256 codes.
     `peak` is the largest |logit| calibration saw: a runtime whose last layer cannot leave float logits makes a scale of it.
+    `stored` holds weights of float layers that a training left on a 16-bit grid, by the constant's name.
     """
 
     graph: Graph
@@ -97,8 +106,9 @@ class IntegerModel:
     table: NormTable
     sites: Mapping[str, NormSite]
     qmax: int
-    levels: Mapping[str, int]
+    levels: Mapping[str, int] = field(default_factory=dict)
     peak: float = 1.0
+    stored: Mapping[str, StoredWeight] = field(default_factory=dict)
 
     def codes(self, node: Node) -> NDArray[np.int8]:
         """The integers that ship: sign included."""
@@ -150,6 +160,7 @@ def integer_model(
     qmax: int,
     floors: Mapping[str, NormSite] | None = None,
     peak: float = 1.0,
+    power_of_two: bool = False,
 ) -> IntegerModel:
     """Puts the norm table together.
 
@@ -158,6 +169,7 @@ def integer_model(
         floors: sites of the bundle a fresh export is compared with; its dead channels keep that bundle's floors and signs,
             which, like the activation scales, are numbers of the calibration and not of the norm state.
         peak: largest |logit| of the float model on the calibration pictures.
+        power_of_two: round the folded scales, now and at every refolding, to powers of two.
 
     Raises:
         ModelError: two layers share a norm, or the model has none.
@@ -165,7 +177,7 @@ def integer_model(
     sites: dict[str, NormSite] = {}
     norms: dict[str, str] = {}
     for node in graph.nodes:
-        site = _site(graph, placement, node, weights, scales)
+        site = _site(graph, placement, node, weights, scales, power_of_two)
         if site is None:
             continue
         if site.has_norm and node.parameters["gamma"] in norms:
@@ -199,8 +211,9 @@ def _with_floor(site: NormSite, known: NormSite) -> NormSite:
 
 
 def _site(
-    graph: Graph, placement: Placement, node: Node, weights: Mapping[str, WeightCodes], scales: Mapping[str, Scale]
-) -> NormSite | None:
+    graph: Graph, placement: Placement, node: Node, weights: Mapping[str, WeightCodes], scales: Mapping[str, Scale],
+    power_of_two: bool,
+) -> NormSite | None:  # fmt: skip
     held = {role: graph.constants[name] for role, name in node.parameters.items()}
     if is_integer_layer(placement, node):
         channels = held["weight"].shape[0]
@@ -216,6 +229,7 @@ def _site(
             input_scale=scales[source].scale,
             epsilon=node.attributes["epsilon"] if normed else 0.0,
             has_norm=normed,
+            power_of_two=power_of_two,
         )
     if node.op in EXPLICIT and node.site:
         kind = EXPLICIT[node.op]

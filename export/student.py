@@ -90,6 +90,8 @@ class Student(nn.Module):
             place.buffer("codes", w.codes)
             place.buffer("scale", w.scale.reshape(-1, *[1] * (w.codes.ndim - 1)))
             self._hold_bias(model, node.output, place)
+            if site is not None and site.power_of_two:
+                place.buffer("floor", site.scale_floor)
             kept -= {"weight", "bias"}
         for role in kept:
             name = flat(node.parameters[role])
@@ -114,13 +116,28 @@ class Student(nn.Module):
         Without it every layer is off by up to half such a step, which tips one code in a thousand and, ten layers on, a tenth.
         """
         norm = self.norms.child(flat(site.name))
-        gamma, beta, mean, variance = (norm.tensor(role).detach().double() for role in ROLES)
+        gamma = self._served_gamma(site, place).detach().double()
+        beta, mean, variance = (norm.tensor(role).detach().double() for role in ROLES[1:])
         bias = place.tensor("bias")
         a = gamma * (variance + site.epsilon).rsqrt()
         a = torch.where(a == 0, torch.ones_like(a), a)
         b = beta + (bias.double() - mean) * a
         step = place.tensor("bias_step") * a.abs()
         return bias + (((b / step).round() * step - b) / a).to(torch.float32)
+
+    def _served_gamma(self, site: NormSite, place: _Holder) -> Tensor:
+        """gamma as the engine has it: on a site of powers of two, moved so that the folded scale is one (`refold.norms`)."""
+        norm = self.norms.child(flat(site.name))
+        gamma = norm.tensor("gamma")
+        if not site.power_of_two:
+            return gamma
+        a = gamma.detach().double() * (norm.tensor("variance").double() + site.epsilon).rsqrt()
+        size = place.tensor("scale").flatten().double() * a.abs()
+        live = size > place.tensor("floor")
+        size = torch.where(live, size, torch.ones_like(size))
+        mantissa, exponent = torch.frexp(size)
+        nearest = torch.pow(2.0, (exponent - (mantissa < 0.75).to(torch.int32)).double())
+        return gamma * torch.where(live, nearest / size, torch.ones_like(size)).to(torch.float32)
 
     def _parameters_of(self, node: Node) -> Mapping[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -134,6 +151,8 @@ class Student(nn.Module):
             place = self.layers.child(flat(node.output))
             found["weight"] = place.tensor("codes").to(torch.float32) * place.tensor("scale")
             found["bias"] = self._rounded_bias(site, place) if site.has_norm else place.tensor("bias")
+            if site.has_norm:
+                found["gamma"] = self._served_gamma(site, place)
         return found
 
     def forward(self, x: Tensor) -> Tensor:

@@ -116,6 +116,7 @@ def site_to_pb(site: NormSite) -> pb.NormSite:
         input_tensor=site.input_tensor,
         exported=state_to_pb(site.name, site.exported),
         tensors=pb.SiteTensors(**{role: getattr(site.tensors, role) for role in ROLES}),
+        power_of_two=site.power_of_two,
     )
 
 
@@ -140,6 +141,7 @@ def site_from_pb(message: pb.NormSite) -> NormSite:
         scale_floor=_floats(message.scale_floor),
         input_tensor=message.input_tensor,
         tensors=SiteTensors(**{role: getattr(message.tensors, role) for role in ROLES}),
+        power_of_two=message.power_of_two,
     )
     vectors = (site.sign, site.weight_scale, site.layer_bias, site.scale_floor)
     if kind is NormKind.FOLDED and any(v.shape != (site.channels,) for v in vectors):

@@ -10,6 +10,9 @@ quantised before folding, gives
 
 Scale and bias come from the same state and always travel together. Everything is computed in float64 and rounded once,
 so the same state gives the same bytes on every machine (specs: quant.md §4.1 and §4.2).
+
+Where a target multiplies by shifting, a site says so (`power_of_two`): ws is then the power of two nearest to sW * |a|, and
+gamma gives way, so that the channel keeps its mean and only its deviation is off, by a third at most.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ __all__ = [
     "NormTable",
     "SiteTensors",
     "check_state",
+    "nearest_power_of_two",
     "refold",
     "unfold_moments",
 ]
@@ -114,6 +118,7 @@ class NormSite:
         scale_floor: FOLDED; float32 (channels,), smallest folded scale; above sW*|a| only for channels dead at export.
         input_tensor: FOLDED; name of the activation whose scale is `xs`.
         has_norm: False for an integer layer with no norm behind it: only its bias follows the input scale.
+        power_of_two: FOLDED; folded scales are rounded to powers of two, for targets that shift instead of multiplying.
     """
 
     name: str
@@ -127,6 +132,7 @@ class NormSite:
     scale_floor: F32 = field(default_factory=lambda: np.zeros(0, np.float32))
     input_tensor: str = ""
     tensors: SiteTensors = field(default_factory=SiteTensors)
+    power_of_two: bool = False
 
     @property
     def channels(self) -> int:
@@ -145,6 +151,7 @@ class NormSite:
         epsilon: float = 1e-5,
         has_norm: bool = True,
         tensors: SiteTensors | None = None,
+        power_of_two: bool = False,
     ) -> NormSite:
         """Makes a FOLDED site at export time: fixes the signs and the floors from the exported state.
 
@@ -154,6 +161,9 @@ class NormSite:
         layer_bias = _vector(layer_bias, "layer_bias")
         a, bias = _affine(exported, layer_bias, epsilon)
         floor = np.maximum(np.abs(bias) / (float(np.float32(input_scale)) * 2.0**FLOOR_BITS), np.finfo(np.float32).tiny)
+        if power_of_two:
+            mantissa, exponent = np.frexp(floor)
+            floor = np.ldexp(1.0, exponent - (mantissa == 0.5))  # the next power of two upwards
         return cls(
             name=name,
             kind=NormKind.FOLDED,
@@ -166,6 +176,7 @@ class NormSite:
             scale_floor=_vector(floor, "scale_floor"),
             input_tensor=input_tensor,
             tensors=tensors or SiteTensors(f"{name}.weight_scale", f"{name}.bias", f"{name}.bias_scale"),
+            power_of_two=power_of_two,
         )
 
 
@@ -206,6 +217,28 @@ def _affine(state: NormState, layer_bias: F32, epsilon: float) -> tuple[NDArray[
     return a, b
 
 
+def nearest_power_of_two(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """float64, each positive value's nearest power of two; from the middle of two, which is 3/4 of the larger, upwards.
+
+    Of all powers of two it has the smallest relative error: a third at most. Exact, so the same on every machine.
+    """
+    mantissa, exponent = np.frexp(values)
+    return np.asarray(np.ldexp(1.0, exponent - (mantissa < 0.75)), np.float64)
+
+
+def _served_affine(site: NormSite, state: NormState, layer_bias: F32) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """a and b as an engine has them: on a site of powers of two, a is what makes sW * |a| one; dead channels keep theirs."""
+    a, b = _affine(state, layer_bias, site.epsilon)
+    if not (site.power_of_two and site.kind is NormKind.FOLDED):
+        return a, b
+    size = site.weight_scale.astype(np.float64) * np.abs(a)
+    live = size > site.scale_floor
+    size = np.where(live, size, 1.0)
+    served = np.where(live, a * (nearest_power_of_two(size) / size), a)
+    centre = layer_bias.astype(np.float64) - state.mean.astype(np.float64)
+    return served, np.where(live, state.beta.astype(np.float64) + centre * served, b)
+
+
 def refold(site: NormSite, state: NormState, input_scale: float = 1.0) -> FoldedAffine | ExplicitAffine:
     """Turns a norm state into the tensors an engine runs with. Pure; the same input gives the same bytes everywhere.
 
@@ -223,7 +256,7 @@ def refold(site: NormSite, state: NormState, input_scale: float = 1.0) -> Folded
         return ExplicitAffine(a.astype(np.float32), b.astype(np.float32))
     if site.kind is not NormKind.FOLDED:
         return ExplicitAffine(state.gamma, state.beta)
-    a, bias = _affine(state, site.layer_bias, site.epsilon)
+    a, bias = _served_affine(site, state, site.layer_bias)
     xs = float(np.float32(input_scale))
     ws = np.maximum(site.weight_scale.astype(np.float64) * np.abs(a), site.scale_floor).astype(np.float32)
     codes = np.rint(bias / (xs * ws.astype(np.float64)))
@@ -322,7 +355,7 @@ def unfold_moments(site: NormSite, state: NormState, mean: F32, mean_square: F32
         nothing of their input survives in their output.
     """
     zeros = np.zeros(site.channels, np.float32)
-    a, b = _affine(state, zeros, site.epsilon)
+    a, b = _served_affine(site, state, zeros)
     out_mean = mean.astype(np.float64)
     out_variance = np.maximum(mean_square.astype(np.float64) - out_mean**2, 0.0)
     live = np.abs(a) > 0

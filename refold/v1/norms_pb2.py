@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15refold/v1/norms.proto\x12\trefold.v1\"V\n\tNormState\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\r\n\x05gamma\x18\x02 \x03(\x02\x12\x0c\n\x04\x62\x65ta\x18\x03 \x03(\x02\x12\x0c\n\x04mean\x18\x04 \x03(\x02\x12\x10\n\x08variance\x18\x05 \x03(\x02\"d\n\x0bSiteTensors\x12\x14\n\x0cweight_scale\x18\x01 \x01(\t\x12\x0c\n\x04\x62ias\x18\x02 \x01(\t\x12\x12\n\nbias_scale\x18\x03 \x01(\t\x12\x10\n\x08multiply\x18\x04 \x01(\t\x12\x0b\n\x03\x61\x64\x64\x18\x05 \x01(\t\"\xa4\x02\n\x08NormSite\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x04kind\x18\x02 \x01(\x0e\x32\x13.refold.v1.NormKind\x12\x10\n\x08\x63hannels\x18\x03 \x01(\r\x12\x0f\n\x07\x65psilon\x18\x04 \x01(\x02\x12\x10\n\x08has_norm\x18\x05 \x01(\x08\x12\x0c\n\x04sign\x18\x06 \x03(\x11\x12\x14\n\x0cweight_scale\x18\x07 \x03(\x02\x12\x12\n\nlayer_bias\x18\x08 \x03(\x02\x12\x13\n\x0bscale_floor\x18\t \x03(\x02\x12\x14\n\x0cinput_tensor\x18\n \x01(\t\x12&\n\x08\x65xported\x18\x0b \x01(\x0b\x32\x14.refold.v1.NormState\x12\'\n\x07tensors\x18\x0c \x01(\x0b\x32\x16.refold.v1.SiteTensors\"u\n\x0f\x41\x63tivationScale\x12\x0e\n\x06tensor\x18\x01 \x01(\t\x12\r\n\x05scale\x18\x02 \x01(\x02\x12\x12\n\nzero_point\x18\x03 \x01(\r\x12\x14\n\x0cscale_tensor\x18\x04 \x01(\t\x12\x19\n\x11zero_point_tensor\x18\x05 \x01(\t\"u\n\tNormTable\x12\"\n\x05sites\x18\x01 \x03(\x0b\x32\x13.refold.v1.NormSite\x12/\n\x0b\x61\x63tivations\x18\x02 \x03(\x0b\x32\x1a.refold.v1.ActivationScale\x12\x13\n\x0btrust_ratio\x18\x03 \x01(\x02\"\xa7\x01\n\x0fReleaseEvidence\x12\x0f\n\x07samples\x18\x01 \x01(\x04\x12\x19\n\x11statistics_frames\x18\x02 \x01(\x04\x12\x38\n\x07metrics\x18\x03 \x03(\x0b\x32\'.refold.v1.ReleaseEvidence.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"=\n\x0cPackedStates\x12\x0c\n\x04site\x18\x01 \x03(\t\x12\x0f\n\x07lengths\x18\x02 \x03(\r\x12\x0e\n\x06planes\x18\x03 \x01(\x0c\"\xc1\x02\n\x07Release\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x15\n\rbundle_digest\x18\x02 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\x16\n\x0eparent_version\x18\x05 \x01(\x04\x12\x17\n\x0f\x63reated_unix_ms\x18\x06 \x01(\x03\x12\x17\n\x0f\x65xpires_unix_ms\x18\x07 \x01(\x03\x12\x0e\n\x06\x64omain\x18\x08 \x01(\t\x12\'\n\x06states\x18\t \x01(\x0b\x32\x17.refold.v1.PackedStates\x12/\n\x0b\x61\x63tivations\x18\n \x03(\x0b\x32\x1a.refold.v1.ActivationScale\x12,\n\x08\x65vidence\x18\x0b \x01(\x0b\x32\x1a.refold.v1.ReleaseEvidence\x12\x0c\n\x04note\x18\x0c \x01(\t\",\n\tSignature\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0f\n\x07\x65\x64\x32\x35\x35\x31\x39\x18\x02 \x01(\x0c\"J\n\rSignedRelease\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12(\n\nsignatures\x18\x02 \x03(\x0b\x32\x14.refold.v1.Signature*\x8d\x01\n\x08NormKind\x12\x19\n\x15NORM_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10NORM_KIND_FOLDED\x10\x01\x12\x13\n\x0fNORM_KIND_BATCH\x10\x02\x12\x13\n\x0fNORM_KIND_LAYER\x10\x03\x12\x13\n\x0fNORM_KIND_GROUP\x10\x04\x12\x11\n\rNORM_KIND_RMS\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15refold/v1/norms.proto\x12\trefold.v1\"V\n\tNormState\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\r\n\x05gamma\x18\x02 \x03(\x02\x12\x0c\n\x04\x62\x65ta\x18\x03 \x03(\x02\x12\x0c\n\x04mean\x18\x04 \x03(\x02\x12\x10\n\x08variance\x18\x05 \x03(\x02\"d\n\x0bSiteTensors\x12\x14\n\x0cweight_scale\x18\x01 \x01(\t\x12\x0c\n\x04\x62ias\x18\x02 \x01(\t\x12\x12\n\nbias_scale\x18\x03 \x01(\t\x12\x10\n\x08multiply\x18\x04 \x01(\t\x12\x0b\n\x03\x61\x64\x64\x18\x05 \x01(\t\"\xba\x02\n\x08NormSite\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x04kind\x18\x02 \x01(\x0e\x32\x13.refold.v1.NormKind\x12\x10\n\x08\x63hannels\x18\x03 \x01(\r\x12\x0f\n\x07\x65psilon\x18\x04 \x01(\x02\x12\x10\n\x08has_norm\x18\x05 \x01(\x08\x12\x0c\n\x04sign\x18\x06 \x03(\x11\x12\x14\n\x0cweight_scale\x18\x07 \x03(\x02\x12\x12\n\nlayer_bias\x18\x08 \x03(\x02\x12\x13\n\x0bscale_floor\x18\t \x03(\x02\x12\x14\n\x0cinput_tensor\x18\n \x01(\t\x12&\n\x08\x65xported\x18\x0b \x01(\x0b\x32\x14.refold.v1.NormState\x12\'\n\x07tensors\x18\x0c \x01(\x0b\x32\x16.refold.v1.SiteTensors\x12\x14\n\x0cpower_of_two\x18\r \x01(\x08\"u\n\x0f\x41\x63tivationScale\x12\x0e\n\x06tensor\x18\x01 \x01(\t\x12\r\n\x05scale\x18\x02 \x01(\x02\x12\x12\n\nzero_point\x18\x03 \x01(\r\x12\x14\n\x0cscale_tensor\x18\x04 \x01(\t\x12\x19\n\x11zero_point_tensor\x18\x05 \x01(\t\"u\n\tNormTable\x12\"\n\x05sites\x18\x01 \x03(\x0b\x32\x13.refold.v1.NormSite\x12/\n\x0b\x61\x63tivations\x18\x02 \x03(\x0b\x32\x1a.refold.v1.ActivationScale\x12\x13\n\x0btrust_ratio\x18\x03 \x01(\x02\"\xa7\x01\n\x0fReleaseEvidence\x12\x0f\n\x07samples\x18\x01 \x01(\x04\x12\x19\n\x11statistics_frames\x18\x02 \x01(\x04\x12\x38\n\x07metrics\x18\x03 \x03(\x0b\x32\'.refold.v1.ReleaseEvidence.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"=\n\x0cPackedStates\x12\x0c\n\x04site\x18\x01 \x03(\t\x12\x0f\n\x07lengths\x18\x02 \x03(\r\x12\x0e\n\x06planes\x18\x03 \x01(\x0c\"\xc1\x02\n\x07Release\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x15\n\rbundle_digest\x18\x02 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\x16\n\x0eparent_version\x18\x05 \x01(\x04\x12\x17\n\x0f\x63reated_unix_ms\x18\x06 \x01(\x03\x12\x17\n\x0f\x65xpires_unix_ms\x18\x07 \x01(\x03\x12\x0e\n\x06\x64omain\x18\x08 \x01(\t\x12\'\n\x06states\x18\t \x01(\x0b\x32\x17.refold.v1.PackedStates\x12/\n\x0b\x61\x63tivations\x18\n \x03(\x0b\x32\x1a.refold.v1.ActivationScale\x12,\n\x08\x65vidence\x18\x0b \x01(\x0b\x32\x1a.refold.v1.ReleaseEvidence\x12\x0c\n\x04note\x18\x0c \x01(\t\",\n\tSignature\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0f\n\x07\x65\x64\x32\x35\x35\x31\x39\x18\x02 \x01(\x0c\"J\n\rSignedRelease\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12(\n\nsignatures\x18\x02 \x03(\x0b\x32\x14.refold.v1.Signature*\x8d\x01\n\x08NormKind\x12\x19\n\x15NORM_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10NORM_KIND_FOLDED\x10\x01\x12\x13\n\x0fNORM_KIND_BATCH\x10\x02\x12\x13\n\x0fNORM_KIND_LAYER\x10\x03\x12\x13\n\x0fNORM_KIND_GROUP\x10\x04\x12\x11\n\rNORM_KIND_RMS\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,28 +33,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RELEASEEVIDENCE_METRICSENTRY']._loaded_options = None
   _globals['_RELEASEEVIDENCE_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_NORMKIND']._serialized_start=1439
-  _globals['_NORMKIND']._serialized_end=1580
+  _globals['_NORMKIND']._serialized_start=1461
+  _globals['_NORMKIND']._serialized_end=1602
   _globals['_NORMSTATE']._serialized_start=36
   _globals['_NORMSTATE']._serialized_end=122
   _globals['_SITETENSORS']._serialized_start=124
   _globals['_SITETENSORS']._serialized_end=224
   _globals['_NORMSITE']._serialized_start=227
-  _globals['_NORMSITE']._serialized_end=519
-  _globals['_ACTIVATIONSCALE']._serialized_start=521
-  _globals['_ACTIVATIONSCALE']._serialized_end=638
-  _globals['_NORMTABLE']._serialized_start=640
-  _globals['_NORMTABLE']._serialized_end=757
-  _globals['_RELEASEEVIDENCE']._serialized_start=760
-  _globals['_RELEASEEVIDENCE']._serialized_end=927
-  _globals['_RELEASEEVIDENCE_METRICSENTRY']._serialized_start=881
-  _globals['_RELEASEEVIDENCE_METRICSENTRY']._serialized_end=927
-  _globals['_PACKEDSTATES']._serialized_start=929
-  _globals['_PACKEDSTATES']._serialized_end=990
-  _globals['_RELEASE']._serialized_start=993
-  _globals['_RELEASE']._serialized_end=1314
-  _globals['_SIGNATURE']._serialized_start=1316
-  _globals['_SIGNATURE']._serialized_end=1360
-  _globals['_SIGNEDRELEASE']._serialized_start=1362
-  _globals['_SIGNEDRELEASE']._serialized_end=1436
+  _globals['_NORMSITE']._serialized_end=541
+  _globals['_ACTIVATIONSCALE']._serialized_start=543
+  _globals['_ACTIVATIONSCALE']._serialized_end=660
+  _globals['_NORMTABLE']._serialized_start=662
+  _globals['_NORMTABLE']._serialized_end=779
+  _globals['_RELEASEEVIDENCE']._serialized_start=782
+  _globals['_RELEASEEVIDENCE']._serialized_end=949
+  _globals['_RELEASEEVIDENCE_METRICSENTRY']._serialized_start=903
+  _globals['_RELEASEEVIDENCE_METRICSENTRY']._serialized_end=949
+  _globals['_PACKEDSTATES']._serialized_start=951
+  _globals['_PACKEDSTATES']._serialized_end=1012
+  _globals['_RELEASE']._serialized_start=1015
+  _globals['_RELEASE']._serialized_end=1336
+  _globals['_SIGNATURE']._serialized_start=1338
+  _globals['_SIGNATURE']._serialized_end=1382
+  _globals['_SIGNEDRELEASE']._serialized_start=1384
+  _globals['_SIGNEDRELEASE']._serialized_end=1458
 # @@protoc_insertion_point(module_scope)

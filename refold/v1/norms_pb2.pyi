@@ -51,7 +51,7 @@ class SiteTensors(_message.Message):
     def __init__(self, weight_scale: _Optional[str] = ..., bias: _Optional[str] = ..., bias_scale: _Optional[str] = ..., multiply: _Optional[str] = ..., add: _Optional[str] = ...) -> None: ...
 
 class NormSite(_message.Message):
-    __slots__ = ("name", "kind", "channels", "epsilon", "has_norm", "sign", "weight_scale", "layer_bias", "scale_floor", "input_tensor", "exported", "tensors")
+    __slots__ = ("name", "kind", "channels", "epsilon", "has_norm", "sign", "weight_scale", "layer_bias", "scale_floor", "input_tensor", "exported", "tensors", "power_of_two")
     NAME_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     CHANNELS_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +64,7 @@ class NormSite(_message.Message):
     INPUT_TENSOR_FIELD_NUMBER: _ClassVar[int]
     EXPORTED_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
+    POWER_OF_TWO_FIELD_NUMBER: _ClassVar[int]
     name: str
     kind: NormKind
     channels: int
@@ -76,7 +77,8 @@ class NormSite(_message.Message):
     input_tensor: str
     exported: NormState
     tensors: SiteTensors
-    def __init__(self, name: _Optional[str] = ..., kind: _Optional[_Union[NormKind, str]] = ..., channels: _Optional[int] = ..., epsilon: _Optional[float] = ..., has_norm: _Optional[bool] = ..., sign: _Optional[_Iterable[int]] = ..., weight_scale: _Optional[_Iterable[float]] = ..., layer_bias: _Optional[_Iterable[float]] = ..., scale_floor: _Optional[_Iterable[float]] = ..., input_tensor: _Optional[str] = ..., exported: _Optional[_Union[NormState, _Mapping]] = ..., tensors: _Optional[_Union[SiteTensors, _Mapping]] = ...) -> None: ...
+    power_of_two: bool
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[_Union[NormKind, str]] = ..., channels: _Optional[int] = ..., epsilon: _Optional[float] = ..., has_norm: _Optional[bool] = ..., sign: _Optional[_Iterable[int]] = ..., weight_scale: _Optional[_Iterable[float]] = ..., layer_bias: _Optional[_Iterable[float]] = ..., scale_floor: _Optional[_Iterable[float]] = ..., input_tensor: _Optional[str] = ..., exported: _Optional[_Union[NormState, _Mapping]] = ..., tensors: _Optional[_Union[SiteTensors, _Mapping]] = ..., power_of_two: _Optional[bool] = ...) -> None: ...
 
 class ActivationScale(_message.Message):
     __slots__ = ("tensor", "scale", "zero_point", "scale_tensor", "zero_point_tensor")

@@ -1,0 +1,195 @@
+"""AdaPT on ResNet-20 and CIFAR-10 against the same training in float32: accuracy, bits, zeros, size, and time.
+
+    float32      the same steps, pictures, order and schedule without a quantiser
+    published    the paper's words of up to 32 bits, switched as its formulae say
+    integers     words of at most 8 bits, for integer engines
+    shifts       the same, with norms folded into powers of two
+
+Every row starts at random weights (with --quick: at trained ones) and sees the 5,000 training pictures of the data folder;
+accuracy is of the test set. The paper's speed-ups are those of its analytical model, which is computed here as well and is not
+a latency; the measured times are ONNX Runtime's on this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import TaskID
+
+from bench.adaptation.rows import weights
+from bench.result import Cell, Claim, Options, Result, number, progress
+from demo.images import cifar10
+from demo.models import load_npz, resnet20
+from export.capture import capture
+from export.fixed_point.checkpoint import resume, save
+from export.fixed_point.deliver import deliver, sizes
+from export.fixed_point.measure import measure
+from export.fixed_point.network import Network
+from export.fixed_point.power_of_two import scale_errors
+from export.fixed_point.report import report
+from export.fixed_point.settings import Settings, as_published, for_integers, in_float32
+from export.fixed_point.train import Trainer, accuracy
+from export.preprocessing import parse_preprocess
+from export.targets import TARGETS
+from refold.errors import UsageError
+
+__all__ = ["claims", "plot", "run", "settings_of"]
+
+# Micro-batches of 64: with the paper's 4 x 512 pictures a step, an epoch of 5,000 would be two steps.
+FULL = {"epochs": 60, "batch": 64, "accumulation": 1, "augment": True, "from_scratch": True}
+# Sixteen steps teach a fresh network nothing: quick rows go on from the data folder's trained one.
+QUICK = {**FULL, "epochs": 2, "lookback": (4, 8), "refresh": 4, "from_scratch": False, "learning_rate": 0.01}
+PICTURES, TESTED = {False: 5000, True: 512}, {False: 10_000, True: 500}
+SAVE_EVERY = 50  # steps
+PAPER = {
+    "training": 1.27,
+    "inference": 2.33,
+    "size": 0.52,
+    "accuracy": 0.98,
+}  # arXiv 2107.13490 v4, abstract; points of accuracy
+WHOLE, SHORT = "ort-x86-vnni", "ort-x86-avx2"
+ROWS: dict[str, Callable[[dict[str, Any], int], Settings]] = {
+    "float32": lambda common, seed: in_float32(for_integers(**common, seed=seed)),
+    "published": lambda common, seed: as_published(**common, seed=seed),
+    "integers": lambda common, seed: for_integers(**common, seed=seed),
+    "shifts": lambda common, seed: for_integers(**common, seed=seed, power_of_two=True),
+}
+
+
+def settings_of(row: str, quick: bool, seed: int) -> Settings:
+    return ROWS[row](dict(QUICK if quick else FULL), seed)
+
+
+def run(options: Options) -> Result:
+    """Full: 60 epochs of 5,000 pictures, 10,000 tested. Quick: 2 epochs of 512 from trained weights, 500 tested."""
+    names = [n for n in ROWS if options.wants(n)]
+    if not names:
+        raise UsageError(f"No row is called like {', '.join(options.only)}; there are {', '.join(ROWS)}.")
+    torch.set_num_threads(1)
+    train, test = _first(*cifar10("train5k"), PICTURES[options.quick]), _first(*cifar10("test"), TESTED[options.quick])
+    rows: list[dict[str, Cell]] = []
+    with progress() as bar:
+        for name in names:
+            settings = settings_of(name, options.quick, options.seed)
+            module = resnet20() if settings.from_scratch else load_npz(resnet20(), weights("resnet20_cifar10.npz"))
+            network = Network(capture(module.eval(), 32, 32), settings)
+            trainer = Trainer(network, parse_preprocess("32x32,imagenet"), *train)
+            path = options.target.with_suffix(f".{name}.pt")
+            if options.resume and path.is_file():
+                resume(trainer, path)
+            task = bar.add_task(name, total=trainer.steps, completed=trainer.state.step)
+
+            def after(t: Trainer, name: str = name, path: Path = path, task: TaskID = task) -> None:
+                bar.update(task, completed=t.state.step, description=f"{name}: loss {t.state.losses[-1]:.3f}")
+                if t.state.step % SAVE_EVERY == 0 or t.state.step == t.steps:
+                    save(t, path)
+
+            trainer.run(after)
+            bar.update(task, description=f"{name}: measuring")
+            rows.append({"row": name, **_row(trainer, *test)})
+            path.unlink(missing_ok=True)
+            bar.update(task, description=f"{name}: done")
+    columns = ["row", "accuracy %", "bits", "zeros %", "size ratio", "modelled training", "modelled inference", "engine %"]
+    columns += ["7-bit engine %", "shift error", "shifted engine %", "int ms", "fp32 ms", "measured inference"]
+    told: dict[str, object] = {n: settings_of(n, options.quick, options.seed).encode() for n in names}
+    return Result("fixedpoint", rows, claims(rows), columns, {"rows": told, "paper": PAPER, "threads": 1}, options.quick)
+
+
+def _first(images: np.ndarray, labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` pictures spread over all classes."""
+    chosen = np.random.default_rng(0).permutation(len(images))[:count]
+    return images[chosen], labels[chosen]
+
+
+def _row(trainer: Trainer, images: np.ndarray, labels: np.ndarray) -> dict[str, Cell]:
+    network, told = trainer.network, report(trainer)
+    row: dict[str, Cell] = {
+        "accuracy %": 100 * accuracy(network, trainer.preprocess, images, labels),
+        "bits": told.average_word,
+        "zeros %": 100 * told.sparsity,
+        "size ratio": told.size_ratio,
+        "size ratio with zeros": told.size_ratio_with_zeros,
+        "size ratio unweighted": told.size_ratio_unweighted,
+        "modelled training": told.modelled_training_speed_up,
+        "modelled inference": told.modelled_inference_speed_up,
+        "loss": told.loss,
+        "steps": told.steps,
+        "switches": told.switches,
+    }
+    if network.settings.float32:
+        return row
+    x = trainer.preprocess.apply(images)
+    shifted = network.settings.power_of_two
+    whole, short = deliver(network, TARGETS[WHOLE].qmax), deliver(network, TARGETS[SHORT].qmax)
+    exact, fast = (measure(d, TARGETS[t], x, labels, shifted) for d, t in ((whole, WHOLE), (short, SHORT)))
+    row |= {f"{key} B": value for key, value in sizes(whole).items()}
+    row |= {
+        "engine %": 100 * exact.accuracy, "7-bit engine %": 100 * fast.accuracy, "shortened layers": len(short.shortened),
+        "integer layers": exact.integer_layers, "int ms": fast.integer_ms, "fp32 ms": fast.float_ms,
+        "measured inference": fast.speed_up,
+    }  # fmt: skip
+    if whole.given.weights:
+        errors = scale_errors(whole.integers(power_of_two=True).table)
+        row["shift error"] = float(np.sqrt(np.mean([e.rms**2 for e in errors])))
+        row["largest shift error"] = max(e.largest for e in errors)
+        row["shifted engine %"] = 100 * measure(whole, TARGETS[WHOLE], x, labels, True).accuracy
+    return row
+
+
+def claims(rows: list[dict[str, Cell]]) -> list[Claim]:
+    """The paper's numbers are goals; a bar says what must hold for the method to be worth its trouble here."""
+    by = {str(r["row"]): r for r in rows}
+    out = []
+    base = by.get("float32", {})
+    for name in ("published", "integers", "shifts"):
+        if name not in by or not base:
+            continue
+        gained = number(by[name]["accuracy %"]) - number(base["accuracy %"])
+        text = f"{name}: accuracy beside float32 of the same steps"
+        out.append(Claim(f"fixedpoint.{name}.accuracy", text, gained, "≥", -2.0, PAPER["accuracy"], " points"))
+    if "published" in by:
+        row = by["published"]
+        text = "published: size ÷ float32, weighted by elements, zeros free"
+        out.append(Claim("fixedpoint.published.size", text, number(row["size ratio"]), "≤", 0.6, PAPER["size"]))
+        for kind in ("training", "inference"):
+            text = f"published: {kind} speed-up in the paper's model (no latency)"
+            value = number(row[f"modelled {kind}"])
+            out.append(Claim(f"fixedpoint.published.{kind}", text, value, "≥", 1.0, PAPER[kind]))
+    if "integers" in by:
+        row = by["integers"]
+        text = "integers: measured speed-up of the integer engine over float32, batch 1"
+        out.append(Claim("fixedpoint.integers.latency", text, number(row["measured inference"]), "≥", 1 / 0.75))
+        text = "integers: accuracy of the engine beside the trained network"
+        gap = number(row["engine %"]) - number(row["accuracy %"])
+        out.append(Claim("fixedpoint.integers.engine", text, gap, "≥", -0.5, None, " points"))
+    return out
+
+
+def plot(result: Result, path: Path) -> None:
+    """Accuracy, size, and modelled beside measured speed-up."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [str(r["row"]) for r in result.rows]
+    places = np.arange(len(names))
+    figure, (right, small, fast) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    right.bar(places, [number(r["accuracy %"]) for r in result.rows], 0.5)
+    right.set_ylabel("test accuracy, %")
+    small.bar(places, [number(r["size ratio"]) for r in result.rows], 0.5)
+    small.axhline(PAPER["size"], color="#d0342c", linestyle="--")
+    small.set_ylabel("size ÷ float32, zeros free (dashed: paper)")
+    for shift, key in ((-0.27, "modelled training"), (0.0, "modelled inference"), (0.27, "measured inference")):
+        fast.bar(places + shift, [number(r.get(key)) for r in result.rows], 0.25, label=key)
+    fast.axhline(1.0, color="#999999", linewidth=0.8)
+    fast.set_ylabel("times as fast as float32")
+    fast.legend()
+    for axes in (right, small, fast):
+        axes.set_xticks(places, names)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -29,6 +29,7 @@ __all__ = ["export"]
 
 SUBCOMMANDS = {
     "train": ("export.elastic.cli_train", "train"),
+    "fixed-point": ("export.fixed_point.cli", "fixed_point_train"),
     "search": ("export.elastic.cli_search", "search"),
 }
 FROM_RUN = ("export.elastic.cli_from", "export_from")

@@ -7,7 +7,7 @@
     train       steps, switches between steps, epochs; `checkpoint` makes them survive a kill
     report      bits, zeros, sizes and the modelled speed-up
     deliver     codes and scales for the integer engines; `power_of_two` what rounding the folded scales would cost
-    cli         `refold export train fixed-point`
+    cli         `refold export fixed-point`
 
 What is trained is what an integer engine computes: the graph is that of `export.capture` after the same rules and placement,
 run by the same interpreter, and norms are folded where the engine folds them. (Kummer et al., arXiv 2107.13490.)

@@ -1,4 +1,4 @@
-"""`refold export train fixed-point`: trains in adaptive fixed-point words, goes on after a kill, and tells what came of it."""
+"""`refold export fixed-point`: trains in adaptive fixed-point words, goes on after a kill, and tells what came of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rich.progress import (
 from torch import nn
 from torch.export import ExportedProgram
 
+from export.bits import glob_of
 from export.capture import capture, load_model
 from export.fixed_point.checkpoint import resume, save
 from export.fixed_point.deliver import deliver, sizes
@@ -35,6 +37,7 @@ from export.fixed_point.report import Report, plot, report
 from export.fixed_point.settings import Settings, as_published, for_integers, in_float32
 from export.fixed_point.train import Trainer
 from export.pictures import Pictures, load_pictures
+from export.pipeline import MOST_PICTURES, Options, export_model
 from export.preprocessing import parse_preprocess
 from export.targets import TARGETS
 from refold.atomic import write_atomically
@@ -96,11 +99,12 @@ CHECKPOINT, WEIGHTS, REPORT, PLOT = "checkpoint.pt", "trained.npz", "report.json
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 @click.option(
     "--target",
-    type=click.Choice(list(TARGETS)),
+    type=click.Choice([name for name, profile in TARGETS.items() if profile.runtime == "ort"]),
     default="ort-x86-avx2",
     show_default=True,
     help="Engine whose accuracy and time are measured at the end.",
 )
+@click.option("--bundle", type=click.Path(path_type=Path), help="Also export what was trained: the .refold file to write.")
 @click.option(
     "--checkpoint-every", type=click.FloatRange(0), default=60.0, show_default=True, help="Seconds between checkpoints."
 )
@@ -111,7 +115,8 @@ def fixed_point_train(
     model: str, data: Path, preprocess: str, input_size: str | None, classes: str | None, output: Path, weights: Path | None,
     evaluation: Path | None, held_out: float, longest: int, published: bool, float32: bool, strict: bool, power_of_two: bool,
     epochs: int | None, batch: int | None, accumulation: int | None, learning_rate: float | None, from_scratch: bool,
-    augment: bool, changed: tuple[str, ...], seed: int, target: str, checkpoint_every: float, restart: bool, threads: int,
+    augment: bool, changed: tuple[str, ...], seed: int, target: str,
+    bundle: Path | None, checkpoint_every: float, restart: bool, threads: int,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Train MODEL (file.py:callable, package.module:callable or a .pt2) in adaptive fixed-point words (AdaPT).
@@ -130,6 +135,12 @@ def fixed_point_train(
     given = {**{k: v for k, v in given.items() if v is not None}, **_settings(changed)}
     settings = as_published(**given) if published else for_integers(longest, **given)
     settings = in_float32(settings) if float32 else settings
+    if bundle is not None and (float32 or not bundle.parent.is_dir()):
+        raise UsageError(
+            "A float32 training has no integers to export: leave --bundle out, or --float32."
+            if float32
+            else f"There is no directory {bundle.parent} to write {bundle.name} into."
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -155,12 +166,14 @@ def fixed_point_train(
         plot(trainer.state.epochs, output / PLOT)
     except ModuleNotFoundError:
         console.print("No picture: matplotlib is not installed (pip install matplotlib).", highlight=False)
+    if bundle is not None:
+        summary["bundle"] = _bundle(module, trainer, target, bundle, names, console)
     if missing:
         console.print(f"No {WEIGHTS}: the model has {missing} under no name of its own.", highlight=False)
     if as_json:
         click.echo(json.dumps(summary, indent=1))
     else:
-        _tell(found, engines, extra, output)
+        _tell(found, engines, extra, output, summary.get("bundle"))
 
 
 def _settings(changed: tuple[str, ...]) -> dict[str, Any]:
@@ -243,6 +256,24 @@ def _engines(trainer: Trainer, target: str, console: Console) -> tuple[Measured 
     return found, extra
 
 
+def _bundle(
+    module: nn.Module | ExportedProgram, trainer: Trainer, target: str, path: Path, names: list[str], console: Console
+) -> dict[str, Any]:
+    """The trained integers in a bundle, with every self-check. Raises as `export.pipeline.export_model`."""
+    delivery = deliver(trainer.network, TARGETS[target].qmax)
+    given = replace(delivery.given, stored=delivery.stored, power_of_two=trainer.network.settings.power_of_two)
+    # Powers of two change the function, by as much as the report says: the checks then hold for what it has become.
+    least = 0.0 if given.power_of_two else Options().min_agreement
+    kept = [glob_of(name) for name in delivery.keep_float]
+    options = Options((target,), path.stem, names, keep_float=kept, min_agreement=least)
+    pictures = Pictures(trainer.images[:MOST_PICTURES], trainer.labels[:MOST_PICTURES])
+    done = export_model(
+        module, path, trainer.preprocess, pictures, options, given=given,
+        progress=lambda what: console.print(what, highlight=False),
+    )  # fmt: skip
+    return {"path": str(path), "digest": done.bundle.digest, "bytes": done.bundle.size, "checks": dict(done.checks[target])}
+
+
 def _write_weights(module: nn.Module | ExportedProgram, trainer: Trainer, path: Path) -> str:
     """`trained.npz`, for --weights. Returns the first trained tensor that the model's state has no place for, or ""."""
     state = {k: v.detach().cpu().numpy() for k, v in dict(module.state_dict if isinstance(module, ExportedProgram)
@@ -261,7 +292,7 @@ def _write_weights(module: nn.Module | ExportedProgram, trainer: Trainer, path: 
     return ""
 
 
-def _tell(found: Report, measured: Measured | None, extra: dict[str, Any], output: Path) -> None:
+def _tell(found: Report, measured: Measured | None, extra: dict[str, Any], output: Path, bundle: dict[str, Any] | None) -> None:
     width = max(len(layer.name) for layer in found.layers)
     for layer in found.layers:
         form = f"<{layer.word},{layer.fraction}>" if extra else "float32"
@@ -289,4 +320,6 @@ def _tell(found: Report, measured: Measured | None, extra: dict[str, Any], outpu
             f"weights {told['delivered']:,} bytes, deflated {told['delivered_deflated']:,}; "
             f"float32 {told['float32']:,}, deflated {told['float32_deflated']:,}"
         )
+    if bundle:
+        click.echo(f"{bundle['path']}  {bundle['bytes']:,} bytes  digest {bundle['digest'][:16]}; every check passed")
     click.echo(str(output))

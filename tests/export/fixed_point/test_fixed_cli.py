@@ -15,8 +15,12 @@ import pytest
 from click.testing import CliRunner
 from fixed_point_nets import labelled
 
+from edge.engine import EngineFactory
+from edge.serving import ServingState
 from export.capture import load_model
+from export.checks import perturbed
 from export.fixed_point.cli import fixed_point_train
+from refold.bundle import Bundle
 from refold.errors import InputError, ModelError, RefoldError, StorageError, UsageError
 
 HERE = Path(__file__).parent
@@ -70,6 +74,30 @@ def test_everything_a_person_sees(npz, tmp_path):
     assert found["shortened"]  # the default target takes 7 bits, the default words have 8
     again = run(npz, tmp_path / "o", "--epochs", "2", "--json")
     assert "going on from step" in again.stderr and json.loads(again.stdout)["steps"] == found["steps"]
+
+
+@pytest.mark.parametrize("more", [(), ("--power-of-two",)])
+def test_a_bundle_of_what_was_trained(more, npz, tmp_path):
+    """It passes every self-check, runs on the device's engine, and takes a release."""
+    out = tmp_path / "m.refold"
+    run(npz, tmp_path / "o", "--epochs", "1", "--bundle", str(out), *more)
+    bundle = Bundle.open(out)
+    runs_in = {layer.runs_in.partition(":")[0] for layer in bundle.manifest.layers if layer.op in ("conv", "linear")}
+    assert "int8" in runs_in
+    scales = bundle.norms.tensors(perturbed(bundle.norms, 0.05))
+    folded = np.concatenate([np.ravel(v) for k, v in scales.items() if k.endswith(".weight_scale")])
+    if more == ("--power-of-two",):
+        assert (np.frexp(folded)[0] == 0.5).all()
+    x = np.random.default_rng(0).normal(0, 1, (4, 3, 16, 16)).astype(np.float32)
+    factory = EngineFactory(bundle)
+    changed = factory.build(ServingState(perturbed(bundle.norms, 0.05))).run(x)
+    assert np.isfinite(changed).all() and not np.array_equal(changed, factory.build(ServingState()).run(x))
+
+
+def test_words_too_long_for_any_bundle_keep_the_training(npz, tmp_path):
+    with pytest.raises(ModelError, match="can run in integers"):
+        run(npz, tmp_path / "o", "--epochs", "1", "--published", "--bundle", str(tmp_path / "m.refold"))
+    assert not (tmp_path / "m.refold").exists() and weights(tmp_path / "o")
 
 
 def test_a_kill_changes_nothing(npz, tmp_path):

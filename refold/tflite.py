@@ -19,17 +19,20 @@ all targets: their name there → [tensor index, axes], where axes transpose the
 from __future__ import annotations
 
 import json
+import logging
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from refold.errors import BundleError
 
-__all__ = ["ADAPTABLE", "CODE_OFFSET", "PACKED", "Operator", "Tensor", "TfliteFile"]
+__all__ = ["ADAPTABLE", "CODE_OFFSET", "PACKED", "Operator", "Tensor", "TfliteFile", "open_interpreter"]
 
+log = logging.getLogger(__name__)
 ADAPTABLE = "refold.adaptable"
 PACKED = "refold.packed"
 CODE_OFFSET = 128  # unsigned code of the norm table minus signed code of the file
@@ -277,3 +280,30 @@ class TfliteFile:
                     raise BundleError(f"The model and its norm table disagree about the size of {name}.", code="damaged")
                 copy[place.start : place.start + place.size] = raw
         return bytes(copy)
+
+
+def open_interpreter(content: bytes, threads: int = 1) -> Any:
+    """An `ai_edge_litert` Interpreter of the file, its tensors allocated.
+
+    XNNPACK, LiteRT's fast kernels, takes no layer that multiplies a code by 256 or more, as one before a channel that is always
+    zero may; then LiteRT's own kernels run the whole file, several times slower but right.
+
+    Raises:
+        ValueError, RuntimeError: LiteRT refuses the file.
+        ModuleNotFoundError: the `litert` extra is not installed.
+    """
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    try:
+        fast = Interpreter(model_content=content, num_threads=threads)
+        fast.allocate_tensors()
+    except (RuntimeError, ValueError) as e:
+        plain = Interpreter(
+            model_content=content,
+            num_threads=threads,
+            experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+        )
+        plain.allocate_tensors()
+        log.warning("XNNPACK does not take this model: it runs several times slower. (%s)", str(e).splitlines()[0])
+        return plain
+    return fast

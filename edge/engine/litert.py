@@ -10,7 +10,6 @@ import threading
 from importlib.metadata import version
 
 import numpy as np
-from ai_edge_litert.interpreter import Interpreter
 from numpy.typing import NDArray
 
 from edge.engine.pictures import Codes, Scratch
@@ -19,7 +18,7 @@ from refold.bundle import Bundle
 from refold.errors import BundleError, InputError
 from refold.norms import ActivationScale
 from refold.preprocess import Preprocess
-from refold.tflite import CODE_OFFSET, TfliteFile
+from refold.tflite import CODE_OFFSET, TfliteFile, open_interpreter
 
 __all__ = ["LiteRtEngine", "LiteRtRuntime", "LiteRtTapEngine"]
 
@@ -32,8 +31,7 @@ class _Session:
 
     def __init__(self, content: bytes, threads: int) -> None:
         try:
-            self._interpreter = Interpreter(model_content=content, num_threads=threads)
-            self._interpreter.allocate_tensors()
+            self._interpreter = open_interpreter(content, threads)
         except (RuntimeError, ValueError) as e:
             raise BundleError(
                 f"LiteRT {version('ai-edge-litert')} does not open the bundle's model; export it again for this version.",

@@ -240,6 +240,23 @@ def _behind_abs(op: str) -> Callable[[Net], object]:
     return build
 
 
+def _dead(n: Net) -> None:
+    """Channels whose gamma is zero: only their offset is left, behind a scale at its floor."""
+    n.conv()
+    n.norm()
+    held = n.nodes[-1].parameters
+    n.constants[held["gamma"]][:3], n.constants[held["beta"]][:3] = 0, 0.8
+
+
+def _silent(n: Net) -> None:
+    """A branch a ReLU switches off altogether: its codes have the smallest scale there is, and XNNPACK stays out."""
+    trunk = n.y
+    n.conv(bias=False)
+    n.norm()
+    n.constants[n.nodes[-1].parameters["beta"]][:] = -50
+    n.add("add", n.add("clamp", low=0.0, high=INF), trunk)
+
+
 CHANNEL = np.linspace(0.5, 1.5, CHANNELS).reshape(CHANNELS, 1, 1)
 VECTOR = np.linspace(-1, 1, CHANNELS)
 
@@ -254,6 +271,8 @@ CASES: dict[str, Callable[[Net], object]] = {
     "conv depthwise": lambda n: n.conv(groups=8, strides=(2, 2)),
     "conv depthwise, two for each": lambda n: n.conv(16, groups=8, pads=(0, 1, 2, 1)),
     "conv grouped": lambda n: n.conv(16, groups=4),
+    "conv with dead channels": _dead,
+    "conv that is silent": _silent,
     "conv 1x1": lambda n: n.conv(k=1, pads=(0,) * 4),
     "conv in float": lambda n: (n.conv(keep_float=True), n.conv(12, groups=4, keep_float=True, strides=(2, 2))),
     "conv in float, depthwise": lambda n: n.conv(16, groups=8, keep_float=True, bias=False, pads=(0, 0, 1, 1)),

@@ -23,6 +23,7 @@ LITERT, ORT = TARGETS["litert"], TARGETS["ort-x86-avx2"]
 NEAR, TIED = 0.002, 0.02
 # Here ONNX Runtime itself is not the student: it quantises float weights between quantised activations, and divides the last
 # window of a pooling that runs over the end by another number.
+OWN_KERNELS = ("conv with dead channels", "conv that is silent")  # not XNNPACK's: halves are rounded away from zero
 ORT_APART = ("conv in float, depthwise", "linear in float", "conv_transpose", "conv_transpose cut and padded",
              "conv_transpose padded only", "avg_pool to the end")  # fmt: skip
 
@@ -39,7 +40,7 @@ def test_an_operator(case):
     with torch.no_grad():
         truth = Student(model).eval()(torch.from_numpy(X)).numpy()
     assert truth.std() > 1e-2 and LiteRt().fusion(artefact, model).unfused == ()
-    assert np.abs(got - truth).max() < NEAR * truth.std()
+    assert np.abs(got - truth).max() < (TIED if case in OWN_KERNELS else NEAR) * truth.std()
     file, states = TfliteFile(artefact.model), perturbed(model.table, 0.2)
     assert set(file.adaptable) == set(model.table.tensors())
     assert file.patched(model.table.tensors()) == artefact.model

@@ -56,20 +56,18 @@ class Delivery:
     qmax: int
     keep_float: tuple[str, ...]
 
-    def integers(self, *, power_of_two: bool = False, sixteen_bit: bool = True) -> IntegerModel:
+    def integers(self, *, power_of_two: bool = False) -> IntegerModel:
         """What the target writers take.
 
         Args:
             power_of_two: round the folded scales, now and at every refolding, to powers of two.
-            sixteen_bit: store weights of 9 to 16 bits as int16; otherwise as float32, which ONNX Runtime need not dequantise at
-                every inference.
 
         Raises:
             ModelError: see `export.quantise.integer_model`.
         """
         given = self.given
         model = integer_model(self.graph, self.placement, given.weights, given.scales, self.qmax, power_of_two=power_of_two)
-        return replace(model, stored=self.stored if sixteen_bit else {})
+        return replace(model, stored=self.stored)
 
 
 def deliver(network: Network, qmax: int = 127) -> Delivery:

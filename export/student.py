@@ -2,7 +2,8 @@
 
     norms.<site>.{gamma, beta}            parameters      <site> with "__" for "."
     norms.<site>.{mean, variance}         buffers
-    layers.<layer>.{codes, scale, bias, bias_step}  buffers   int8 codes of the unfolded weights, their scales
+    layers.<layer>.{codes, scale, bias, bias_step}  buffers   int8 codes of the unfolded weights, their scales; and `floor`
+                                                              where folded scales are powers of two
     constants.<name>                                      everything else
 
 Activation scales are arguments of aten.fake_quantize_per_tensor_affine nodes. torch 2.13 cannot trace these (no fake

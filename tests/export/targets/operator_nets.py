@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from export.calibrate import calibrate
 from export.interpret import float_parameters, run
 from export.ir import Graph, Node
-from export.pipeline import _prepared
 from export.quantise import IntegerModel, dequantised_parameters, integer_model, quantised_weights
+from export.rounding import prepared
 
 __all__ = ["CASES", "integers", "pictures"]
 
@@ -110,7 +110,7 @@ def integers(build: Callable[[Net], object], x: NDArray[np.float32], qmax: int =
     net.conv(CHANNELS, 3)
     net.norm()
     build(net)
-    graph, placement = _prepared(net.finished(x))
+    graph, placement = prepared(net.finished(x))
     weights = quantised_weights(graph, placement, qmax)
     calibration = calibrate(graph, placement, x, lambda scales: dequantised_parameters(graph, weights), "minmax")
     return integer_model(graph, placement, weights, calibration.scales, qmax, peak=calibration.peak)

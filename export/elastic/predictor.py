@@ -23,7 +23,7 @@ __all__ = ["Predictor", "Quality", "encode", "kendall", "pearson"]
 
 F32 = NDArray[np.float32]
 WIDTH, DEPTH = 200, 7
-EPOCHS, FEWEST_UPDATES = 100, 1500  # few pairs make few updates in 100 epochs: then there are more epochs
+EPOCHS, FEWEST_UPDATES = 100, 1000  # few pairs make few updates in 100 epochs: then there are more epochs
 LR, WEIGHT_DECAY, BATCH = 4e-4, 1e-5, 256
 
 
@@ -80,7 +80,7 @@ class Predictor:
         y = (y - self.mean) / self.spread
         batch = min(BATCH, max(16, len(x) // 8))
         epochs = max(EPOCHS, math.ceil(FEWEST_UPDATES / math.ceil(len(x) / batch)))
-        optimiser = torch.optim.Adam(self.net.parameters(), LR, weight_decay=WEIGHT_DECAY)
+        optimiser = torch.optim.Adam(self.net.parameters(), LR, weight_decay=WEIGHT_DECAY, fused=True)
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(epochs):
             for index in torch.split(torch.randperm(len(x), generator=generator), batch):

@@ -32,7 +32,8 @@ def test_a_finished_run_says_what_it_reached(finished):
     assert (finished.path / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_search_then_export_what_was_found(finished, tmp_path, capsys):
+def test_search_then_export_what_was_found(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("export.elastic.predictor.FEWEST_UPDATES", 100)
     run = str(finished.path)
     least = json.loads((finished.path / "result.json").read_text())["rows"][-1]["bytes"]
     main(["export", "search", run, "--budget", f"{least + 400}", "--pairs", "12", "--pictures", "40", "--generations", "5",

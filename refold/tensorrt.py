@@ -33,13 +33,13 @@ def symmetric(activation: ActivationScale, levels: int = 256) -> tuple[np.float3
     """An activation's scale without a zero point.
 
     Codes that already fit around zero keep their scale, so that rounding stays what it was; their range is then a clamp in
-    front. All others get the smallest scale that covers the range: for one that starts at zero, 0..127 take the place of 0..255.
+    front. All others get the smallest scale that covers the range: one that starts at zero has 0..127 in place of 0..255.
 
     Returns:
         (scale, the clamp (low, high) where codes would otherwise reach further).
     """
     step, low, high = float(np.float32(activation.scale)), -activation.zero_point, levels - 1 - activation.zero_point
-    if LOWEST <= low and high <= HIGHEST:
+    if low >= LOWEST and high <= HIGHEST:
         clamp = None if (low, high) == (LOWEST, HIGHEST) else (np.float32(low * step), np.float32(high * step))
         return np.float32(step), clamp
     return np.float32(max(-low, high) * step / HIGHEST), None

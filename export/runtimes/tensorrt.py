@@ -59,7 +59,7 @@ class TensorRtFile:
     def structure(self, artefact: Artefact, model: IntegerModel) -> dict[str, float]:
         recipe = BuildRecipe.from_json(artefact.beside[RECIPE], RECIPE)
         for content, layers in ((artefact.model, artefact.fused), (artefact.taps, ())):
-            found = next(violations(content, layers, recipe), None) if content else None
+            found = next(violations(content, layers, recipe, partial=not layers), None) if content else None
             if found is not None:
                 raise GateError(
                     f"tensorrt: {found.layer} of the written file {found.what}: TensorRT would not build it as meant, nothing "

@@ -25,7 +25,7 @@ PICTURES = 1  # in a batch; a camera gives one at a time
 
 
 def _sizes(graph: Graph) -> dict[str, tuple[int, ...]]:
-    """Every value's shape in a batch of `PICTURES`: shapes with the batch multiplied into another axis cannot be told otherwise."""
+    """Every value's shape for `PICTURES` pictures: with the batch multiplied into another axis it cannot be told otherwise."""
     found: dict[str, tuple[int, ...]] = {}
 
     def note(value: str, x: torch.Tensor) -> torch.Tensor:
@@ -97,3 +97,14 @@ class TensorRtBuilder(OnnxBuilder):
         site = self.model.sites[node.output]
         names = RefitSite.of(site)
         self.node("BatchNormalization", [source, *names.initialisers], target, name=names.node, epsilon=float(site.epsilon))
+
+    def finished(self, output: str, shape: Sequence[int | str]) -> bytes:
+        """Without what does not lead to the output: TensorRT would import it, and could not refit what it then throws away."""
+        wanted, kept = {output}, []
+        for node in reversed(self.nodes):
+            if wanted.intersection(node.output):
+                wanted.update(node.input)
+                kept.append(node)
+        self.nodes = kept[::-1]
+        self.tensors = {name: tensor for name, tensor in self.tensors.items() if name in wanted}
+        return super().finished(output, shape)

@@ -2,6 +2,7 @@
 
 integer_layers       every convolution and linear layer really fused to its integer kernel
 argmax_float         the engine and the float model choose the same class on the calibration pictures
+structure_checked    the file keeps the documented rules of a compiler that is not here (tensorrt)
 exported_identical   engine(refold(exported state)) is bit-identical to a model with the values inside
 perturbed_identical  engine(refold(state 1 % away)) is bit-identical to a fresh export at that state, integers included
 student_*            the cloud's student computes what the engine computes; student_apart is their distance over the
@@ -34,7 +35,6 @@ __all__ = ["Evidence", "agree", "perturbed", "run_checks"]
 
 F32 = NDArray[np.float32]
 IDENTITY = 8  # pictures on which bit-identity is asked: any difference shows in the first
-SAME_CLASS = 0.995  # between two runtimes of one bundle
 FLOAT_ERROR = 0.25  # error of the logits over their spread, below which differing argmaxes are near-ties of an undecided net
 
 
@@ -73,7 +73,7 @@ def run_checks(
         GateError: naming the check, the layer where there is one, and the reason.
     """
     runtime, target = runtime_of(profile), profile.name
-    numbers = _integer_layers(target, runtime, artefact, model)
+    numbers = runtime.structure(artefact, model) | _integer_layers(target, runtime, artefact, model)
     logits = runtime.logits(artefact, model, evidence.x)
     numbers |= _against_float(target, logits, evidence)
     numbers |= _identities(target, runtime, artefact, model, evidence.x[:IDENTITY], logits[:IDENTITY], fresh)
@@ -83,22 +83,23 @@ def run_checks(
     return numbers, logits
 
 
-def agree(target: str, logits: F32, other: str, theirs: F32, step: float) -> dict[str, float]:
+def agree(target: str, logits: F32, other: str, theirs: F32, step: float, least: float = 0.995) -> dict[str, float]:
     """Two runtimes of one bundle must be one model to whoever reads their answers.
 
     Args:
         target, logits: the runtime checked, float32 (N, classes).
         other, theirs: a target of another runtime that passed its checks.
         step: how far two logits of a picture may lie apart and still be a tie.
+        least: share of pictures on which they must choose the same class.
 
     Raises:
         GateError: they choose different classes too often.
     """
     same = _same_class(logits, theirs, step)
-    if same < SAME_CLASS:
+    if same < least:
         raise GateError(
             f"{target} and {other} choose the same class on only {same:.1%} of the calibration pictures although they hold the "
-            "same integers: nothing was saved for it. Please report it with the model.",
+            "same weights: nothing was saved for it. Please report it with the model.",
             code="targets-differ",
         )
     return {f"argmax_{other}": same}

@@ -35,6 +35,7 @@ def session(
     tensors: Mapping[str, NDArray[np.generic]] | None = None,
     *,
     exact: bool = False,
+    optimise: bool = True,
     optimised: Path | None = None,
     profile: Path | None = None,
 ) -> ort.InferenceSession:
@@ -43,6 +44,7 @@ def session(
     Args:
         tensors: the adaptable tensors; None for a model that holds its own.
         exact: sum 8-bit weight codes without saturation on processors that lack VNNI (slower, same numbers as with it).
+        optimise: False: every operator runs as written, quantisation and dequantisation included, and sums are in float.
         optimised: where to leave the optimised graph.
         profile: beginning of the name of the file of times that `end_profiling` leaves.
 
@@ -52,6 +54,8 @@ def session(
     options = _options()
     if exact:
         options.add_session_config_entry("session.x64quantprecision", "1")
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
     if profile is not None:

@@ -289,12 +289,15 @@ def export_model(
                 raise
             refused[target.name] = e.message
             continue
-        entry = manifest.targets.add(name=target.name, weight_bits=recipe.model.bits, updatable=True)
+        entry = manifest.targets.add(name=target.name, weight_bits=recipe.model.bits)
+        entry.updatable = not target.compiled_on_device  # there the device decides, once it has built an engine
         entry.model = f"targets/{target.name}/{target.model}"
         parts[entry.model] = artefact.model
         if artefact.taps:
             entry.taps = f"targets/{target.name}/{target.taps}"
             parts[entry.taps] = artefact.taps
+        for name, content in artefact.beside.items():
+            parts[f"targets/{target.name}/{name}"] = content
         if artefact.packed:
             manifest.packed = "weights.packed"
             parts[manifest.packed] = weights_to_bytes({n: pack(w.codes, w.bits) for n, w in artefact.packed.items()})
@@ -319,7 +322,8 @@ def _checked(
     )
     other = next((name for name in answers if TARGETS[name].runtime != target.runtime), None)
     if other is not None:
-        numbers |= agree(target.name, logits, other, answers[other], evidence.step)
+        least = min(runtime_of(t).tolerance.same for t in (target, TARGETS[other]))
+        numbers |= agree(target.name, logits, other, answers[other], evidence.step, least)
     answers[target.name] = logits
     return artefact, numbers
 

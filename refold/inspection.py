@@ -103,11 +103,15 @@ def inspect(bundle: Path, compare: bool, as_json: bool) -> None:
     channels = sum(s["channels"] for s in norms)
     click.echo(f"\n{len(norms)} norm sites, {channels:,} channels: a release is about {channels * 16:,} bytes")
     for target in d["targets"]:
-        click.echo(
-            f"\ntarget {target['name']}: {target['weight_bits']}-bit weights, {'updatable' if target['updatable'] else 'FIXED'}"
-        )
+        click.echo(f"\ntarget {target['name']}: {target['weight_bits']}-bit weights, {_updatable(target)}")
         click.echo(_table([(f"  {k}", f"{v:.6g}") for k, v in target["checks"].items()] or [("  no checks", "")], {1}))
     click.echo("\n" + _table([("part", "bytes"), *((p["path"], f"{p['bytes']:,}") for p in d["parts"])], {1}))
+
+
+def _updatable(target: dict[str, Any]) -> str:
+    if target["updatable"]:
+        return "updatable"
+    return "updatable once its device has proved it" if "structure_checked" in target["checks"] else "FIXED"
 
 
 def _comparison(d: dict[str, Any]) -> str:

@@ -1,9 +1,9 @@
-"""Engines that are rebuilt with other norms in milliseconds and swapped between two frames, on ONNX Runtime or LiteRT.
+"""Engines rebuilt with other norms in milliseconds and swapped between two frames, on ONNX Runtime, LiteRT or TensorRT.
 
 EngineFactory(bundle) ── build(ServingState) ──► Engine ── EngineSlot.swap ──► the frame loop reads .current
                       └─ build_taps(ServingState) ──► TapEngine
 
-`engine.py` says what each of these is; `ort.py` and `litert.py` are the two runtimes.
+`engine.py` says what each of these is; `ort.py`, `litert.py` and `tensorrt.py` are the runtimes.
 """
 
 from edge.engine.engine import Engine, EngineSlot, TapEngine

@@ -29,7 +29,7 @@ class EngineFactory:
         bundle: opened; the parts used are read and checked against their digests here.
         target: name, or None for the one that suits this machine.
         threads: of each engine; 1 leaves the other cores to the device's own work.
-        cache: directory for optimised graphs, kept across restarts; None keeps them in memory.
+        cache: directory for optimised graphs and compiled engines, kept across restarts; None keeps them in memory.
 
     Attributes:
         integer_layers, expected_integer_layers: layers that run in integers here, and those that did where the bundle was made;
@@ -61,6 +61,10 @@ class EngineFactory:
             from edge.engine.litert import LiteRtRuntime
 
             return LiteRtRuntime(self.bundle, self.target, threads=self.threads)
+        if runtime_name(self.target) == "tensorrt":
+            from edge.engine.tensorrt import TensorRtRuntime
+
+            return TensorRtRuntime(self.bundle, self.target, self._canary_pictures(), cache=cache)
         from edge.engine.ort import OrtRuntime
 
         return OrtRuntime(self.bundle, self.target, self._canary_pictures(), threads=self.threads, cache=cache)

@@ -7,11 +7,13 @@ decoded and encoded again says the same. They live in a descriptor pool of their
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 
 from refold.errors import BundleError
 
@@ -112,6 +114,16 @@ class OnnxGraph:
                 tensor.data_location = EXTERNAL
                 tensor.external_data.add(key="location", value="adaptable")
         return bytes(self._model.SerializeToString(deterministic=True))
+
+    def with_values(self, values: Mapping[str, NDArray[np.generic]]) -> bytes:
+        """The same model with other values in the named initialisers, whose type and number of values they must have."""
+        model = _Model.FromString(self._model.SerializeToString())
+        for tensor in model.graph.initializer:
+            if tensor.name in values:
+                for held in ("float_data", "int32_data", "external_data", "data_location"):
+                    tensor.ClearField(held)
+                tensor.raw_data = np.ascontiguousarray(values[tensor.name]).tobytes()
+        return bytes(model.SerializeToString(deterministic=True))
 
     def fed_with_codes(self) -> tuple[bytes, str, str] | None:
         """The same model with its first two operators taken off: its input is then codes, uint8 (N, H, W, C).

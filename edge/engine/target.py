@@ -8,14 +8,20 @@ import platform
 from importlib.util import find_spec
 from pathlib import Path
 
+from edge.engine.cuda import gpu_present
+from edge.engine.trt_api import load_tensorrt
 from refold.bundle import Bundle
 from refold.errors import BundleError
 
 __all__ = ["architecture", "choose_target", "processor", "require", "runtime_name"]
 
 ARCHITECTURES = {"x86_64": "x86", "amd64": "x86", "i686": "x86", "aarch64": "arm64", "arm64": "arm64", "armv7l": "arm32"}
-# runtime → (module, what to install); the fastest first (packages.md §4)
-RUNTIMES = {"ort": ("onnxruntime", "onnxruntime"), "litert": ("ai_edge_litert", "refold[litert]")}
+# runtime → (module, what to install); the first that suits is taken. TensorRT stands last until a GPU has measured it (ADR 010)
+RUNTIMES = {
+    "ort": ("onnxruntime", "onnxruntime"),
+    "litert": ("ai_edge_litert", "refold[litert]"),
+    "tensorrt": ("tensorrt", "tensorrt-cu12"),
+}
 FEATURES = {"avx2": ("avx2",), "vnni": ("avx512_vnni", "avx_vnni"), "neon": ("asimd", "neon"), "dotprod": ("asimddp",)}
 
 
@@ -54,7 +60,11 @@ def require(target: str) -> None:
     runtime = runtime_name(target)
     if runtime not in RUNTIMES:
         raise BundleError(f"Target {target} is for a runtime this version does not know: update Refold.", code="no-runtime")
+    if runtime == "tensorrt" and _installed(runtime) and not gpu_present():
+        raise BundleError(f"Target {target} needs an NVIDIA GPU, and none is here. Name another target.", code="no-gpu")
     if not _installed(runtime):
+        if runtime == "tensorrt":
+            load_tensorrt()
         module, package = RUNTIMES[runtime]
         raise BundleError(
             f"Target {target} needs {module}, which is not installed: pip install '{package}'.", code="no-runtime"
@@ -66,13 +76,16 @@ def _suits(name: str, runtime: str) -> bool:
     first, _, rest = name.partition("-")
     where, _, feature = rest.partition("-")
     wanted = FEATURES.get(feature, ())
+    if runtime == "tensorrt" and not (_installed(runtime) and gpu_present()):
+        return False  # a file for a machine that may be elsewhere, not for this one
     return first == runtime and where in ("", "any", architecture()) and (not wanted or bool(_features().intersection(wanted)))
 
 
 def choose_target(bundle: Bundle, name: str | None = None, *, runtime: str | None = None) -> str:
     """The target to run: the one asked for, else the fastest of the bundle's that suits this machine.
 
-    ONNX Runtime's targets come first, LiteRT's where there are none or ONNX Runtime is not installed.
+    ONNX Runtime's targets come first, LiteRT's where there are none or ONNX Runtime is not installed, TensorRT's where there is
+    nothing else but the package and a GPU.
 
     Args:
         runtime: only targets of this one.

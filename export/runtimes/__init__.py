@@ -2,6 +2,7 @@
 
 ort      ONNX Runtime: adaptable tensors are given when the session is opened
 litert   LiteRT: adaptable tensors are patched into a copy of the file
+tensorrt the file alone, in ONNX Runtime: there is no GPU where bundles are made
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ class Tolerance:
         steps: least share of logits within two steps (of 255 between the lowest and the highest float logit).
         noise: whatever the shares say, a distance below this part of the quantisation error itself is accepted: deep attention
             amplifies a single tied rounding.
+        same: least share of pictures on which this and another runtime of the bundle choose the same class.
     """
 
     argmax: float
     steps: float
     noise: float
+    same: float = 0.995
 
 
 class Runtime(Protocol):
@@ -55,6 +58,9 @@ class Runtime(Protocol):
 
     def fusion(self, artefact: Artefact, model: IntegerModel) -> Fusion:
         """Which of `artefact.fused` really run in integers."""
+
+    def structure(self, artefact: Artefact, model: IntegerModel) -> dict[str, float]:
+        """What this runtime's files must keep besides, as numbers for the manifest. Raises GateError naming what does not."""
 
     def logits(self, artefact: Artefact, model: IntegerModel, x: F32, states: Mapping[str, NormState] | None = None) -> F32:
         """float32 (N, 3, H, W) → float32 (N, classes), with norms refolded to `states` (None: as exported)."""
@@ -77,6 +83,10 @@ def runtime_of(profile: TargetProfile) -> Runtime:
                 code="no-runtime",
             ) from e
         return LiteRt()
+    if profile.runtime == "tensorrt":
+        from export.runtimes.tensorrt import TensorRtFile
+
+        return TensorRtFile()
     from export.runtimes.ort import OnnxRuntime
 
     return OnnxRuntime()

@@ -56,6 +56,9 @@ class LiteRt:
         operators = Counter(NAMES[o.builtin] for o in file.operators)
         return Fusion(operators, tuple(name for name in artefact.fused if name not in integer))
 
+    def structure(self, artefact: Artefact, model: IntegerModel) -> dict[str, float]:
+        return {}
+
     def logits(self, artefact: Artefact, model: IntegerModel, x: F32, states: Mapping[str, NormState] | None = None) -> F32:
         return infer(TfliteFile(artefact.model).expanded(artefact.codes).patched(model.table.tensors(states)), x)
 

@@ -25,6 +25,9 @@ class OnnxRuntime:
     def fusion(self, artefact: Artefact, model: IntegerModel) -> Fusion:
         return fusion(artefact.model, model.table.tensors() | artefact.codes, artefact.fused)
 
+    def structure(self, artefact: Artefact, model: IntegerModel) -> dict[str, float]:
+        return {}
+
     def logits(self, artefact: Artefact, model: IntegerModel, x: F32, states: Mapping[str, NormState] | None = None) -> F32:
         return infer(session(artefact.model, model.table.tensors(states) | artefact.codes, exact=_exact(model)), x)
 

@@ -25,12 +25,14 @@ class Artefact:
     Attributes:
         fused: names of the layers that must run in integers once the runtime has opened `model`.
         packed: integers of fewer than 7 bits, int8 by initialiser, which the files leave out because all targets share them.
+        beside: other files the device needs, by name.
     """
 
     model: bytes
     taps: bytes
     fused: tuple[str, ...]
     packed: Mapping[str, WeightCodes] = field(default_factory=dict)
+    beside: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def codes(self) -> dict[str, NDArray[np.int8]]:
@@ -57,7 +59,7 @@ def write(profile: TargetProfile, model: IntegerModel, *, embedded: bool = False
 
     Args:
         embedded: put adaptable tensors and packed integers into the file instead of leaving them to be given when it is opened.
-            A runtime whose files are patched (litert) always holds the adaptable ones.
+            A runtime whose files are patched (litert) or read whole (tensorrt) always holds the adaptable ones.
 
     Raises:
         ModelError: the runtime has no way to express an operator.
@@ -66,4 +68,6 @@ def write(profile: TargetProfile, model: IntegerModel, *, embedded: bool = False
         from export.targets import ort  # noqa: F401  (registers its writer)
     elif profile.runtime == "litert":
         from export.targets import litert  # noqa: F401  (registers its writer)
+    elif profile.runtime == "tensorrt":
+        from export.targets import tensorrt  # noqa: F401  (registers its writer)
     return _WRITERS[profile.runtime](profile, model, embedded)

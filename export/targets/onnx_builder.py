@@ -33,7 +33,12 @@ class OnnxBuilder:
     Args:
         embedded: adaptable tensors are stored with their exported values; otherwise they are external references without data,
             and so are integers of few bits.
+
+    Attributes:
+        pictures: the size of the batch in the file.
     """
+
+    pictures: int | str = "batch"
 
     def __init__(self, model: IntegerModel, *, embedded: bool = False) -> None:
         self.model = model
@@ -43,8 +48,12 @@ class OnnxBuilder:
         self.packed: dict[str, WeightCodes] = {}
         self._made: set[str] = set()
         self._embedded = embedded
-        for name, value in model.table.tensors().items():
+        for name, value in self.adaptable().items():
             self.tensors[name] = numpy_helper.from_array(np.asarray(value), name) if embedded else _external(name, value)
+
+    def adaptable(self) -> dict[str, NDArray[np.generic]]:
+        """The tensors a device may change, by name, as exported."""
+        return self.model.table.tensors()
 
     def node(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         """Adds a node unless its output is there already. Returns the output's name."""
@@ -126,7 +135,7 @@ class OnnxBuilder:
     def finished(self, output: str, shape: Sequence[int | str]) -> bytes:
         """The model's bytes. `output` is an existing tensor's name."""
         size = list(self.graph.shapes[self.graph.input])[1:]
-        entry = helper.make_tensor_value_info(self.graph.input, TensorProto.FLOAT, ["batch", *size])
+        entry = helper.make_tensor_value_info(self.graph.input, TensorProto.FLOAT, [self.pictures, *size])
         answer = helper.make_tensor_value_info(output, TensorProto.FLOAT, list(shape))
         graph = helper.make_graph(self.nodes, "refold", [entry], [answer], list(self.tensors.values()))
         made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)

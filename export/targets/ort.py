@@ -9,7 +9,7 @@ from export.targets import Artefact, TargetProfile, register_writer
 from export.targets.onnx_builder import OnnxBuilder
 from export.targets.onnx_ops import EMITTERS, emit_codes, emit_integer_layer
 
-__all__ = ["INPUT", "LOGITS", "MOMENTS", "write_ort"]
+__all__ = ["INPUT", "LOGITS", "MOMENTS", "emit_moments", "write_ort"]
 
 INPUT, LOGITS, MOMENTS = "input", "logits", "moments"
 
@@ -24,9 +24,9 @@ def write_ort(profile: TargetProfile, model: IntegerModel, embedded: bool) -> Ar
     taps = b""
     if any(s.kind.has_statistics for s in model.table.norms):
         builder = OnnxBuilder(model, embedded=embedded)
-        taps = _taps(builder, _emit_all(builder))
+        taps = emit_moments(builder, _emit_all(builder))
     fused = tuple(n.name for n in model.graph.nodes if n.output in model.weights)
-    return Artefact(engine.finished(LOGITS, ["batch", classes]), taps, fused, engine.packed)
+    return Artefact(engine.finished(LOGITS, [engine.pictures, classes]), taps, fused, engine.packed)
 
 
 def _emit_all(b: OnnxBuilder) -> list[tuple[Node, str]]:
@@ -49,7 +49,7 @@ def _emit_all(b: OnnxBuilder) -> list[tuple[Node, str]]:
     return tapped
 
 
-def _taps(b: OnnxBuilder, tapped: list[tuple[Node, str]]) -> bytes:
+def emit_moments(b: OnnxBuilder, tapped: list[tuple[Node, str]]) -> bytes:
     """Mean and mean square over space of every tapped tensor, all channels in a row: (batch, 2, channels)."""
     rows: dict[str, list[str]] = {"mean": [], "square": []}
     column = b.integers("moments.column", 0, -1, 1, 1)
@@ -66,4 +66,4 @@ def _taps(b: OnnxBuilder, tapped: list[tuple[Node, str]]) -> bytes:
         for kind, parts in rows.items()
     ]
     b.node("Concat", both, MOMENTS, axis=1)
-    return b.finished(MOMENTS, ["batch", 2, channels])
+    return b.finished(MOMENTS, [b.pictures, 2, channels])

@@ -4,6 +4,7 @@ ort-x86-avx2   ONNX Runtime on x86 without VNNI: 7-bit weight codes, or 16-bit p
 ort-x86-vnni   ONNX Runtime on x86 with AVX-VNNI or AVX-512-VNNI: 8-bit codes
 ort-arm64      ONNX Runtime on 64-bit ARM: 8-bit codes
 litert         LiteRT (TensorFlow Lite) on any processor: 8-bit codes, signed, sums in int32
+tensorrt       TensorRT 8.6 or newer on an NVIDIA GPU, built there: 8-bit codes, symmetric also in activations, norms unfolded
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class TargetProfile:
 
     Attributes:
         name: of `--target`; runtime-architecture-instruction set, or the runtime alone where one file serves all.
-        runtime: whose writer makes its files: `ort` or `litert`.
+        runtime: whose writer makes its files: `ort`, `litert` or `tensorrt`.
         qmax: largest absolute weight code its kernels add up without saturating.
         weight_bits: of one weight code.
         integer_operators: operators of the graph it has 8-bit kernels for, those that only move codes among them; others run
@@ -46,6 +47,7 @@ class TargetProfile:
         zero_points: activations may have a zero point of their own.
         saturating_sums: neighbouring products are added in 16 bits, which is why `qmax` is below 127.
         batch: of the written model.
+        compiled_on_device: the device builds its engine from the file: a bundle cannot prove what that engine does.
         model, taps: names of its files.
     """
 
@@ -60,6 +62,7 @@ class TargetProfile:
     zero_points: bool = True
     saturating_sums: bool = False
     batch: Batch = Batch.FREE
+    compiled_on_device: bool = False
     model: str = "model.onnx"
     taps: str = "taps.onnx"
 
@@ -85,6 +88,10 @@ TARGETS: dict[str, TargetProfile] = {
         TargetProfile(
             "litert", "litert", 127, 8, LITERT_OPERATORS, activation_codes=(-128, 127), batch=Batch.STATIC,
             model="model.tflite", taps="taps.tflite",
+        ),
+        TargetProfile(
+            "tensorrt", "tensorrt", 127, 8, ORT_OPERATORS, activation_codes=(-128, 127), zero_points=False, batch=Batch.STATIC,
+            compiled_on_device=True,
         ),
     )
 }  # fmt: skip

@@ -1,0 +1,115 @@
+"""The part of the `tensorrt` package that Refold calls: exactly these names, so that a recording double can stand in for it.
+
+TensorRT itself satisfies these protocols; there is no adapter between. Names and meanings are those of its Python API 8.6 to 11
+(docs.nvidia.com/deeplearning/tensorrt). What differs between versions is asked of the package, never of its version number:
+
+    STRONGLY_TYPED             since 10: types come from the file's Q and DQ, and no precision flags are given
+    REFIT_INDIVIDUAL           since 10: with mark_weights_refittable; before, REFIT makes every weight exchangeable
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refold.errors import BundleError
+
+__all__ = ["Config", "Context", "CudaEngine", "Layer", "Network", "Parser", "Refitter", "TensorRt", "load_tensorrt"]
+
+F32 = NDArray[np.float32]
+INSTALL = (
+    "On a Jetson it comes with JetPack (apt install python3-libnvinfer, virtual environments with --system-site-packages); "
+    "elsewhere pip install tensorrt-cu12"
+)
+
+
+class Layer(Protocol):
+    """An ILayer. A SCALE has `scale` and `shift` once its `__class__` is set to `IScaleLayer`, as its bindings want."""
+
+    name: str
+    type: Any
+
+
+class Network(Protocol):
+    num_layers: int
+
+    def get_layer(self, index: int) -> Any: ...
+    def set_weights_name(self, weights: Any, name: str) -> bool: ...
+    def mark_weights_refittable(self, name: str) -> bool: ...
+
+
+class Config(Protocol):
+    def set_flag(self, flag: Any) -> None: ...
+    def set_memory_pool_limit(self, pool: Any, size: int) -> None: ...
+
+
+class Parser(Protocol):
+    num_errors: int
+
+    def parse(self, model: bytes) -> bool: ...
+    def get_error(self, index: int) -> Any: ...
+
+
+class Context(Protocol):
+    def set_tensor_address(self, name: str, address: int) -> bool: ...
+    def execute_async_v3(self, stream: int) -> bool: ...
+
+
+class CudaEngine(Protocol):
+    def get_tensor_shape(self, name: str) -> Sequence[int]: ...
+    def create_execution_context(self) -> Context | None: ...
+
+
+class Refitter(Protocol):
+    def get_all_weights(self) -> list[str]: ...
+    def set_named_weights(self, name: str, weights: F32) -> bool: ...
+    def get_missing_weights(self) -> list[str]: ...
+    def refit_cuda_engine(self) -> bool: ...
+
+
+class Builder(Protocol):
+    def create_network(self, flags: int) -> Network: ...
+    def create_builder_config(self) -> Config: ...
+    def build_serialized_network(self, network: Network, config: Config) -> Any: ...
+
+
+class EngineReader(Protocol):
+    """tensorrt.Runtime."""
+
+    def deserialize_cuda_engine(self, plan: bytes) -> CudaEngine | None: ...
+
+
+class TensorRt(Protocol):
+    """The package."""
+
+    __version__: str
+    Logger: Any
+    Builder: Callable[[Any], Builder]
+    OnnxParser: Callable[[Network, Any], Parser]
+    Runtime: Callable[[Any], EngineReader]
+    Refitter: Callable[[CudaEngine, Any], Refitter]
+    NetworkDefinitionCreationFlag: Any
+    BuilderFlag: Any
+    MemoryPoolType: Any
+    LayerType: Any
+    IScaleLayer: Any
+
+
+def load_tensorrt() -> TensorRt:
+    """Raises BundleError saying what to install."""
+    try:
+        found: Any = importlib.import_module("tensorrt")
+    except ImportError as e:
+        raise BundleError(
+            f"This target needs TensorRT, which is not installed. {INSTALL}.", code="no-runtime", detail=str(e)
+        ) from e
+    if not all(hasattr(found, name) for name in ("Builder", "OnnxParser", "Refitter")):
+        raise BundleError(
+            f"The TensorRT that is installed only runs engines and cannot build one (a lean or dispatch runtime). {INSTALL}.",
+            code="no-runtime",
+        )
+    return found  # type: ignore[no-any-return]

@@ -133,7 +133,7 @@ class LiteRtRuntime:
 
     def _read(self, part: str) -> TfliteFile:
         file, pre = TfliteFile(self.bundle.read(part)), self.bundle.preprocess
-        odd = sorted(set(file.adaptable) ^ set(self.bundle.norms.tensors()))
+        odd = sorted(set(file.adaptable) ^ set(self.bundle.norms.tensors()))  # taps: all layers are in the file, if not all run
         if odd:
             raise BundleError(f"{part} of {self.bundle.path} and its norm table disagree about {odd[0]}.", code="damaged")
         if len(file.inputs) != 1 or len(file.outputs) != 1 or file.tensors[file.inputs[0]].shape != (1, *pre.shape):

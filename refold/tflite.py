@@ -38,6 +38,8 @@ PACKED = "refold.packed"
 CODE_OFFSET = 128  # unsigned code of the norm table minus signed code of the file
 IDENTIFIER = b"TFL3"
 LAYERS = (3, 4, 9)  # BuiltinOperator CONV_2D, DEPTHWISE_CONV_2D, FULLY_CONNECTED
+# what following a wrong offset, or decoding what it leads to, may raise
+UNREADABLE = (struct.error, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, MemoryError)
 ROLES = ("scale", "zero_point", "data")
 KINDS: dict[int, type[np.generic]] = {0: np.float32, 2: np.int32, 4: np.int64, 7: np.int16, 9: np.int8}
 
@@ -152,7 +154,7 @@ class TfliteFile:
         self.content = content
         try:
             self._read(_Reader(content))
-        except (struct.error, IndexError, KeyError, TypeError, ValueError, RecursionError, MemoryError) as e:
+        except UNREADABLE as e:
             raise BundleError(
                 "The model inside the bundle is not readable as TFLite: export it again.", code="damaged", detail=repr(e)
             ) from e

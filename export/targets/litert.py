@@ -89,7 +89,7 @@ class _Writer:
                 tensor, order = emit_logits(b, node)
                 return "raw", clamped(b, node, tensor), order
             return "codes", *emit_integer_layer(b, node)
-        if role is Role.INTEGER and not self._taps(node) and node.op in self.profile.integer_operators:
+        if role is Role.INTEGER and not self._taps(node) and node.op in INTEGER and node.op in self.profile.integer_operators:
             return "codes", *INTEGER[node.op](b, node)
         tensor, order = self._float(node)
         if self._taps(node):

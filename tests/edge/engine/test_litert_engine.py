@@ -173,6 +173,47 @@ def test_a_file_of_another_net(both, tmp_path):
         EngineFactory(rewritten(both, tmp_path, "model.tflite", swapped), "litert")
 
 
+@pytest.mark.parametrize(
+    "told", [b"[1,2]", b'{"a":3}', b'{"a":[["scale",Infinity]]}', b'{"a":[["scale",99999]]}', b"{", b"\xff"]
+)
+def test_a_list_of_carriers_that_is_none_is_refused(both, told):
+    model = both.read("targets/litert/model.tflite")
+    start = model.index(b'{"a.0.bias"') if b'{"a.0.bias"' in model else model.index(b'{"a.1.bias"')
+    end = model.index(b"}", start) + 1
+    with pytest.raises(BundleError, match="not readable as TFLite"):
+        TfliteFile(model[:start] + told.ljust(end - start) + model[end:])
+
+
+def test_a_file_that_takes_floats(both, tmp_path):
+    """The first layer of this net runs in float: nothing is quantised on the way in."""
+    import export_nets
+
+    from export.pictures import Pictures
+    from export.pipeline import Options, make_recipe
+    from export.runtimes.litert import infer
+    from export.targets import TARGETS, write
+    from refold.codec import table_to_pb
+
+    pictures = export_nets.pictures(16)
+    recipe = make_recipe(
+        export_nets.make("unary"), both.preprocess, Pictures(pictures, None), Options(("litert",), observer="minmax")
+    )
+    artefact = write(TARGETS["litert"], recipe.model)
+    manifest = type(both.manifest)()
+    manifest.CopyFrom(both.manifest)
+    manifest.norms.CopyFrom(table_to_pb(recipe.model.table))
+    del manifest.targets[0], manifest.layers[:]
+    parts = {p.path: both.read(p.path) for p in both.parts if "ort" not in p.path}
+    parts |= {"targets/litert/model.tflite": artefact.model, "targets/litert/taps.tflite": artefact.taps}
+    factory = EngineFactory(write_bundle(tmp_path / "floats.refold", manifest, parts))
+    engine, x = factory.build(ServingState()), both.preprocess.apply(pictures[:4])
+    assert factory.target == "litert" and engine.pictures is None
+    np.testing.assert_array_equal(engine.run(x), infer(artefact.model, x))
+    np.testing.assert_array_equal(engine.run_pictures(pictures[:4]), engine.run(x))
+    np.testing.assert_array_equal(factory.build_taps(ServingState()).run(x), infer(artefact.taps, x))
+    factory.canary(engine)
+
+
 def test_a_model_litert_refuses(both, tmp_path):
     """A convolution whose weights have another number of channels than its input: sound as a file, refused by LiteRT."""
     from ai_edge_litert import schema_py_generated as schema

@@ -17,6 +17,7 @@ from operator_nets import CASES, integers
 from operator_nets import pictures as small_pictures
 
 import export.pipeline
+from demo.models import resnet20
 from export.checks import Evidence, agree, perturbed
 from export.cli import export as command
 from export.engines import infer as infer_ort
@@ -25,10 +26,12 @@ from export.pictures import Pictures
 from export.pipeline import Options, export_model, fresh_export, make_recipe
 from export.runtimes import Fusion, runtime_of
 from export.runtimes.litert import LiteRt, infer
+from export.student import Student
 from export.targets import TARGETS, Batch, TargetProfile, write
 from export.targets.litert_shapes import reshaped_order, same_pads, transposed_order
 from refold.bundle import Bundle
 from refold.errors import GateError, ModelError, UsageError
+from refold.inspection import inspect
 from refold.tflite import TfliteFile
 
 LITERT, ORT = TARGETS["litert"], TARGETS["ort-x86-avx2"]
@@ -59,6 +62,23 @@ def test_a_family_of_nets(recipe):
     assert TfliteFile(ours.model).patched(model.table.tensors(states)) == fresh.model != ours.model
     assert TfliteFile(ours.taps).patched(model.table.tensors(states)) == fresh.taps if ours.taps else not fresh.taps
     assert again.table.norms[0].exported == states[model.table.norms[0].name]
+
+
+def test_resnet20():
+    """The net and the size people try first: 20 integer layers, shortcuts that slice and pad, 32x32."""
+    plan = replace(export_nets.PREPROCESS, width=32, height=32)
+    net = export_nets.settled(resnet20().eval(), 32)
+    recipe = make_recipe(net, plan, Pictures(export_nets.pictures(16, 32), None), Options(("litert",), observer="minmax"))
+    x = plan.apply(export_nets.pictures(8, 32, seed=2))
+    artefact = write(LITERT, recipe.model)
+    with torch.no_grad():
+        truth = Student(recipe.model).eval()(torch.from_numpy(x)).numpy()
+    logits = infer(artefact.model, x)
+    assert len(TfliteFile(artefact.model).integer_layers()) == len(artefact.fused) >= 20
+    assert np.sqrt(np.mean((logits - truth) ** 2)) < 2 * (truth.max() - truth.min()) / 255
+    states = perturbed(recipe.model.table, 0.05)
+    fresh, _ = fresh_export(recipe, states, LITERT)
+    assert TfliteFile(artefact.model).patched(recipe.model.table.tensors(states)) == fresh.model
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +194,8 @@ def test_all_targets_share_a_bundle_and_agree(residual, npz, tmp_path):
     assert told["checks"]["litert"]["perturbed_identical"] == told["checks"]["litert"]["taps_finite"] == 1.0
     bundle = Bundle.open(path)
     assert all(t.updatable for t in bundle.manifest.targets) and bundle.target("litert").model == "targets/litert/model.tflite"
+    said = CliRunner().invoke(inspect, [str(path)]).output
+    assert all(f"target {name}: 7-bit weights, updatable" in said for name in TARGETS) and "model.tflite" in said
     out = bundle.extract(tmp_path / "out")
     assert TfliteFile((out / "targets/litert/model.tflite").read_bytes()).operators
 

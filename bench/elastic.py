@@ -10,7 +10,6 @@ ONNX Runtime has no static quantisation below 8 bits for convolutions: those cel
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,7 +98,9 @@ def run(options: Options) -> Result:
     torch.set_num_threads(1)
     scale = Scale.of(options)
     pictures = Pictures(scale)
-    work = options.target.with_suffix(".work") if options.resume else Path(tempfile.mkdtemp(prefix="refold-elastic-"))
+    work = options.target.with_suffix(".work")
+    if not options.resume:
+        shutil.rmtree(work, ignore_errors=True)
     with progress() as bar:
         task = bar.add_task("elastic", total=None)
         say = stage(bar, task, "elastic")
@@ -108,8 +109,7 @@ def run(options: Options) -> Result:
         seconds = time.monotonic() - started
         rows, quality = _rows(net, pictures, work, options, say)
         bar.update(task, description="elastic: done")
-    if not options.resume:
-        shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
     settings: dict[str, object] = {
         "data": "CIFAR-10: train5k learns, test 0-1999 searches, test 2000-9999 reports",
         "net": "ResNet-20 from resnet20_cifar10.npz", "steps": scale.training.steps, "batch": scale.training.batch,

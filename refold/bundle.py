@@ -83,7 +83,7 @@ class Bundle:
                 signatures = _read_small(archive, members, SIGNATURES, path) if SIGNATURES in members else b""
         except FileNotFoundError:
             raise BundleError(f"There is no bundle at {path}.", code="no-bundle") from None
-        except (zipfile.BadZipFile, EOFError, NotImplementedError) as e:
+        except (zipfile.BadZipFile, EOFError, RuntimeError) as e:  # RuntimeError: a changed flag asks for a password
             raise BundleError(f"{path} is truncated or not a Refold bundle: copy or export it again.", code="damaged") from e
         except OSError as e:
             raise BundleError(f"{path} cannot be read: {e.strerror or e}.", code="unreadable") from e
@@ -156,7 +156,7 @@ class Bundle:
                         raise BundleError(f"{path} in {self.path} is larger than its manifest says.", code="damaged")
                     digest.update(chunk)
                     yield chunk
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError) as e:
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, RuntimeError) as e:
             raise BundleError(f"{path} in {self.path} cannot be read: the file is damaged.", code="damaged") from e
         if left or digest.hexdigest() != part.sha256:
             raise BundleError(f"{path} in {self.path} does not match its digest: the file was changed.", code="digest")

@@ -68,7 +68,7 @@ def gpu_present() -> bool:
     count = ctypes.c_int(0)
     try:
         library = _library()
-        return library.cuInit(0) == 0 and library.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+        return bool(library.cuInit(0) == 0 and library.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0)
     except (OSError, AttributeError):
         return False
 

@@ -169,7 +169,7 @@ class TensorRtRuntime:
         for named in recipe.sites:
             site = self.bundle.norms.site(named.site)
             vectors = refit_vectors(site, states.get(site.name, site.exported))
-            found |= dict(zip(named.weights, map(np.ascontiguousarray, vectors), strict=True))
+            found |= {name: np.array(v, np.float32) for name, v in zip(named.weights, vectors, strict=True)}
         return found
 
     def _recipe_of(self, part: str) -> BuildRecipe:

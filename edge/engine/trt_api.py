@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from refold.errors import BundleError
 
-__all__ = ["Config", "Context", "CudaEngine", "Layer", "Network", "Parser", "Refitter", "TensorRt", "load_tensorrt"]
+__all__ = ["Config", "Context", "CudaEngine", "Network", "Parser", "PlanBuilder", "TensorRt", "WeightSetter", "load_tensorrt"]
 
 F32 = NDArray[np.float32]
 INSTALL = (
@@ -27,14 +27,9 @@ INSTALL = (
 )
 
 
-class Layer(Protocol):
-    """An ILayer. A SCALE has `scale` and `shift` once its `__class__` is set to `IScaleLayer`, as its bindings want."""
-
-    name: str
-    type: Any
-
-
 class Network(Protocol):
+    """Its layers have `name` and `type`; one of type SCALE has `scale` and `shift` once its `__class__` is IScaleLayer."""
+
     num_layers: int
 
     def get_layer(self, index: int) -> Any: ...
@@ -64,14 +59,18 @@ class CudaEngine(Protocol):
     def create_execution_context(self) -> Context | None: ...
 
 
-class Refitter(Protocol):
+class WeightSetter(Protocol):
+    """tensorrt.Refitter."""
+
     def get_all_weights(self) -> list[str]: ...
     def set_named_weights(self, name: str, weights: F32) -> bool: ...
     def get_missing_weights(self) -> list[str]: ...
     def refit_cuda_engine(self) -> bool: ...
 
 
-class Builder(Protocol):
+class PlanBuilder(Protocol):
+    """tensorrt.Builder."""
+
     def create_network(self, flags: int) -> Network: ...
     def create_builder_config(self) -> Config: ...
     def build_serialized_network(self, network: Network, config: Config) -> Any: ...
@@ -88,10 +87,10 @@ class TensorRt(Protocol):
 
     __version__: str
     Logger: Any
-    Builder: Callable[[Any], Builder]
+    Builder: Callable[[Any], PlanBuilder]
     OnnxParser: Callable[[Network, Any], Parser]
     Runtime: Callable[[Any], EngineReader]
-    Refitter: Callable[[CudaEngine, Any], Refitter]
+    Refitter: Callable[[CudaEngine, Any], WeightSetter]
     NetworkDefinitionCreationFlag: Any
     BuilderFlag: Any
     MemoryPoolType: Any

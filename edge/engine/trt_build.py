@@ -63,7 +63,7 @@ def _typing(trt: TensorRt, config: Config, recipe: BuildRecipe) -> int:
 
 
 def _mark(trt: TensorRt, network: Network, config: Config, recipe: BuildRecipe) -> None:
-    scales = {}
+    scales: dict[str, Any] = {}
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type == trt.LayerType.SCALE:

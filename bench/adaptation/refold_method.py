@@ -61,7 +61,7 @@ class Tuning:
     unbiased: float = 0.9
     delay: int = 100
     adapt: AdaptSettings = field(default_factory=AdaptSettings)
-    distil: DistilSettings = field(default_factory=lambda: DistilSettings(fresh_samples=100, growth=2.0))
+    distil: DistilSettings = field(default_factory=lambda: DistilSettings(steps=120, fresh_samples=100, growth=2.0))
 
 
 class TrueLabels(Teachers):

@@ -138,7 +138,7 @@ def test_taps_report_what_the_file_computes(exported, x):
 
 
 @given(
-    st.floats(1e-4, 10, width=32), st.integers(1, 8).map(lambda b: 2**b), st.data(),
+    st.floats(2**-13, 10, width=32), st.integers(1, 8).map(lambda b: 2**b), st.data(),
     st.lists(st.floats(-3000, 3000, width=32), min_size=1, max_size=40),
 )  # fmt: skip
 def test_a_symmetric_scale_covers_the_range_and_keeps_codes_that_fit(scale, levels, data, values):
@@ -156,21 +156,30 @@ def test_a_symmetric_scale_covers_the_range_and_keeps_codes_that_fit(scale, leve
         assert ours <= 2.01 * np.float32(scale)
 
 
-def test_activations_of_few_bits_round_exactly_as_the_student_does(x):
-    """Their codes fit around zero: no step is lost, and a clamp stands where the codes end. Weights of few bits are inside."""
+def test_activations_of_few_bits_keep_their_codes(x):
+    """They fit around zero: the scale is the student's, and a clamp stands where codes end. Weights of few bits are inside.
+
+    The 8-bit activations among them still lose a bit, which coarse rounding behind them amplifies: less than rounding costs.
+    """
     options = Options(("tensorrt",), observer="minmax", bits=parse_bits(["w4a4"]))
     made = make_recipe(export_nets.make("vgg"), export_nets.PREPROCESS, Pictures(export_nets.pictures(32), None), options)
     artefact = write(TENSORRT, made.model)
     assert not artefact.packed and made.model.levels
     graph = onnx.load_from_string(artefact.model).graph
     assert not any(t.data_location == TensorProto.EXTERNAL for t in graph.initializer)
-    assert sum(n.op_type == "Clip" for n in graph.node) >= len(made.model.levels) - 1
+    held = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    for value, levels in made.model.levels.items():
+        scale = made.model.scale_of(value)
+        assert held[f"{value}.scale"] == np.float32(scale.scale) and scale.zero_point == 0
+        assert held[f"{value}.high"] == np.float32((levels - 1) * scale.scale) and held[f"{value}.low"] == 0
+    assert sum(n.op_type == "Clip" for n in graph.node) == len(made.model.levels)
     with torch.no_grad():
         student = Student(made.model).eval()(torch.from_numpy(x)).numpy()
-    assert apart(run(artefact.model, x), student) < 0.15
+        truth = export_nets.make("vgg")(torch.from_numpy(x)).numpy()
+    assert apart(run(artefact.model, x), student) < 0.6 * apart(student, truth)
 
 
-@pytest.mark.parametrize("net", ["grouped", "vit", "dense"])
+@pytest.mark.parametrize("net", ["grouped", "convnext", "dense"])
 def test_norms_that_cannot_fold_are_nodes_of_their_own(net, x):
     options = Options(("tensorrt",), observer="minmax")
     made = make_recipe(export_nets.make(net), export_nets.PREPROCESS, Pictures(export_nets.pictures(24), None), options)
@@ -178,7 +187,7 @@ def test_norms_that_cannot_fold_are_nodes_of_their_own(net, x):
     recipe = BuildRecipe.from_json(artefact.beside[RECIPE], RECIPE)
     assert not list(violations(artefact.model, artefact.fused, recipe))
     kinds = {n.op_type for n in onnx.load_from_string(artefact.model).graph.node}
-    assert {"grouped": "InstanceNormalization", "vit": "LayerNormalization", "dense": "BatchNormalization"}[net] in kinds
+    assert {"grouped": "InstanceNormalization", "convnext": "LayerNormalization", "dense": "BatchNormalization"}[net] in kinds
     assert not kinds & {"Shape", "Gather"}
     states = perturbed(made.model.table, 0.3)
     moved = run(replaced(artefact.model, norms_at(made.model.table, states)), x)

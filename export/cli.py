@@ -162,7 +162,7 @@ def _report(done: Exported, used: int, skipped: tuple[str, ...], seconds: float,
     click.echo(f"{used} calibration pictures; output error by observer: {errors}; kept {calibration.chosen}")
     norms = done.bundle.norms.norms
     click.echo(
-        f"{integer} integer layers of {done.recipe.model.bits} bits, {len(layers) - integer} float operators; "
+        f"{integer} integer layers of {_bits(done)} bits, {len(layers) - integer} float operators; "
         f"{len(norms)} updatable norms, {sum(s.channels for s in norms):,} channels"
     )
     for line in _choices(done):
@@ -172,6 +172,12 @@ def _report(done: Exported, used: int, skipped: tuple[str, ...], seconds: float,
         click.echo(f"{target}: every check passed ({told})")
     for target, why in done.refused.items():
         click.echo(f"{target}: left out. {why}")
+
+
+def _bits(done: Exported) -> str:
+    """`7`, or `4 to 7` where layers differ."""
+    found = {w.bits for w in done.recipe.model.weights.values()}
+    return str(min(found)) if len(found) == 1 else f"{min(found)} to {max(found)}"
 
 
 def _choices(done: Exported) -> Iterator[str]:

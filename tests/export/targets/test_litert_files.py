@@ -19,7 +19,6 @@ from operator_nets import pictures as small_pictures
 import export.pipeline
 from demo.models import resnet20
 from export.checks import Evidence, agree, perturbed
-from export.cli import export as command
 from export.engines import infer as infer_ort
 from export.engines import session
 from export.pictures import Pictures
@@ -30,6 +29,7 @@ from export.student import Student
 from export.targets import TARGETS, Batch, TargetProfile, write
 from export.targets.litert_shapes import reshaped_order, same_pads, transposed_order
 from refold.bundle import Bundle
+from refold.cli import cli
 from refold.errors import GateError, ModelError, UsageError
 from refold.inspection import inspect
 from refold.tflite import TfliteFile
@@ -173,7 +173,7 @@ def test_logits_that_grow_still_have_codes(residual):
 
 def test_profiles_are_data_that_says_what_it_cannot_mean():
     assert {p.name: p.qmax for p in TARGETS.values()} == {
-        "ort-x86-avx2": 64, "ort-x86-vnni": 127, "ort-arm64": 127, "litert": 127
+        "ort-x86-avx2": 64, "ort-x86-vnni": 127, "ort-arm64": 127, "litert": 127, "tensorrt": 127
     }  # fmt: skip
     assert LITERT.batch is Batch.STATIC and "sigmoid" not in LITERT.integer_operators
     with pytest.raises(UsageError, match="4-bit weights have no codes up to 64"):
@@ -186,16 +186,20 @@ def test_all_targets_share_a_bundle_and_agree(residual, npz, tmp_path):
     arguments = ["--calibration", npz, "--preprocess", "16x16,unit", "--observer", "minmax", "--json"]
     path = tmp_path / "all.refold"
     here = f"{export_nets.__file__}:residual"
-    done = CliRunner().invoke(command, [here, *map(str, arguments), "--target", "all", "-o", str(path), "--min-agreement", "0"])
+    done = CliRunner().invoke(
+        cli, ["export", here, *map(str, arguments), "--target", "all", "-o", str(path), "--min-agreement", "0"]
+    )
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert set(told["checks"]) == set(TARGETS) and told["refused"] == {}
     assert told["checks"]["litert"]["argmax_ort-x86-avx2"] >= 0.995
     assert told["checks"]["litert"]["perturbed_identical"] == told["checks"]["litert"]["taps_finite"] == 1.0
     bundle = Bundle.open(path)
-    assert all(t.updatable for t in bundle.manifest.targets) and bundle.target("litert").model == "targets/litert/model.tflite"
+    assert {t.name for t in bundle.manifest.targets if not t.updatable} == {"tensorrt"}  # there the device decides
+    assert bundle.target("litert").model == "targets/litert/model.tflite"
     said = CliRunner().invoke(inspect, [str(path)]).output
-    assert all(f"target {name}: 7-bit weights, updatable" in said for name in TARGETS) and "model.tflite" in said
+    assert all(f"target {name}: 7-bit weights, updatable" in said for name in TARGETS if name != "tensorrt")
+    assert "target tensorrt: 7-bit weights" in said and "model.tflite" in said
     out = bundle.extract(tmp_path / "out")
     assert TfliteFile((out / "targets/litert/model.tflite").read_bytes()).operators
 
@@ -228,7 +232,7 @@ def test_a_target_that_fails_is_left_out_and_said(quick, tmp_path, where):
         quick.setattr("export.runtimes.ort.OnnxRuntime.fusion", lambda *_: Fusion({}, ("stem.0",)))
     arguments = (torch.nn.Identity(), tmp_path / "m.refold", export_nets.PREPROCESS, PICTURES)
     done = export_model(*arguments, Options(("all",)))
-    assert [t.name for t in done.bundle.manifest.targets] == ["litert"]
+    assert [t.name for t in done.bundle.manifest.targets] == ["litert", "tensorrt"]
     assert set(done.refused) == {n for n in TARGETS if n.startswith("ort")} and "x" in done.refused["ort-arm64"]
     with pytest.raises((ModelError, GateError)):
         export_model(*arguments, Options(("litert", "ort-arm64")))

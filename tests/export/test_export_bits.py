@@ -45,8 +45,9 @@ def test_a_line_that_fits_nothing_is_named(tmp_path):
         exported(tmp_path, ["layer9.*=w4"])
 
 
-@pytest.mark.parametrize("family", ["residual", "inverted", "dense", "vit"])
-@pytest.mark.parametrize("bits", [["w4a4"], ["w3a6"]])
+@pytest.mark.parametrize(
+    ("family", "bits"), [("residual", ["w4a4"]), ("inverted", ["w3a6"]), ("dense", ["w4a4"]), ("vit", ["w3a6"])]
+)
 def test_few_bits_end_to_end(family, bits, tmp_path, x):
     """The self-check has passed when this returns: bit-identity at 1 % and with the student included."""
     done = exported(tmp_path, bits, family)
@@ -65,7 +66,7 @@ def test_few_bits_end_to_end(family, bits, tmp_path, x):
     assert np.array_equal(engine.run(x), infer(session(twin.model), x))
 
 
-@pytest.mark.parametrize("bits", [["w4a4"], ["w2a3"]])
+@pytest.mark.parametrize("bits", [["w3a4"]])
 def test_litert_runs_the_same_few_bits(bits, tmp_path, x):
     """Same integers, same levels: the self-check compares the two runtimes, and both with the student."""
     litert = pytest.importorskip("export.runtimes.litert")

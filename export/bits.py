@@ -15,9 +15,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from export.ir import Graph, Node
-from export.operators import Role
-from export.placement import Placement
+from export.ir import Graph
+from export.placement import Placement, is_integer_layer
 from refold.errors import UsageError
 
 __all__ = ["EIGHT", "BitPlan", "Bits", "glob_of", "parse_bits", "plan_of"]
@@ -43,7 +42,7 @@ class BitPlan:
     def weight_bits(self, graph: Graph, placement: Placement) -> dict[str, int]:
         """By output of every integer conv and linear layer."""
         found = self._found(graph, placement)
-        return {n.output: found[n.output].weights or 8 for n in graph.nodes if _has_codes(placement, n)}
+        return {n.output: found[n.output].weights or 8 for n in graph.nodes if is_integer_layer(placement, n)}
 
     def levels(self, graph: Graph, placement: Placement) -> dict[str, int]:
         """Codes of every value with a scale of its own that has fewer than 256."""
@@ -64,7 +63,7 @@ class BitPlan:
                 raise UsageError(f"--bits {glob!r} fits no layer; the layers are named as in the model, e.g. {names[0]}.")
 
     def _found(self, graph: Graph, placement: Placement) -> dict[str, Bits]:
-        layers = [n for n in graph.nodes if _has_codes(placement, n)]
+        layers = [n for n in graph.nodes if is_integer_layer(placement, n)]
         pinned = {layers[0].output, layers[-1].output} if layers else set()
         found = {}
         for node in graph.nodes:
@@ -77,10 +76,6 @@ class BitPlan:
 
 
 EIGHT = BitPlan()
-
-
-def _has_codes(placement: Placement, node: Node) -> bool:
-    return node.op in ("conv", "linear") and placement.roles[node.output] is Role.INTEGER
 
 
 def parse_bits(words: Sequence[str]) -> BitPlan:

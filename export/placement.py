@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from export.ir import Graph, Node
 from export.operators import OPERATORS, Role
 
-__all__ = ["Placement", "place"]
+__all__ = ["Placement", "is_integer_layer", "place"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class Placement:
 
     def is_quantised(self, value: str) -> bool:
         return value in self.scale_of
+
+
+def is_integer_layer(placement: Placement, node: Node) -> bool:
+    """A convolution or linear layer that runs on weight codes."""
+    return node.op in ("conv", "linear") and placement.roles[node.output] is Role.INTEGER
 
 
 def place(graph: Graph) -> Placement:

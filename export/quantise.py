@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from export.bits import EIGHT, BitPlan
 from export.interpret import Parameters
 from export.ir import Graph, Node
-from export.operators import Role
-from export.placement import Placement
+from export.placement import Placement, is_integer_layer
 from export.scales import LEVELS, Scale
 from refold.errors import ModelError
 from refold.norms import ActivationScale, NormKind, NormSite, NormState, NormTable, SiteTensors
 
-__all__ = ["IntegerModel", "StoredWeight", "WeightCodes", "code_limit", "integer_model", "quantise_weights"]
+__all__ = ["IntegerModel", "StoredWeight", "WeightCodes", "code_limit", "integer_model", "is_integer_layer", "quantise_weights"]
 
 F32 = NDArray[np.float32]
 CLIPPED_BELOW = 7  # bits
@@ -123,10 +122,6 @@ class IntegerModel:
         """The exported scale of a value that has one of its own."""
         found = next(a for a in self.table.activations if a.tensor == value)
         return Scale(found.scale, found.zero_point, self.levels.get(value, LEVELS))
-
-
-def is_integer_layer(placement: Placement, node: Node) -> bool:
-    return node.op in ("conv", "linear") and placement.roles[node.output] is Role.INTEGER
 
 
 def quantised_weights(graph: Graph, placement: Placement, qmax: int, plan: BitPlan = EIGHT) -> dict[str, WeightCodes]:

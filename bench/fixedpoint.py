@@ -12,13 +12,15 @@ a latency; the measured times are ONNX Runtime's on this machine.
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import TaskID
 
 from bench.adaptation.rows import weights
 from bench.result import Cell, Claim, Options, Result, number, progress
@@ -39,8 +41,10 @@ from refold.errors import UsageError
 
 __all__ = ["claims", "plot", "run", "settings_of"]
 
-# Micro-batches of 64: with the paper's 4 x 512 pictures a step, an epoch of 5,000 would be two steps.
-FULL = {"epochs": 60, "batch": 64, "accumulation": 1, "augment": True, "from_scratch": True}
+# Micro-batches of 64: with the paper's 4 x 512 pictures a step, an epoch of 5,000 would be two steps. The plateau schedule is made
+# for a hundred epochs; here the rate is halved after every epoch that lowers the loss by less than 3 %.
+SCHEDULE = {"patience": 1, "threshold": 0.03, "decay": 0.5}
+FULL = {"epochs": 12, "batch": 64, "accumulation": 1, "augment": True, "from_scratch": True, **SCHEDULE}
 # Sixteen steps teach a fresh network nothing: quick rows go on from the data folder's trained one.
 QUICK = {**FULL, "epochs": 2, "lookback": (4, 8), "refresh": 4, "from_scratch": False, "learning_rate": 0.01}
 PICTURES, TESTED = {False: 5000, True: 512}, {False: 10_000, True: 500}
@@ -65,38 +69,61 @@ def settings_of(row: str, quick: bool, seed: int) -> Settings:
 
 
 def run(options: Options) -> Result:
-    """Full: 60 epochs of 5,000 pictures, 10,000 tested. Quick: 2 epochs of 512 from trained weights, 500 tested."""
+    """Full: 12 epochs of 5,000 pictures, 10,000 tested. Quick: 2 epochs of 512 from trained weights, 500 tested."""
     names = [n for n in ROWS if options.wants(n)]
     if not names:
         raise UsageError(f"No row is called like {', '.join(options.only)}; there are {', '.join(ROWS)}.")
-    torch.set_num_threads(1)
-    train, test = _first(*cifar10("train5k"), PICTURES[options.quick]), _first(*cifar10("test"), TESTED[options.quick])
-    rows: list[dict[str, Cell]] = []
-    with progress() as bar:
-        for name in names:
-            settings = settings_of(name, options.quick, options.seed)
-            module = resnet20() if settings.from_scratch else load_npz(resnet20(), weights("resnet20_cifar10.npz"))
-            network = Network(capture(module.eval(), 32, 32), settings)
-            trainer = Trainer(network, parse_preprocess("32x32,imagenet"), *train)
-            path = options.target.with_suffix(f".{name}.pt")
-            if options.resume and path.is_file():
-                resume(trainer, path)
-            task = bar.add_task(name, total=trainer.steps, completed=trainer.state.step)
-
-            def after(t: Trainer, name: str = name, path: Path = path, task: TaskID = task) -> None:
-                bar.update(task, completed=t.state.step, description=f"{name}: loss {t.state.losses[-1]:.3f}")
-                if t.state.step % SAVE_EVERY == 0 or t.state.step == t.steps:
-                    save(t, path)
-
-            trainer.run(after)
-            bar.update(task, description=f"{name}: measuring")
-            rows.append({"row": name, **_row(trainer, *test)})
-            path.unlink(missing_ok=True)
-            bar.update(task, description=f"{name}: done")
-    columns = ["row", "accuracy %", "bits", "zeros %", "size ratio", "modelled training", "modelled inference", "engine %"]
+    context = multiprocessing.get_context("spawn")
+    with progress() as bar, ProcessPoolExecutor(min(options.processes, len(names)), mp_context=context) as pool:
+        task = bar.add_task(f"training {', '.join(names)}", total=len(names))
+        running = {name: pool.submit(_trained_row, name, options) for name in names}
+        for _ in as_completed(running.values()):
+            left = [name for name, future in running.items() if not future.done()]
+            bar.update(task, advance=1, description=f"training {', '.join(left)}" if left else "done")
+    rows = [running[name].result() for name in names]
+    columns = [
+        "row",
+        "accuracy %",
+        "bits",
+        "zeros %",
+        "size ratio",
+        "seconds",
+        "modelled training",
+        "modelled inference",
+        "engine %",
+    ]
     columns += ["7-bit engine %", "shift error", "shifted engine %", "int ms", "fp32 ms", "measured inference"]
     told: dict[str, object] = {n: settings_of(n, options.quick, options.seed).encode() for n in names}
-    return Result("fixedpoint", rows, claims(rows), columns, {"rows": told, "paper": PAPER, "threads": 1}, options.quick)
+    return Result(
+        "fixedpoint",
+        rows,
+        claims(rows),
+        columns,
+        {"rows": told, "paper": PAPER, "threads": 1, "processes": options.processes},
+        options.quick,
+    )
+
+
+def _trained_row(name: str, options: Options) -> dict[str, Cell]:
+    """Trains and measures one row in this process; what an interrupted run had done is gone on with."""
+    torch.set_num_threads(1)
+    train, test = _first(*cifar10("train5k"), PICTURES[options.quick]), _first(*cifar10("test"), TESTED[options.quick])
+    settings = settings_of(name, options.quick, options.seed)
+    module = resnet20() if settings.from_scratch else load_npz(resnet20(), weights("resnet20_cifar10.npz"))
+    trainer = Trainer(Network(capture(module.eval(), 32, 32), settings), parse_preprocess("32x32,imagenet"), *train)
+    path = options.target.with_suffix(f".{name}.pt")
+    if options.resume and path.is_file():
+        resume(trainer, path)
+    started = time.monotonic()
+
+    def after(t: Trainer) -> None:
+        if t.state.step % SAVE_EVERY == 0 or t.state.step == t.steps:
+            save(t, path)
+
+    trainer.run(after)
+    row: dict[str, Cell] = {"row": name, "seconds": round(time.monotonic() - started, 1), **_row(trainer, *test)}
+    path.unlink(missing_ok=True)
+    return row
 
 
 def _first(images: np.ndarray, labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -150,7 +177,7 @@ def claims(rows: list[dict[str, Cell]]) -> list[Claim]:
             continue
         gained = number(by[name]["accuracy %"]) - number(base["accuracy %"])
         text = f"{name}: accuracy beside float32 of the same steps"
-        out.append(Claim(f"fixedpoint.{name}.accuracy", text, gained, "≥", -2.0, PAPER["accuracy"], " points"))
+        out.append(Claim(f"fixedpoint.{name}.accuracy", text, gained, "≥", 0.0, PAPER["accuracy"], " points"))
     if "published" in by:
         row = by["published"]
         text = "published: size ÷ float32, weighted by elements, zeros free"

@@ -130,7 +130,7 @@ def _told(choice: Choice, budgets: list[Budget], times: Latencies | None, name: 
         costs = {b.name: cost for b, cost in zip(budgets, c.costs, strict=True)}
         return {"configuration": c.name, "accuracy": c.accuracy, "predicted": c.predicted, **costs}
 
-    quality = {k: v for k, v in asdict(choice.quality).items() if k in ("pairs", "pearson", "kendall")}
+    quality = {k: v for k, v in asdict(choice.quality).items() if k in ("pairs", "pearson", "kendall", "spearman")}
     found: dict[str, object] = {
         "name": name, "best": row(choice.best), "budgets": {b.name: b.most for b in budgets},
         "finalists": [row(c) for c in choice.finalists], "uniform": [row(c) for c in choice.uniform],
@@ -152,7 +152,7 @@ def _plots(run: Path, name: str, shop: Workshop, choice: Choice, budgets: list[B
     pareto(run / f"search-{name}.png", first.name, {k: v for k, v in groups.items() if v}, first.most)
     q = choice.quality
     if q.predicted:
-        title = f"{q.pairs} held-out pairs: Pearson {q.pearson:.2f}, Kendall {q.kendall:.2f}"
+        title = f"{q.pairs} held-out pairs: Pearson {q.pearson:.2f}, Spearman {q.spearman:.2f}, Kendall {q.kendall:.2f}"
         predicted_against_measured(run / f"predictor-{name}.png", q.predicted, q.measured, title)
 
 
@@ -177,8 +177,8 @@ def _show(choice: Choice, budgets: list[Budget], times: Latencies | None, run: P
     console.print(table)
     q = choice.quality
     console.print(
-        f"predictor on {q.pairs} pairs it never saw: Pearson {q.pearson:.2f}, Kendall {q.kendall:.2f} "
-        f"({len(choice.pairs)} pairs)",
+        f"predictor on {q.pairs} pairs it never saw: Pearson {q.pearson:.2f}, Spearman {q.spearman:.2f}, "
+        f"Kendall {q.kendall:.2f} ({len(choice.pairs)} pairs)",
         highlight=False,
     )
     console.print(f"kept: refold export --from {run} --configuration {name} -o {name}.refold", highlight=False)

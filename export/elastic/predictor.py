@@ -19,7 +19,7 @@ from torch import nn
 from export.elastic.genome import Genome
 from export.elastic.layout import Layout
 
-__all__ = ["Predictor", "Quality", "encode", "kendall", "pearson"]
+__all__ = ["Predictor", "Quality", "encode", "kendall", "pearson", "spearman"]
 
 F32 = NDArray[np.float32]
 WIDTH, DEPTH = 200, 7
@@ -50,6 +50,7 @@ class Quality:
     pairs: int
     pearson: float
     kendall: float
+    spearman: float
     predicted: tuple[float, ...] = ()
     measured: tuple[float, ...] = ()
 
@@ -104,11 +105,12 @@ class Predictor:
         taught, kept = order[:cut], order[cut:]
         trial = cls(layout, seed)
         trial.fit([genomes[i] for i in taught], [accuracies[i] for i in taught])
-        quality = Quality(len(kept), math.nan, math.nan)
+        quality = Quality(len(kept), math.nan, math.nan, math.nan)
         if len(kept) >= 3:
             predicted, measured = trial([genomes[i] for i in kept]), np.asarray([accuracies[i] for i in kept])
             told = tuple(map(float, predicted)), tuple(map(float, measured))
-            quality = Quality(len(kept), pearson(predicted, measured), kendall(predicted, measured), *told)
+            linear, tau, rho = (f(predicted, measured) for f in (pearson, kendall, spearman))
+            quality = Quality(len(kept), linear, tau, rho, *told)
         whole = cls(layout, seed)
         whole.fit(genomes, accuracies)
         return whole, quality
@@ -127,3 +129,14 @@ def kendall(a: Sequence[float] | F32, b: Sequence[float] | NDArray[np.float64]) 
     x, y = (np.sign(np.subtract.outer(v, v)) for v in (np.asarray(a, float), np.asarray(b, float)))
     size = math.sqrt(float((x * x).sum() * (y * y).sum()))
     return float((x * y).sum()) / size if size > 0 else math.nan
+
+
+def spearman(a: Sequence[float] | F32, b: Sequence[float] | NDArray[np.float64]) -> float:
+    """Rank correlation rho: the linear correlation of the ranks, equal values at their mean rank."""
+    x, y = (_ranks(np.asarray(v, float)) for v in (a, b))
+    return pearson(list(x), y)
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((count.cumsum() - (count - 1) / 2)[place], float)

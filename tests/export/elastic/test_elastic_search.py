@@ -15,7 +15,7 @@ from export.elastic.cli_search import parse_amount
 from export.elastic.genome import Genome, GenomeSampler
 from export.elastic.latency import _by_layer
 from export.elastic.pairs import measured_pairs
-from export.elastic.predictor import Predictor, encode, kendall, pearson
+from export.elastic.predictor import Predictor, encode, kendall, pearson, spearman
 from export.elastic.search import Budget, Evolution, least, search
 from export.elastic.space import Form, Space, bit_operations, byte_count
 from refold.errors import UsageError
@@ -101,6 +101,7 @@ def test_correlations_are_those_of_scipy(pairs):
         assert math.isnan(kendall(a, b)) and math.isnan(pearson(a, b))
         return
     assert kendall(a, b) == pytest.approx(float(stats.kendalltau(a, b).statistic), abs=1e-9)
+    assert spearman(a, b) == pytest.approx(float(stats.spearmanr(a, b).statistic), abs=1e-9)
     assert pearson(a, b) == pytest.approx(float(stats.pearsonr(a, b).statistic), abs=1e-9)
 
 

@@ -1,0 +1,124 @@
+"""The pieces of the elastic benchmark that run side by side, each in a process of its own and kept on disk when it is done."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.elastic.ort import ptq_accuracy
+from bench.elastic.setting import PREPROCESS, UNIFORM, Pictures, Scale, float_net
+from bench.result import Cell
+from export.capture import capture, program_of
+from export.elastic.choose import Choice, choose
+from export.elastic.folder import RunFolder, Settings
+from export.elastic.genome import genome_of
+from export.elastic.search import Budget, Evolution
+from export.elastic.space import Configuration, Space, bit_operations, byte_count
+from export.elastic.supernet import Supernet
+from export.elastic.train import Trainer, calibration_index, fixed_order, train
+
+__all__ = ["ELASTIC", "Searched", "alone_name", "measure", "search_all", "train_one"]
+
+ELASTIC = "elastic"
+
+
+def alone_name(w: int, a: int) -> str:
+    return f"alone-w{w}a{a}"
+
+
+def _space(name: str) -> Space:
+    if name == ELASTIC:
+        return Space()
+    w, a = next((w, a) for w, a in UNIFORM if alone_name(w, a) == name)
+    return Space((w,), (a,), (True,), (True,), (False,))
+
+
+def train_one(name: str, scale: Scale, work: Path) -> float:
+    """A finished training in `work / name`; one that was interrupted goes on where it was. Returns the seconds it took now.
+
+    One alone is the same net at these bits only: the usual form, cross-entropy alone, as many steps, same pictures and order.
+    """
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    run_folder, training, space, pictures = RunFolder(work / name), scale.training, _space(name), Pictures(scale)
+    held = run_folder.checkpoint() if run_folder.started else None
+    if held is not None:
+        net = run_folder.supernet()
+    else:
+        program = program_of(float_net(), 32, 32)
+        graph, names = capture(program, 32, 32), list(program.graph_signature.parameters)
+        x = PREPROCESS.apply(pictures.data.read(calibration_index(pictures.searching, training)))
+        net = Supernet.build(graph, space, names, x, lambda what: None)
+        run_folder.create(Settings("resnet20", "cifar10", PREPROCESS, space, training), program)
+    only = space.uniform(net.layout, space.weight_bits[-1], space.activation_bits[-1])
+    trainer = Trainer(net, training, None if name == ELASTIC else fixed_order(only))
+    if held is not None:
+        trainer.resume(held)
+    train(trainer, pictures.data, pictures.searching, PREPROCESS, run_folder)
+    return time.monotonic() - started
+
+
+@dataclass(frozen=True)
+class Searched:
+    """The best configuration for each budget, and how good the predictor was on pairs it never saw."""
+
+    found: dict[tuple[int, int], Configuration]
+    quality: dict[str, object]
+
+
+def search_all(wanted: tuple[tuple[int, int], ...], scale: Scale, work: Path) -> Searched:
+    torch.set_num_threads(1)
+    net, pictures = RunFolder(work / ELASTIC).supernet(), Pictures(scale)
+    choices = {(w, a): _search(w, a, pictures, net, work / "pairs.jsonl") for w, a in wanted}
+    quality: dict[str, object] = {}
+    for choice in choices.values():
+        q = choice.quality
+        quality = {
+            "predictor pairs": q.pairs, "spearman": round(q.spearman, 3), "pearson": round(q.pearson, 3),
+            "kendall": round(q.kendall, 3),
+        }  # fmt: skip
+    return Searched({key: choice.best.configuration for key, choice in choices.items()}, quality)
+
+
+def _search(w: int, a: int, pictures: Pictures, net: Supernet, pairs: Path) -> Choice:
+    scale, layout = pictures.scale, net.layout
+    like = net.space.uniform(layout, w, a)
+    budgets = [
+        Budget("bytes", lambda c: byte_count(layout, c), byte_count(layout, like)),
+        Budget("bit operations", lambda c: bit_operations(layout, c), bit_operations(layout, like)),
+    ]
+    evolution = Evolution(generations=scale.generations, seed=scale.training.seed)
+    return choose(pictures.judge(net, pictures.searching, scale.search), budgets, pairs, pairs=scale.pairs, evolution=evolution)
+
+
+def measure(name: str, scale: Scale, work: Path, configuration: Configuration | None = None) -> dict[str, Cell]:
+    """One row's numbers on the reported pictures: `w4a4`, `alone-w4a4`, a configuration that was found, or `float`."""
+    torch.set_num_threads(1)
+    pictures = Pictures(scale)
+    net = RunFolder(work / (name if name.startswith("alone") else ELASTIC)).supernet()
+    report = pictures.judge(net, pictures.reporting, scale.report)
+    if name == "float":
+        index = pictures.reporting.held
+        held = np.sort(np.random.default_rng((scale.training.seed, 5)).permutation(index)[: scale.report])
+        calibration = calibration_index(pictures.searching, scale.training)
+        ort = ptq_accuracy(float_net(), pictures.data, calibration, held, PREPROCESS)
+        return {"accuracy %": _percent(report.float_accuracy()), "ORT static %": _percent(ort)}
+    if configuration is None:
+        w, a = next((w, a) for w, a in UNIFORM if name.endswith(f"w{w}a{a}"))
+        configuration = net.space.uniform(net.layout, w, a)
+    row: dict[str, Cell] = {"accuracy %": _percent(report.accuracy(configuration))}
+    if not name.startswith("alone"):
+        genome = genome_of(net.layout, configuration)
+        row["kB"] = round(byte_count(net.layout, configuration) / 1e3, 2)
+        row["bit operations M"] = round(bit_operations(net.layout, configuration) / 1e6, 1)
+        row["weight bits"] = "".join(map(str, genome.weight_bits))
+        row["value bits"] = "".join(map(str, genome.activation_bits))
+    return row
+
+
+def _percent(share: float) -> float:
+    return round(100 * share, 2)

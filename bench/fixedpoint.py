@@ -12,10 +12,9 @@ a latency; the measured times are ONNX Runtime's on this machine.
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 
 from bench.adaptation.rows import weights
+from bench.parallel import executor
 from bench.result import Cell, Claim, Options, Result, number, progress
 from demo.images import cifar10
 from demo.models import load_npz, resnet20
@@ -41,8 +41,8 @@ from refold.errors import UsageError
 
 __all__ = ["claims", "plot", "run", "settings_of"]
 
-# Micro-batches of 64: with the paper's 4 x 512 pictures a step, an epoch of 5,000 would be two steps. The plateau schedule is made
-# for a hundred epochs; here the rate is halved after every epoch that lowers the loss by less than 3 %.
+# Micro-batches of 64: with the paper's 4 x 512 pictures a step, an epoch of 5,000 would be two steps. Its plateau schedule is
+# made for a hundred epochs; here the rate is halved after every epoch that lowers the loss by less than 3 %.
 SCHEDULE = {"patience": 1, "threshold": 0.03, "decay": 0.5}
 FULL = {"epochs": 12, "batch": 64, "accumulation": 1, "augment": True, "from_scratch": True, **SCHEDULE}
 # Sixteen steps teach a fresh network nothing: quick rows go on from the data folder's trained one.
@@ -73,8 +73,7 @@ def run(options: Options) -> Result:
     names = [n for n in ROWS if options.wants(n)]
     if not names:
         raise UsageError(f"No row is called like {', '.join(options.only)}; there are {', '.join(ROWS)}.")
-    context = multiprocessing.get_context("spawn")
-    with progress() as bar, ProcessPoolExecutor(min(options.processes, len(names)), mp_context=context) as pool:
+    with progress() as bar, executor(min(options.processes, len(names))) as pool:
         task = bar.add_task(f"training {', '.join(names)}", total=len(names))
         running = {name: pool.submit(_trained_row, name, options) for name in names}
         for _ in as_completed(running.values()):

@@ -12,14 +12,14 @@ ONNX Runtime has no static quantisation below 8 bits for convolutions: those cel
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 import time
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 
 from bench.elastic.report import claims, plot
 from bench.elastic.setting import SEARCHED, UNIFORM, Scale
 from bench.elastic.work import ELASTIC, alone_name, measure, search_all, train_one
+from bench.parallel import executor
 from bench.result import Cell, Options, Result, progress
 from refold.errors import UsageError
 
@@ -38,8 +38,7 @@ def run(options: Options) -> Result:
     if not uniform and not searched:
         raise UsageError(f"No configuration is called like {', '.join(options.only)}.")
     names = [ELASTIC, *(alone_name(w, a) for w, a in alone)]
-    context = multiprocessing.get_context("spawn")
-    with progress() as bar, ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+    with progress() as bar, executor(options.processes) as pool:
         task = bar.add_task("training", total=len(names))
         started = time.monotonic()
         seconds: dict[str, float] = {}

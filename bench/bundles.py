@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bench.adaptation.rows import weights
+from bench.families import densenet121, vit_s
 from bench.models import efficientnet_lite0, mobilenetv2, resnet50
 from demo.images import cifar10
 from demo.models import load_npz, resnet8, resnet20
@@ -49,7 +50,11 @@ NETS = {
     "resnet50": Net(resnet50, 224, IMAGENET, "random", 16),
 }
 # With weights of a package that only `bench.targets` asks for.
-MORE_NETS = NETS | {"efficientnet-lite0": Net(efficientnet_lite0, 224, LITE, "trained", 64)}
+MORE_NETS = NETS | {
+    "efficientnet-lite0": Net(efficientnet_lite0, 224, LITE, "trained", 64),
+    "densenet121": Net(densenet121, 224, IMAGENET, "random", 16),
+    "vit-s": Net(vit_s, 224, IMAGENET, "random", 16),
+}
 
 
 @dataclass(frozen=True, eq=False)

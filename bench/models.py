@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -197,13 +198,21 @@ def photographs(count: int, side: int = 224, seed: int = 0) -> NDArray[np.uint8]
     return out
 
 
-def sane(net: MobileNetV2 | ResNet50, seed: int) -> nn.Module:
+class Convolutional(Protocol):
+    """What `sane` needs of a net: norms within `features`, whose mean over the picture `classifier` reads."""
+
+    features: nn.Sequential
+    classifier: nn.Linear
+
+
+def sane(net: nn.Module, seed: int) -> nn.Module:
     """Random weights as training leaves them, so that quantisation meets what it meets in use.
 
     Kernels are smooth; norms are calibrated on pictures, their channels of unequal importance; the classifier reads the
     directions in which pictures differ most. Wholly random ones make a net whose logits hardly depend on the picture, and in
     which the rounding of fifty integer layers drowns what is left.
     """
+    parts = cast("Convolutional", net)
     generator = torch.Generator().manual_seed(seed)
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
@@ -221,15 +230,15 @@ def sane(net: MobileNetV2 | ResNet50, seed: int) -> nn.Module:
     with torch.no_grad():
         net.train()
         for batch in batches[:2]:
-            net.features(batch)
+            parts.features(batch)
         net.eval()
-        pooled = torch.cat([net.features(batch).mean((2, 3)) for batch in batches])
+        pooled = torch.cat([parts.features(batch).mean((2, 3)) for batch in batches])
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.1
     _, spread, directions = torch.linalg.svd(pooled - pooled.mean(0), full_matrices=False)
     strongest = directions[:DIRECTIONS] / spread[:DIRECTIONS, None] * len(pooled) ** 0.5
-    mixture = torch.randn(net.classifier.out_features, DIRECTIONS, generator=generator)
-    net.classifier.weight.data = mixture @ strongest
-    net.classifier.bias.data = -net.classifier.weight.data @ pooled.mean(0)
+    mixture = torch.randn(parts.classifier.out_features, DIRECTIONS, generator=generator)
+    parts.classifier.weight.data = mixture @ strongest
+    parts.classifier.bias.data = -parts.classifier.weight.data @ pooled.mean(0)
     return net.eval()

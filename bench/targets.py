@@ -44,7 +44,7 @@ LABELLED, CROPS = 10_000, 64
 
 
 def run(options: Options) -> Result:
-    """Full: five nets, 10 states each, all 10,000 test pictures. Quick: the two CIFAR nets, 3 states, 1,000 pictures."""
+    """Full: seven nets, 10 states each, all 10,000 test pictures. Quick: the two CIFAR nets, 3 states, 1,000 pictures."""
     names = [n for n in MORE_NETS if options.wants(n) and not (options.quick and MORE_NETS[n].side > 32)]
     if not names:
         raise UsageError(f"No net is called like {', '.join(options.only)}; there are {', '.join(MORE_NETS)}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,8 @@ def train_one(name: str, scale: Scale, work: Path) -> float:
     """
     torch.set_num_threads(1)
     started = time.monotonic()
-    run_folder, training, space, pictures = RunFolder(work / name), scale.training, _space(name), Pictures(scale)
+    run_folder, space, pictures = RunFolder(work / name), _space(name), Pictures(scale)
+    training = replace(scale.training, teacher=name == ELASTIC)
     held = run_folder.checkpoint() if run_folder.started else None
     if held is not None:
         net = run_folder.supernet()

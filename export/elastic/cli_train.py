@@ -49,6 +49,7 @@ __all__ = ["train"]
 @click.option("--batch", type=click.IntRange(2), default=128, show_default=True)
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Of Adam, falling to 0 along a cosine.")
 @click.option("--subnets", type=click.IntRange(2), default=3, show_default=True, help="High, low, and random ones between.")
+@click.option("--teacher/--no-teacher", default=True, show_default=True, help="The float model teaches the widest subnet.")
 @click.option("--augment/--no-augment", default=True, show_default=True, help="Random crops and mirror images.")
 @click.option("--classes", help="Class names in label order, a,b,c (folders only; default: sorted).")
 @click.option("--checkpoint-every", type=click.IntRange(1), default=100, show_default=True, help="Steps.")
@@ -58,7 +59,7 @@ __all__ = ["train"]
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def train(
     model: str, weights: Path | None, data: Path, preprocess: str, input_size: str | None, elastic: str, steps: int,
-    output: Path, batch: int, lr: float, subnets: int, augment: bool, classes: str | None, checkpoint_every: int,
+    output: Path, batch: int, lr: float, subnets: int, teacher: bool, augment: bool, classes: str | None, checkpoint_every: int,
     measure: int, seed: int, threads: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Train one supernet of MODEL from which every bit-width, granularity and symmetry can be taken (EQ-Net).
@@ -75,7 +76,9 @@ def train(
 
     space, plan = Space.parse(elastic), parse_preprocess(preprocess, input_size)
     names = tuple(n.strip() for n in classes.split(",") if n.strip()) if classes else ()
-    training = Training(steps, batch, lr, subnets=subnets, augment=augment, seed=seed, checkpoint_every=checkpoint_every)
+    training = Training(
+        steps, batch, lr, subnets=subnets, teacher=teacher, augment=augment, seed=seed, checkpoint_every=checkpoint_every
+    )
     say("reading the pictures")
     labelled = load_labelled(data, plan, names)
     split = Split.of(labelled.labels, seed)

@@ -45,6 +45,7 @@ class Training:
 
     Attributes:
         lam: share of the teacher in a student's loss; subnets: trained in each step, high and low included.
+        teacher: the float model teaches the highest subnet on the pictures it is right about.
         kurtosis, skewness: weights of the two terms of the weight distribution regularisation.
         checkpoint_every: steps. calibration: pictures for first steps and norm statistics.
     """
@@ -54,6 +55,7 @@ class Training:
     lr: float = 1e-3
     lam: float = 0.5
     subnets: int = 3
+    teacher: bool = True
     kurtosis: float = 0.015
     skewness: float = 1.0
     augment: bool = True

@@ -21,6 +21,8 @@ from export.elastic.guidance import guide, sandwich
 from export.elastic.regular import weight_distribution_loss
 from export.elastic.space import Configuration
 from export.elastic.supernet import Supernet
+from export.interpret import float_parameters
+from export.interpret import run as run_graph
 from refold.errors import ModelError
 from refold.preprocess import Preprocess
 
@@ -52,6 +54,7 @@ class Trainer:
         for tensor in self.learned:
             tensor.requires_grad_(True)
         self.optimiser = torch.optim.Adam(self.learned, lr=training.lr)
+        self.float_parameters = float_parameters(supernet.captured)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Takes over the optimiser; the supernet was restored from the checkpoint's state."""
@@ -79,7 +82,7 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         regular = weight_distribution_loss(self.supernet.regular_weights(), t.kurtosis, t.skewness)
         torch.autograd.backward(regular)
-        losses = [*guide(self.supernet, x, y, self.order(rng), t.lam), float(regular.detach())]
+        losses = [*guide(self.supernet, x, y, self.order(rng), t.lam, self._taught(x)), float(regular.detach())]
         if not all(map(math.isfinite, losses)):
             raise ModelError(
                 f"The training diverged at step {self.step}: a loss is no longer a number. Train again with a lower --lr.",
@@ -90,6 +93,12 @@ class Trainer:
         self.step += 1
         self.losses.append(losses)
         return losses
+
+    def _taught(self, x: torch.Tensor) -> torch.Tensor | None:
+        if not self.training.teacher:
+            return None
+        with torch.no_grad():
+            return run_graph(self.supernet.captured, x, self.float_parameters)
 
 
 def train(

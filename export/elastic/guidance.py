@@ -4,9 +4,9 @@
     L_R = lam KL(y_H -> y_R) + (1 - lam) CE(y_R, y)
     L_L = lam KL(y_R -> y_L) + (1 - lam) CE(y_L, y)
 
-Gradients of all add up; only one subnet's activations are held at a time. Where the training started from a trained float model,
-that one may teach the highest, on the pictures it is right about: else few pictures and narrow subnets pull the wide ones away
-from what the model knew. That is ours, not the paper's.
+Gradients of all add up; only one subnet's activations are held at a time. The float model that the training started from may
+teach the highest, on the pictures it is right about: else few pictures and narrow subnets pull the wide ones away from what
+the model knew. That is ours, not the paper's.
 """
 
 from __future__ import annotations

@@ -113,11 +113,6 @@ def calibrate(
     return Calibration(by_observer[chosen], logits, errors, chosen)
 
 
-def spread(placement: Placement, scales: Mapping[str, Scale]) -> dict[str, Scale]:
-    """The scale of every quantised value, moved codes included."""
-    return {value: scales[source] for value, source in placement.scale_of.items()}
-
-
 def output_error(
     graph: Graph, x: NDArray[np.float32], logits: NDArray[np.float32], scales: Mapping[str, Scale], parameters: Parameters
 ) -> float:

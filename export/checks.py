@@ -207,8 +207,10 @@ def _student(target: str, student: bytes, logits: F32, evidence: Evidence, toler
     close = float((np.abs(got - logits) <= 2 * step).mean())
     noise = float(np.sqrt(np.mean((logits - evidence.float_logits) ** 2)))
     apart = float(np.sqrt(np.mean((got - logits) ** 2))) / max(noise, step)
-    agreed = _same_class(logits, got, step) >= tolerance.argmax and close >= tolerance.steps
-    if not agreed and apart > tolerance.noise:
+    alike = _same_class(logits, got, step) >= tolerance.argmax
+    # A deep net spreads one rounding to every later value: two exact implementations of a ViT of twelve blocks end as two draws
+    # of the same noise. They are one model while they choose alike and lie nearer to each other than to float.
+    if not (alike and (close >= tolerance.steps or apart <= 1)) and apart > tolerance.noise:
         raise GateError(
             f"{target}: the cloud's student and the engine choose the same class on {same:.1%} of the calibration pictures "
             f"and are within two output steps on {close:.1%}: training it would train another model, so nothing was saved.",

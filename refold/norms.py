@@ -156,11 +156,15 @@ class NormSite:
         """Makes a FOLDED site at export time: fixes the signs and the floors from the exported state.
 
         A channel whose |gamma| is about 0 would need a bias beyond int32; its floor keeps that bias at 2**28, at the price of
-        letting the dead convolution through at under 1/32 of the bias in the worst case.
+        letting the dead convolution through at under 1/32 of the bias in the worst case. A dead channel without an offset gets
+        the floor of the layer's largest, so that a release may give it one.
         """
         layer_bias = _vector(layer_bias, "layer_bias")
         a, bias = _affine(exported, layer_bias, epsilon)
-        floor = np.maximum(np.abs(bias) / (float(np.float32(input_scale)) * 2.0**FLOOR_BITS), np.finfo(np.float32).tiny)
+        unit = float(np.float32(input_scale)) * 2.0**FLOOR_BITS
+        floor = np.maximum(np.abs(bias) / unit, np.finfo(np.float32).tiny)
+        dead = _vector(weight_scale, "weight_scale") * np.abs(a) <= floor
+        floor = np.where(dead, np.maximum(floor, np.abs(bias).max(initial=0.0) / unit), floor)
         if power_of_two:
             mantissa, exponent = np.frexp(floor)
             floor = np.ldexp(1.0, exponent - (mantissa == 0.5))  # the next power of two upwards

@@ -11,9 +11,10 @@ from ai_edge_litert import schema_py_generated as schema
 
 from export.ir import Node
 from export.targets.litert_builder import LiteRtBuilder, Order, channels_last, plain
-from export.targets.litert_moves import ceil_pads, float_side, padded
+from export.targets.litert_moves import float_side, padded
 from export.targets.litert_ops import Result, aligned, conv_options, layer_operator
 from export.targets.litert_shapes import common_order, without_axes
+from export.targets.pooling import ceil_pads
 from refold.errors import ModelError
 
 __all__ = ["FLOAT"]

@@ -11,6 +11,7 @@ from ai_edge_litert import schema_py_generated as schema
 from export.ir import Node
 from export.targets.litert_builder import LiteRtBuilder, Order, channels_last, plain
 from export.targets.litert_shapes import is_same, reshaped_order, transposed_order
+from export.targets.pooling import ceil_pads
 from refold.errors import ModelError
 
 __all__ = ["MOVES", "Side", "codes_side", "float_side", "padded"]
@@ -95,13 +96,6 @@ def _max_pool(b: LiteRtBuilder, node: Node, side: Side) -> tuple[int, Order]:
         filterHeight=a["kernel"][0], filterWidth=a["kernel"][1],
     )  # fmt: skip
     return out, order
-
-
-def ceil_pads(size: tuple[int, ...], out: tuple[int, ...], a: object) -> list[int]:
-    """Pads (top, left, bottom, right) with which a VALID window gives exactly the output size; cropping is never needed."""
-    kernel, strides, pads = a["kernel"], a["strides"], a["pads"]  # type: ignore[index]
-    after = [max((out[i] - 1) * strides[i] + kernel[i] - size[i] - pads[i], 0) for i in range(2)]
-    return [*pads[:2], *after]
 
 
 def _never_negative(b: LiteRtBuilder, value: str) -> bool:

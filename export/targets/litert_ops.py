@@ -13,8 +13,9 @@ from ai_edge_litert import schema_py_generated as schema
 
 from export.ir import Node
 from export.targets.litert_builder import LiteRtBuilder, Order, channels_last, plain
-from export.targets.litert_moves import Side, ceil_pads, codes_side, padded
+from export.targets.litert_moves import Side, codes_side, padded
 from export.targets.litert_shapes import common_order, is_same
+from export.targets.pooling import ceil_pads
 
 __all__ = ["INTEGER", "aligned", "clamped", "clamped_codes", "conv_options", "emit_integer_layer", "emit_logits", "float_layer"]
 

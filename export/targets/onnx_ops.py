@@ -12,6 +12,8 @@ import numpy as np
 
 from export.ir import Node
 from export.targets.onnx_builder import OnnxBuilder
+from export.targets.pooling import ceil_pads
+from refold.errors import ModelError
 
 __all__ = ["EMITTERS", "emit_codes", "emit_integer_layer"]
 
@@ -108,14 +110,26 @@ def _rms_norm(b: OnnxBuilder, node: Node, xs: list[str], target: str) -> None:
     b.node("Mul", [even, gamma], target)
 
 
-def _pool(op: str) -> Emitter:
-    def emit(b: OnnxBuilder, node: Node, xs: list[str], target: str) -> None:
-        a = node.attributes
-        extra = {"dilations": a["dilations"]} if op == "MaxPool" else {"count_include_pad": int(a["count_include_pad"])}
-        b.node(op, xs, target, name=node.name, kernel_shape=a["kernel"], strides=a["strides"], pads=a["pads"],
-               ceil_mode=int(a["ceil"]), **extra)  # fmt: skip
+def _max_pool(b: OnnxBuilder, node: Node, xs: list[str], target: str) -> None:
+    a = node.attributes
+    b.node("MaxPool", xs, target, name=node.name, kernel_shape=a["kernel"], strides=a["strides"], pads=a["pads"],
+           ceil_mode=int(a["ceil"]), dilations=a["dilations"])  # fmt: skip
 
-    return emit
+
+def _avg_pool(b: OnnxBuilder, node: Node, xs: list[str], target: str) -> None:
+    """Windows that run past the edge are written as pads: ONNX Runtime's ceil_mode divides them by the wrong number."""
+    a = node.attributes
+    size, out = b.graph.shapes[node.inputs[0]][2:], b.graph.shapes[node.output][2:]
+    pads, include = ceil_pads(size, out, a), bool(a["count_include_pad"])
+    past = any(after > given for after, given in zip(pads[2:], a["pads"][2:], strict=True))
+    if past and include and any(a["pads"]):
+        raise ModelError(
+            f"Layer {node.name} is an average pooling that counts its padding and runs past the edge (ceil_mode), which ONNX "
+            "does not have. Set count_include_pad=False or ceil_mode=False.",
+            code="operator",
+        )
+    b.node("AveragePool", xs, target, name=node.name, kernel_shape=a["kernel"], strides=a["strides"],
+           pads=pads if past else a["pads"], count_include_pad=int(include and not past))  # fmt: skip
 
 
 def _reshape(b: OnnxBuilder, node: Node, xs: list[str], target: str) -> None:
@@ -237,8 +251,8 @@ EMITTERS: dict[str, Emitter] = {
     "layer_norm": _layer_norm,
     "group_norm": _group_norm,
     "rms_norm": _rms_norm,
-    "max_pool": _pool("MaxPool"),
-    "avg_pool": _pool("AveragePool"),
+    "max_pool": _max_pool,
+    "avg_pool": _avg_pool,
     "global_avg_pool": _simple("GlobalAveragePool"),
     "reshape": _reshape,
     "transpose": _transpose,

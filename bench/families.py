@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bench.models import sane
+from bench.models import decide, inputs, sane
 
 __all__ = ["DenseNet121", "ViT", "densenet121", "vit_s"]
 
@@ -85,18 +85,23 @@ class ViT(nn.Module):
         self.classifier = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.seen(x))
+        return logits
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What the classifier reads: float32 (N, width)."""
         tokens = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.start.expand(x.shape[0], -1, -1), tokens], 1) + self.places
-        logits: Tensor = self.classifier(self.norm(self.blocks(x))[:, 0])
-        return logits
+        y: Tensor = self.norm(self.blocks(x))[:, 0]
+        return y
 
 
 def densenet121() -> nn.Module:
-    return sane(DenseNet121(), 4)
+    return sane(DenseNet121(), 4, level=True)
 
 
 def vit_s() -> nn.Module:
-    """Weights of the usual initialisation; positions and start token drawn, norms' gains made unequal."""
+    """Weights of the usual initialisation; positions and start token drawn, norms' gains made unequal, a head that decides."""
     generator = torch.Generator().manual_seed(3)
     net = ViT()
     for name, parameter in net.named_parameters():
@@ -106,5 +111,6 @@ def vit_s() -> nn.Module:
             parameter.data.zero_()
         else:
             parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
-    net.classifier.weight.data *= 10
+    with torch.no_grad():
+        decide(net.classifier, torch.cat([net.seen(batch) for batch in inputs(3)]), generator)
     return net.eval()

@@ -205,12 +205,15 @@ class Convolutional(Protocol):
     classifier: nn.Linear
 
 
-def sane(net: nn.Module, seed: int) -> nn.Module:
+def sane(net: nn.Module, seed: int, level: bool = False) -> nn.Module:
     """Random weights as training leaves them, so that quantisation meets what it meets in use.
 
     Kernels are smooth; norms are calibrated on pictures, their channels of unequal importance; the classifier reads the
     directions in which pictures differ most. Wholly random ones make a net whose logits hardly depend on the picture, and in
     which the rounding of fifty integer layers drowns what is left.
+
+    Args:
+        level: kernels of length 1, for nets in which no norm follows a convolution before its output meets another's.
     """
     parts = cast("Convolutional", net)
     generator = torch.Generator().manual_seed(seed)
@@ -219,14 +222,14 @@ def sane(net: nn.Module, seed: int) -> nn.Module:
             shape = module.weight.shape
             one_sign = torch.randn(shape[0], shape[1], 1, 1, generator=generator).expand(shape)
             module.weight.data = one_sign + ROUGHNESS * torch.randn(shape, generator=generator)
+            if level:
+                module.weight.data /= torch.linalg.vector_norm(module.weight.data, dim=(1, 2, 3), keepdim=True)
         elif isinstance(module, nn.BatchNorm2d):
             module.weight.data.uniform_(0.5, 1.5, generator=generator)
             module.bias.data.normal_(0, 0.25, generator=generator)
             module.momentum = None  # a plain average over the calibration batches
             module.reset_running_stats()
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    pictures = torch.from_numpy(photographs(32, seed=seed).transpose(0, 3, 1, 2).copy())
-    batches = [(part.float() / 255 - mean) / std for part in torch.split(pictures, 8)]
+    batches = inputs(seed)
     with torch.no_grad():
         net.train()
         for batch in batches[:2]:
@@ -236,9 +239,21 @@ def sane(net: nn.Module, seed: int) -> nn.Module:
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.1
+    decide(parts.classifier, pooled, generator)
+    return net.eval()
+
+
+def inputs(seed: int) -> list[Tensor]:
+    """Four batches of eight photographs, normalised: float32 (8, 3, 224, 224) each."""
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    pictures = torch.from_numpy(photographs(32, seed=seed).transpose(0, 3, 1, 2).copy())
+    return [(part.float() / 255 - mean) / std for part in torch.split(pictures, 8)]
+
+
+def decide(classifier: nn.Linear, pooled: Tensor, generator: torch.Generator) -> None:
+    """Lets the classifier listen to the directions in which the features of pictures, float32 (N, width), differ most."""
     _, spread, directions = torch.linalg.svd(pooled - pooled.mean(0), full_matrices=False)
     strongest = directions[:DIRECTIONS] / spread[:DIRECTIONS, None] * len(pooled) ** 0.5
-    mixture = torch.randn(parts.classifier.out_features, DIRECTIONS, generator=generator)
-    parts.classifier.weight.data = mixture @ strongest
-    parts.classifier.bias.data = -parts.classifier.weight.data @ pooled.mean(0)
-    return net.eval()
+    mixture = torch.randn(classifier.out_features, DIRECTIONS, generator=generator)
+    classifier.weight.data = mixture @ strongest
+    classifier.bias.data = -classifier.weight.data @ pooled.mean(0)

@@ -143,6 +143,10 @@ class Bundle:
             return {}
         return {name: unpack(codes) for name, codes in weights_from_bytes(self.read(self.manifest.packed)).items()}
 
+    def packed_names(self) -> frozenset[str]:
+        """What `packed_weights` would give, unexpanded. Raises BundleError when damaged."""
+        return frozenset(weights_from_bytes(self.read(self.manifest.packed))) if self.manifest.packed else frozenset()
+
     def _chunks(self, path: str) -> Iterator[bytes]:
         part = self._parts.get(path)
         if part is None:

@@ -55,7 +55,7 @@ class OrtRuntime:
     def _prepare(self, part: str) -> Graph:
         model, table = self.bundle.read(part), self.bundle.norms
         packed = self.bundle.packed_weights
-        external, named = OnnxGraph(model).externals(), set(table.tensors()) | set(packed())
+        external, named = OnnxGraph(model).externals(), set(table.tensors()) | self.bundle.packed_names()
         if external != named:
             odd = sorted(external ^ named)[0]
             raise BundleError(f"{part} of {self.bundle.path} and its norm table disagree about {odd}.", code="damaged")

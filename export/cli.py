@@ -17,11 +17,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from export.bits import parse_bits
 from export.calibrate import CHOICES
 from export.capture import load_model
-from export.pictures import load_pictures
+from export.pictures import class_names, load_pictures
 from export.pipeline import EVERY_TARGET, MOST_PICTURES, Exported, Options, export_model
 from export.preprocessing import parse_preprocess
 from export.targets import TARGETS
-from refold.errors import UsageError
 from refold.signing import SigningKey
 from refold.sizes import parse_size
 
@@ -34,19 +33,6 @@ SUBCOMMANDS = {
 }
 FROM_RUN = ("export.elastic.cli_from", "export_from")
 STEPS = 12  # about as many steps as the pipeline announces; the bar only has to move
-
-
-def _classes(text: str | None) -> list[str]:
-    """Names from `a,b,c` or from a file with one a line."""
-    if not text:
-        return []
-    path = Path(text)
-    if path.suffix in (".txt", ".names") or path.is_file():
-        try:
-            return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as e:
-            raise UsageError(f"--classes: {path} cannot be read as text: {e}.") from e
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @click.command(
@@ -127,7 +113,7 @@ def export_one(
                 console.print(what, highlight=False)
 
         plan = parse_preprocess(preprocess, input_size)
-        names = _classes(classes)
+        names = class_names(classes)
         signers = [SigningKey.load(k) for k in keys]
         pictures = load_pictures(calibration, plan, sample_limit, names)
         progress("loading the model")

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from refold.errors import InputError
+from refold.errors import InputError, UsageError
 from refold.limits import LIMITS
 from refold.preprocess import Preprocess, Resize
 
-__all__ = ["SUFFIXES", "Pictures", "load_pictures", "read_picture"]
+__all__ = ["SUFFIXES", "Pictures", "class_names", "load_pictures", "read_picture"]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
 FEWEST_LEVELS = 8.0  # standard deviation over all pixels of a set below which it shows nothing
@@ -29,6 +29,19 @@ class Pictures:
     images: U8
     labels: NDArray[np.int64] | None
     skipped: tuple[str, ...] = ()
+
+
+def class_names(text: str | None) -> list[str]:
+    """What --classes says: names from `a,b,c` or from a file with one a line. Raises UsageError when the file is not text."""
+    if not text:
+        return []
+    path = Path(text)
+    if path.suffix in (".txt", ".names") or path.is_file():
+        try:
+            return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as e:
+            raise UsageError(f"--classes: {path} cannot be read as text: {e}.") from e
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def load_pictures(source: Path, preprocess: Preprocess, limit: int = 512, classes: Sequence[str] = ()) -> Pictures:

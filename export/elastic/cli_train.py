@@ -22,6 +22,7 @@ from export.elastic.space import Space, bit_operations, byte_count
 from export.elastic.supernet import Supernet
 from export.elastic.train import Trainer, calibration_index
 from export.elastic.train import train as train_all
+from export.pictures import class_names
 from export.preprocessing import parse_preprocess
 from refold.atomic import write_atomically
 from refold.errors import InputError, UsageError
@@ -51,7 +52,7 @@ __all__ = ["train"]
 @click.option("--subnets", type=click.IntRange(2), default=3, show_default=True, help="High, low, and random ones between.")
 @click.option("--teacher/--no-teacher", default=True, show_default=True, help="The float model teaches the widest subnet.")
 @click.option("--augment/--no-augment", default=True, show_default=True, help="Random crops and mirror images.")
-@click.option("--classes", help="Class names in label order, a,b,c (folders only; default: sorted).")
+@click.option("--classes", help="Class names in label order: a,b,c or a file with one a line (folders only; default: sorted).")
 @click.option("--checkpoint-every", type=click.IntRange(1), default=100, show_default=True, help="Steps.")
 @click.option("--measure", type=click.IntRange(1), default=500, show_default=True, help="Held-out pictures for the table.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -75,7 +76,7 @@ def train(
             console.print(what, highlight=False)
 
     space, plan = Space.parse(elastic), parse_preprocess(preprocess, input_size)
-    names = tuple(n.strip() for n in classes.split(",") if n.strip()) if classes else ()
+    names = tuple(class_names(classes))
     training = Training(
         steps, batch, lr, subnets=subnets, teacher=teacher, augment=augment, seed=seed, checkpoint_every=checkpoint_every
     )

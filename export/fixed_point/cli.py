@@ -36,7 +36,7 @@ from export.fixed_point.power_of_two import scale_errors
 from export.fixed_point.report import Report, plot, report
 from export.fixed_point.settings import Settings, as_published, for_integers, in_float32
 from export.fixed_point.train import Trainer
-from export.pictures import Pictures, load_pictures
+from export.pictures import Pictures, class_names, load_pictures
 from export.pipeline import MOST_PICTURES, Options, export_model
 from export.preprocessing import parse_preprocess
 from export.targets import TARGETS
@@ -68,7 +68,7 @@ CHECKPOINT, WEIGHTS, REPORT, PLOT = "checkpoint.pt", "trained.npz", "report.json
     help="Folder for checkpoint.pt, trained.npz, report.json and training.png.",
 )
 @click.option("--input-size", metavar="WxH", help="Overrides the size in --preprocess.")
-@click.option("--classes", help="Class names in label order, a,b,c (folders only; default: sorted).")
+@click.option("--classes", help="Class names in label order: a,b,c or a file with one a line (folders only; default: sorted).")
 @click.option("--weights", type=click.Path(path_type=Path), help="npz, safetensors or a torch state dict (never unpickled).")
 @click.option("--evaluation", type=click.Path(path_type=Path), help="Pictures to measure on; default: a share of the others.")
 @click.option(
@@ -147,7 +147,7 @@ def fixed_point_train(
         raise StorageError(f"{output} cannot be made: {e.strerror or e}. Give another folder with --output.") from e
     console = Console(stderr=True)
     plan = parse_preprocess(preprocess, input_size)
-    names = [name.strip() for name in (classes or "").split(",") if name.strip()]
+    names = class_names(classes)
     train, measured_on = _pictures(data, evaluation, held_out, plan, seed, names)
     module = load_model(model, weights)
     network = Network(capture(module, plan.height, plan.width), settings)

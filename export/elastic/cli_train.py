@@ -91,6 +91,7 @@ def train(
         model, str(data.resolve()), plan, space, training, names, graph_digest(graph), labelled.digest
     )  # fmt: skip
     run = RunFolder(output)
+    click.get_current_context().with_resource(run.held())
     if run.started:
         trainer = _resumed(run, settings)
         say(f"going on at step {trainer.step} of {steps}")

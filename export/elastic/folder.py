@@ -9,13 +9,15 @@ Every file is the old or the new one, whatever happens.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,26 @@ class RunFolder:
             torch.export.save(program, out)
         write_atomically(self.path / "model.pt2", [out.getvalue()])
         write_atomically(self.path / "settings.json", [settings.to_json().encode()])
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other trainings out for as long as this process lives, however it ends.
+
+        Raises:
+            UsageError: another process trains in this folder.
+            StorageError: the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        except OSError as e:
+            raise StorageError(f"{self.path} cannot be made: {e.strerror or e}.") from e
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                raise UsageError(f"Another process is training in {self.path}: wait for it, or give another folder.") from e
+            yield
 
     @property
     def started(self) -> bool:

@@ -87,6 +87,16 @@ def test_failures_are_one_sentence(finished, files, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_second_training_in_one_folder_is_refused(finished, files, capsys):
+    weights, pictures = files
+    with finished.held():
+        code, told = fails(
+            capsys, "train", MODEL, "--weights", str(weights), "--data", str(pictures), "--preprocess", "16x16", "--steps", "4",
+            "-o", str(finished.path),
+        )  # fmt: skip
+    assert code == 2 and "Another process is training" in told
+
+
 def test_the_plain_command_and_its_help_are_as_they_were(capsys):
     for args, says in (
         (["--help"], "refold export [OPTIONS] MODEL"),

@@ -47,7 +47,7 @@ class Scale:
             small = Training(steps, batch=32, lr=LR, seed=options.seed, checkpoint_every=4, calibration=64)
             return cls(small, pairs=12, generations=20, search=100, report=200, alone=((4, 4), (2, 4)))
         training = Training(steps, lr=LR, seed=options.seed, checkpoint_every=20)
-        return cls(training, pairs=240, generations=200, search=500, report=8000, alone=UNIFORM)
+        return cls(training, pairs=180, generations=200, search=500, report=8000, alone=UNIFORM)
 
 
 @dataclass(frozen=True)

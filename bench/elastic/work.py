@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from export.elastic.search import Budget, Evolution
 from export.elastic.space import Configuration, Space, bit_operations, byte_count
 from export.elastic.supernet import Supernet
 from export.elastic.train import Trainer, calibration_index, fixed_order, train
+from refold.atomic import write_atomically
 
 __all__ = ["ELASTIC", "Searched", "alone_name", "measure", "search_all", "train_one"]
 
@@ -97,7 +99,19 @@ def _search(w: int, a: int, pictures: Pictures, net: Supernet, pairs: Path) -> C
 
 
 def measure(name: str, scale: Scale, work: Path, configuration: Configuration | None = None) -> dict[str, Cell]:
-    """One row's numbers on the reported pictures: `w4a4`, `alone-w4a4`, a configuration that was found, or `float`."""
+    """One row's numbers on the reported pictures: `w4a4`, `alone-w4a4`, a configuration that was found, or `float`. Kept."""
+    kept = work / f"row-{name}.json"
+    key = None if configuration is None else configuration.to_json()
+    if kept.is_file():
+        of, row = json.loads(kept.read_text(encoding="utf-8"))
+        if of == key:
+            return dict(row)
+    found = _measured(name, scale, work, configuration)
+    write_atomically(kept, [json.dumps([key, found]).encode()])
+    return found
+
+
+def _measured(name: str, scale: Scale, work: Path, configuration: Configuration | None) -> dict[str, Cell]:
     torch.set_num_threads(1)
     pictures = Pictures(scale)
     net = RunFolder(work / (name if name.startswith("alone") else ELASTIC)).supernet()

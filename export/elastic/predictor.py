@@ -3,6 +3,8 @@
 Encoding, 6 + 7 (layers + values) numbers: three one-hot pairs (granularity, symmetry of weights, symmetry of activations), then
 a one-hot of seven bit-widths for each layer and each value; pinned places are all zero. Both halves of a pair are written: the
 published code leaves "asymmetric" out, so that it is encoded as absence.
+
+A few hundred pairs are few for it, so what it says is averaged with a Gaussian process on rounding noise (process.py).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import nn
 
 from export.elastic.genome import Genome
 from export.elastic.layout import Layout
+from export.elastic.process import NoiseProcess
 
 __all__ = ["Predictor", "Quality", "encode", "kendall", "pearson", "spearman"]
 
@@ -61,6 +64,7 @@ class Predictor:
     def __init__(self, layout: Layout, seed: int = 0) -> None:
         self.layout, self.seed = layout, seed
         self.mean, self.spread = 0.0, 1.0
+        self.process: NoiseProcess | None = None
         size = 6 + 7 * (len(layout.layers) + len(layout.values))
         generator = torch.Generator().manual_seed(seed)
         layers: list[nn.Module] = []
@@ -74,7 +78,8 @@ class Predictor:
                     nn.init.zeros_(module.bias)
 
     def fit(self, genomes: Sequence[Genome], accuracies: Sequence[float]) -> None:
-        """Smooth L1 on accuracies brought to mean 0 and deviation 1; Adam."""
+        """The network: smooth L1 on accuracies brought to mean 0 and deviation 1; Adam."""
+        self.process = NoiseProcess(genomes, accuracies)
         x = torch.from_numpy(np.stack([encode(self.layout, g) for g in genomes]))
         y = torch.tensor(accuracies, dtype=torch.float32)
         self.mean, self.spread = float(y.mean()), max(float(y.std()) if len(y) > 1 else 0.0, 1e-3)
@@ -93,7 +98,8 @@ class Predictor:
         """Accuracies, float32 (n,)."""
         x = torch.from_numpy(np.stack([encode(self.layout, g) for g in genomes]))
         with torch.no_grad():
-            return np.asarray(self.net(x)[:, 0].numpy() * self.spread + self.mean, np.float32)
+            found = np.asarray(self.net(x)[:, 0].numpy() * self.spread + self.mean, np.float32)
+        return found if self.process is None else np.asarray((found + self.process(genomes)) / 2, np.float32)
 
     @classmethod
     def judged(

@@ -16,6 +16,7 @@ from export.elastic.genome import Genome, GenomeSampler
 from export.elastic.latency import _by_layer
 from export.elastic.pairs import measured_pairs
 from export.elastic.predictor import Predictor, encode, kendall, pearson, spearman
+from export.elastic.process import NoiseProcess
 from export.elastic.search import Budget, Evolution, least, search
 from export.elastic.space import Form, Space, bit_operations, byte_count
 from refold.errors import UsageError
@@ -154,3 +155,22 @@ def test_kernel_times_go_to_their_layers():
     events += [{"cat": "Session", "name": "x_kernel_time", "dur": 99}, {"cat": "Node", "name": "a.conv_fence_before", "dur": 9}]
     layers, other = _by_layer(events, ("a.conv", "a.conv1"), 1)
     assert layers == {"a.conv": pytest.approx(0.045), "a.conv1": pytest.approx(0.007)} and other == pytest.approx(0.004)
+
+
+def test_a_hundred_pairs_teach_the_process_what_bits_cost():
+    def accuracy(g):
+        noise = 4.0 ** (2 - g.weight_bits[1]) + 0.5 * 4.0 ** (2 - g.activation_bits[0]) + 0.3 * (not g.form.per_channel)
+        return 1 - 0.05 * math.exp(2 * noise) + float(rng.normal(0, 0.004))
+
+    rng = np.random.default_rng(1)
+    genomes = list({GenomeSampler(SPACE, LAYOUT).draw(rng) for _ in range(160)})
+    taught, kept = genomes[:100], genomes[100:]
+    process = NoiseProcess(taught, [accuracy(g) for g in taught])
+    assert spearman(list(process(kept)), [accuracy(g) for g in kept]) > 0.9
+    assert process(kept).max() < 1
+
+
+def test_pairs_that_are_all_alike_are_no_failure():
+    genome = Genome(SPACE.form, (4, 4), (4, 4))
+    process = NoiseProcess([genome, genome], [0.5, 0.5])
+    assert process([genome])[0] == pytest.approx(0.5, abs=1e-5)

@@ -195,9 +195,11 @@ def ladder(costs: Costs, found: Importance) -> list[tuple[Key, int]]:
     first, second = costs.size[MIDDLE] - costs.size[LOW], costs.size[HIGH] - costs.size[MIDDLE]
     steps: list[tuple[float, int, Key, int]] = []
     for n, key in enumerate(costs.keys):
-        up, on = found.harm[key] / first, found.help[key] / second
+        up = found.harm[key] / first if first else math.inf  # small records may be as long at two widths: then it is free
+        on = found.help[key] / second if second else math.inf
         if on > up:  # not convex: go to 8 in one step
-            steps.append((-(found.harm[key] + found.help[key]) / (first + second), n, key, HIGH))
+            both = (found.harm[key] + found.help[key]) / (first + second) if first + second else math.inf
+            steps.append((-both, n, key, HIGH))
         else:
             steps += [(-up, n, key, MIDDLE), (-on, n, key, HIGH)]
     return [(key, bits) for _, _, key, bits in sorted(steps, key=lambda s: (s[0], s[3], s[1]))]

@@ -24,7 +24,7 @@ from refold.norms import NormKind, NormSite, NormState, NormTable, SiteTensors
 
 __all__ = ["Source", "config_of", "model_class"]
 
-BLOCK_ELEMENTS = 1 << 20  # of a matrix quantised at a time: what numpy needs beside it stays under 64 MB
+BLOCK_ELEMENTS = 1 << 17  # of a matrix quantised at a time: what numpy needs beside it stays under 8 MB, and in the cache
 NORM = re.compile(r"(^|\.)[a-z_]*norm[a-z_]*\.weight$")
 F32 = NDArray[np.float32]
 Key = tuple[int, int]

@@ -124,12 +124,13 @@ class Work:
         if [(r.layer, r.expert) for r in writer.records] != keys[: len(writer.records)]:
             writer.close()
             writer = PagedWriter.begin(self.folder / f"{name}.records")
-        kept = [json.dumps(asdict(r)).encode() + b"\n" for r in writer.records]
-        write_atomically(self.folder / f"{name}.jsonl", kept)
-        for layer, expert in keys[len(kept) :]:
-            record = writer.append(layer, expert, bits, make(layer, expert))
-            self._append(name, asdict(record))
-            done()
+        with writer.closed_on_error():
+            kept = [json.dumps(asdict(r)).encode() + b"\n" for r in writer.records]
+            write_atomically(self.folder / f"{name}.jsonl", kept)
+            for layer, expert in keys[len(kept) :]:
+                record = writer.append(layer, expert, bits, make(layer, expert))
+                self._append(name, asdict(record))
+                done()
         return writer
 
     def free(self) -> int:

@@ -73,7 +73,8 @@ def choose(judge: Judge, size: Mapping[int, int], options: Options) -> tuple[Sea
     else:
         assert options.tolerance is not None
         outcomes = _by_tolerance(judge, costs, found, steps, original, options.tolerance)
-        taken = min(outcomes, key=lambda o: (costs.total(o.plan), o.loss))
+        within = [o for o in outcomes if search.increase(o.loss, original) <= options.tolerance]
+        taken = min(within, key=lambda o: (costs.total(o.plan), o.loss))
         walk = abs(outcomes[0].k - len(keys) // 2) + 1
     return Searched(
         costs, original, uniform, found, options.importance, outcomes, taken.name, len(judge.asked), judge.resumed, walk
@@ -87,7 +88,9 @@ def _by_output(judge: Judge, costs: Costs) -> Importance:
     judge.stage("importance of each expert", 2 * len(layers) + 1)
     errors = judge.measure.output_errors(BITS)
     base = costs.uniform(search.MIDDLE)
-    at_base, harm, helped = judge.loss(base), {}, {}
+    at_base = judge.loss(base)
+    harm: dict[Key, float] = {}
+    helped: dict[Key, float] = {}
     for layer in layers:
         own = [k for k in costs.keys if k[0] == layer]
         low = judge.loss(base | dict.fromkeys(own, search.LOW)) - at_base

@@ -100,7 +100,7 @@ class Measure:
     @property
     def _predicted(self) -> int:
         n, length = self.windows.ids.shape
-        return n * (length - length // 2) if self._seq2seq else n * (length - 1)
+        return int(n * (length - length // 2) if self._seq2seq else n * (length - 1))
 
     @property
     def _seq2seq(self) -> bool:

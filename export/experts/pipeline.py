@@ -128,10 +128,13 @@ def export_experts(
         raise StorageError(f"{output} cannot be written: there is no folder {output.parent}.")
     watch.stage("reading the checkpoint's headers", 1)
     source = Source.open(folder, options.group)
+    windows = windows_of(source.checkpoint, options.texts, options.length, options.windows) if options.texts else None
+    least = len(source.order) * record_bytes(source.geometry.shapes, min(BITS), source.geometry.group)
+    if options.size is not None and options.size < least:
+        raise UsageError(f"The experts take {least:,} bytes at 2 bits; --size is {options.size:,}.", code="budget")
     settings = {"format": 1, "checkpoint": source.checkpoint.fingerprint(), "group": source.geometry.group}
     with Work(output, settings) as work:
         run = _Run(source, options, work, watch)
-        windows = windows_of(source.checkpoint, options.texts, options.length, options.windows) if options.texts else None
         _check_room(run)
         searched: Searched | None = None
         if options.searches:

@@ -148,7 +148,7 @@ def config_of(checkpoint: Checkpoint) -> Any:
         return transformers.AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True, trust_remote_code=False)
     except ModuleNotFoundError as e:
         raise ModelError(
-            "`refold export experts` needs transformers: pip install 'refold[moe]'.", code="no-transformers"
+            "`refold export experts` needs transformers: pip install 'refold[export,moe]'.", code="no-transformers"
         ) from e
     except Exception as e:  # transformers raises many kinds; none of them is ours
         first = str(e).splitlines()[0] if str(e) else type(e).__name__

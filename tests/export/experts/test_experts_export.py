@@ -317,6 +317,16 @@ def test_a_full_disk_in_a_search_keeps_what_was_measured(checkpoints, tmp_path, 
     assert told.searched.resumed == told.searched.evaluations and not work.exists()
 
 
+def test_a_tolerance_that_cannot_be_met_is_said_and_what_was_measured_is_kept(checkpoints, tmp_path, text, monkeypatch):
+    real = Measure.loss
+    monkeypatch.setattr(Measure, "loss", lambda self, plan: real(self, plan) + 0.1 * (min(plan.values(), default=16) < 16))
+    with pytest.raises(ModelError, match="At 8 bits perplexity rises by") as e:
+        export_experts(checkpoints["mixtral"], tmp_path / "m.refold", options(text, tolerance=0.01))
+    assert e.value.code == "tolerance" and not (tmp_path / "m.refold").exists()
+    told = export_experts(checkpoints["mixtral"], tmp_path / "m.refold", options(text, tolerance=0.2))
+    assert told.searched.resumed > 5 and told.perplexity > told.before
+
+
 def test_two_exports_to_one_file_do_not_mix(checkpoints, tmp_path):
     work = tmp_path / ".m.refold.work"
     work.mkdir()

@@ -66,7 +66,7 @@ def choose(judge: Judge, size: Mapping[int, int], options: Options) -> tuple[Sea
         found = _by_output(judge, costs)
     steps = search.ladder(costs, found)
     judge.stage("searching", 2 * int(np.ceil(np.log2(len(keys) + 1))))
-    walk = 0
+    walk: tuple[int, ...] = ()
     if options.size is not None:
         outcomes = _by_size(judge, costs, steps, options.size)
         taken = min(outcomes, key=lambda o: (o.loss, costs.total(o.plan)))
@@ -75,7 +75,7 @@ def choose(judge: Judge, size: Mapping[int, int], options: Options) -> tuple[Sea
         outcomes = _by_tolerance(judge, costs, found, steps, original, options.tolerance)
         within = [o for o in outcomes if search.increase(o.loss, original) <= options.tolerance]
         taken = min(within, key=lambda o: (costs.total(o.plan), o.loss))
-        walk = abs(outcomes[0].k - len(keys) // 2) + 1
+        walk = outcomes[0].k + 1, abs(outcomes[0].k - len(keys) // 2) + 1
     return Searched(
         costs, original, uniform, found, options.importance, outcomes, taken.name, len(judge.asked), judge.resumed, walk
     ), frequency  # fmt: skip
@@ -109,8 +109,7 @@ def spread(values: Mapping[Key, float], total: float) -> dict[Key, float]:
 def _by_size(judge: Judge, costs: Costs, steps: Steps, budget: int) -> list[Outcome]:
     """The assignment of three widths, beside the widest uniform one that fits."""
     plan = search.under_budget(costs, steps, budget)
-    before = len(judge.asked)
-    out = [Outcome("widths", plan, judge.loss(plan), evaluations=len(judge.asked) - before)]
+    out = [Outcome("widths", plan, judge.loss(plan), evaluations=1)]
     fits = [b for b in BITS if costs.total(costs.uniform(b)) <= budget]
     even = costs.uniform(fits[-1])
     return [*out, Outcome(f"all at {fits[-1]} bits", even, judge.loss(even))]

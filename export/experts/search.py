@@ -98,7 +98,7 @@ class Outcome:
 
     Attributes:
         k: experts at the lower width, or steps taken up from 2 bits. moved: values of K that were measured, in order.
-        evaluations: losses asked for, bracket included; importance not.
+        evaluations: losses asked for, without those of importance, and of all experts at one width.
     """
 
     name: str
@@ -171,7 +171,7 @@ def chosen(
 
     Loss is not strictly monotone in K, so this is a largest K whose successor fails, not always the largest of all.
     """
-    before, moved = len(judge.asked), []
+    moved: list[int] = []
     good, bad = 0, most + 1
     probe = most
     while bad - good > 1:
@@ -182,7 +182,7 @@ def chosen(
             bad = probe
         probe = (good + bad) // 2
     plan = plan_of(good)
-    return Outcome(name, plan, judge.loss(plan), good, tuple(moved), len(judge.asked) - before)
+    return Outcome(name, plan, judge.loss(plan), good, tuple(moved), sum(k < most for k in moved))
 
 
 def split(order: Sequence[Key], lo: int, hi: int) -> Callable[[int], dict[Key, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import threading
 import time
@@ -164,7 +165,7 @@ def test_a_failing_disk_is_named_with_the_expert_and_may_recover(reading, number
 def test_a_truncated_file_is_said(reading):
     index = reading.index
     reading.file.content = reading.file.content[: BASE + index[2, 7].offset + 5000]
-    with pytest.raises(StorageError, match="Expert 7 of layer 2 .* ends early"):
+    with pytest.raises(StorageError, match=r"Expert 7 of layer 2 .* ends early"):
         reading.read(2, 7)
 
 
@@ -173,7 +174,7 @@ def test_a_reader_that_breaks_in_an_unforeseen_way_leaves_nobody_waiting(reading
         raise RuntimeError("boom")
 
     reading.file.before = broken
-    with pytest.raises(StorageError, match="Expert 0 of layer 0 .* boom"):
+    with pytest.raises(StorageError, match=r"Expert 0 of layer 0 .* boom"):
         reading.read(0, 0)
     reading.file.before = None
     reading.read(0, 0)
@@ -209,8 +210,6 @@ def test_o_direct_reads_the_bytes_of_the_file(tmp_path):
     file = RawFile(path, probe=BASE)
     assert file.direct, "these tests want a real disk under tmp_path"
     reading = Reading(file, index, threads=2)
-    import mmap
-
     record = index[1, 1]
     memory = np.frombuffer(mmap.mmap(-1, record.size), np.uint8)
     with reading.lock:

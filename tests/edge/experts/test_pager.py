@@ -254,6 +254,8 @@ def test_more_than_memory_holds_at_once_is_refused_not_waited_for(model):
         stack.enter_context(pager.use(0, [0, 1, 2]))
         with pytest.raises(UsageError, match="holds all"):
             stack.enter_context(pager.use(1, [0]))
+        with pytest.raises(UsageError, match="holds all"):
+            list(pager.waves(1, range(EXPERTS)))
         stack.close()
         with pager.use(1, [0]):
             pass

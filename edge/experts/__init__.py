@@ -1,0 +1,1 @@
+"""Experts that do not fit into memory: paged from a bundle, computed from their packed records."""

@@ -10,6 +10,9 @@
     manifest.pb                 everything else: norm table, preprocessing, layers, digests
     manifest.sig                optional: a SignedRelease-style list of signatures over manifest.pb
 
+A paged language model has `experts/...` instead (refold/experts): its two large members are stored, not compressed, and only
+its manifest's message `experts` lifts the limit on the file's size.
+
 The bundle's digest is the SHA-256 of manifest.pb, which covers every member through its digest. Members are stored in a
 fixed order with fixed dates, so the same content is the same file.
 """
@@ -21,7 +24,7 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -45,6 +48,11 @@ FORMAT = 1
 MANIFEST = "manifest.pb"
 SIGNATURES = "manifest.sig"
 CHUNK = 1 << 20
+Progress = Callable[[int], None]  # bytes done since the last call
+
+
+def silent(_: int) -> None:
+    return None
 
 
 class Bundle:
@@ -65,7 +73,7 @@ class Bundle:
         self._parts = {p.path: p for p in manifest.parts}
         try:
             self.norms: NormTable = table_from_pb(manifest.norms)
-            self.preprocess = Preprocess.from_pb(manifest.preprocess)
+            self._preprocess = None if self.paged else Preprocess.from_pb(manifest.preprocess)
         except (NormStateError, UsageError) as e:
             raise BundleError(f"The manifest of {path} is damaged: {e.message}", code="damaged") from e
 
@@ -75,11 +83,14 @@ class Bundle:
         path = Path(path)
         try:
             size = path.stat().st_size
-            if size > LIMITS.bundle_bytes:
-                raise BundleError(f"{path} has {size} bytes; the limit is {LIMITS.bundle_bytes}.", code="bundle-too-large")
+            if size > LIMITS.paged_bytes:
+                raise BundleError(f"{path} has {size} bytes; the limit is {LIMITS.paged_bytes}.", code="bundle-too-large")
             with zipfile.ZipFile(path) as archive:
                 members = _members(path, archive)
-                manifest_bytes = _read_small(archive, members, MANIFEST, path)
+                manifest_bytes = _read_small(archive, members, MANIFEST, path) if MANIFEST in members else b""
+                _check_sizes(path, size, members, _manifest(manifest_bytes, path))
+                if MANIFEST not in members:
+                    raise BundleError(f"{path} has no {MANIFEST}: it is not a Refold bundle.", code="damaged")
                 signatures = _read_small(archive, members, SIGNATURES, path) if SIGNATURES in members else b""
         except FileNotFoundError:
             raise BundleError(f"There is no bundle at {path}.", code="no-bundle") from None
@@ -87,11 +98,7 @@ class Bundle:
             raise BundleError(f"{path} is truncated or not a Refold bundle: copy or export it again.", code="damaged") from e
         except OSError as e:
             raise BundleError(f"{path} cannot be read: {e.strerror or e}.", code="unreadable") from e
-        manifest = pb.Manifest()
-        try:
-            manifest.ParseFromString(manifest_bytes)
-        except DecodeError as e:
-            raise BundleError(f"The manifest of {path} is damaged: copy or export it again.", code="damaged") from e
+        manifest = _manifest(manifest_bytes, path)
         if manifest.format > FORMAT:
             raise BundleError(
                 f"{path} has bundle format {manifest.format}; this program reads up to {FORMAT}. Update Refold.",
@@ -118,6 +125,18 @@ class Bundle:
             raise BundleError(f"{self.path} contains {sorted(extra)[0]}, which its manifest does not list.", code="damaged")
 
     @property
+    def paged(self) -> bool:
+        """True for a language model whose experts are read while it runs: open it with `refold.experts.PagedModel`."""
+        return self.manifest.HasField("experts")
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How a picture becomes input. Raises BundleError for a paged language model, which sees no pictures."""
+        if self._preprocess is None:
+            raise BundleError(f"{self.path} is a language model: run it with `refold edge generate`.", code="paged")
+        return self._preprocess
+
+    @property
     def parts(self) -> tuple[pb.Part, ...]:
         return tuple(self.manifest.parts)
 
@@ -135,7 +154,7 @@ class Bundle:
 
     def read(self, path: str) -> bytes:
         """The bytes of one part, verified. Raises BundleError when absent or changed."""
-        return b"".join(self._chunks(path))
+        return b"".join(self.chunks(path))
 
     def packed_weights(self) -> dict[str, NDArray[np.int8]]:
         """Integers of fewer than 7 bits, expanded: by their names in the target models. Raises BundleError when damaged."""
@@ -143,7 +162,8 @@ class Bundle:
             return {}
         return {name: unpack(codes) for name, codes in weights_from_bytes(self.read(self.manifest.packed)).items()}
 
-    def _chunks(self, path: str) -> Iterator[bytes]:
+    def chunks(self, path: str) -> Iterator[bytes]:
+        """The bytes of one part, piece by piece; the digest is checked after the last. Raises BundleError as `read`."""
         part = self._parts.get(path)
         if part is None:
             raise BundleError(f"{self.path} has no part {path!r}.", code="no-part")
@@ -161,46 +181,81 @@ class Bundle:
         if left or digest.hexdigest() != part.sha256:
             raise BundleError(f"{path} in {self.path} does not match its digest: the file was changed.", code="digest")
 
-    def verify(self, ring: KeyRing | None = None) -> None:
+    def check_signatures(self, ring: KeyRing) -> None:
+        """Raises SignatureError when the manifest is not signed by enough trusted keys, BundleError when that is unreadable."""
+        signed = norms_pb2.SignedRelease()
+        try:
+            signed.ParseFromString(self._signatures)
+        except DecodeError as e:
+            raise BundleError(f"The signatures of {self.path} are damaged.", code="damaged") from e
+        ring.verify(self._manifest_bytes, signed.signatures)
+
+    def verify(self, ring: KeyRing | None = None, progress: Progress = silent) -> None:
         """Reads every part against its digest and, when a key ring is given, the signatures over the manifest.
+
+        Args:
+            progress: called with the bytes of each piece that was read.
 
         Raises:
             BundleError: a part is damaged.
             SignatureError: not signed by enough trusted keys.
         """
         if ring is not None:
-            signed = norms_pb2.SignedRelease()
-            try:
-                signed.ParseFromString(self._signatures)
-            except DecodeError as e:
-                raise BundleError(f"The signatures of {self.path} are damaged.", code="damaged") from e
-            ring.verify(self._manifest_bytes, signed.signatures)
+            self.check_signatures(ring)
         for part in self.manifest.parts:
-            for _ in self._chunks(part.path):
-                pass
+            for chunk in self.chunks(part.path):
+                progress(len(chunk))
 
-    def extract(self, directory: str | os.PathLike[str]) -> Path:
+    def extract(self, directory: str | os.PathLike[str], progress: Progress = silent) -> Path:
         """Writes every part below `directory`, each verified and renamed into place, and manifest.pb. Returns it."""
         root = Path(directory)
         for part in self.manifest.parts:
             target = root / part.path
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(target, self._chunks(part.path))
+            write_atomically(target, self._told(part.path, progress))
         write_atomically(root / MANIFEST, [self._manifest_bytes])
         return root
+
+    def _told(self, path: str, progress: Progress) -> Iterator[bytes]:
+        for chunk in self.chunks(path):
+            progress(len(chunk))
+            yield chunk
+
+
+def _manifest(content: bytes, path: Path) -> pb.Manifest:
+    manifest = pb.Manifest()
+    try:
+        manifest.ParseFromString(content)
+    except DecodeError as e:
+        raise BundleError(f"The manifest of {path} is damaged: copy or export it again.", code="damaged") from e
+    return manifest
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     infos = archive.infolist()
     if len(infos) > LIMITS.bundle_parts:
         raise BundleError(f"{path} has {len(infos)} members; the limit is {LIMITS.bundle_parts}.", code="bundle-too-large")
-    if sum(i.file_size for i in infos) > LIMITS.bundle_bytes:
-        raise BundleError(f"{path} would unpack to more than {LIMITS.bundle_bytes} bytes.", code="bundle-too-large")
     for info in infos:
         name = PurePosixPath(info.filename)
         if name.is_absolute() or ".." in name.parts or "\\" in info.filename or info.is_dir():
             raise BundleError(f"{path} contains the unsafe name {info.filename!r}.", code="damaged")
     return {i.filename: i for i in infos}
+
+
+def _check_sizes(path: Path, size: int, members: Mapping[str, zipfile.ZipInfo], manifest: pb.Manifest) -> None:
+    """Everything counts against the limit, except what a paged model stores uncompressed: that is no longer than the file."""
+    free: set[str] = set()
+    if manifest.HasField("experts"):
+        free = {manifest.experts.records, manifest.experts.resident} & set(members)
+        pressed = [name for name in free if members[name].compress_type != zipfile.ZIP_STORED]
+        if pressed:
+            raise BundleError(f"{pressed[0]} in {path} is compressed: it cannot be paged. Export it again.", code="damaged")
+    elif size > LIMITS.bundle_bytes:
+        raise BundleError(f"{path} has {size} bytes; the limit is {LIMITS.bundle_bytes}.", code="bundle-too-large")
+    if sum(i.file_size for name, i in members.items() if name not in free) > LIMITS.bundle_bytes:
+        raise BundleError(f"{path} would unpack to more than {LIMITS.bundle_bytes} bytes.", code="bundle-too-large")
+    if sum(members[name].file_size for name in free) > size:
+        raise BundleError(f"{path} is truncated or not a Refold bundle: copy or export it again.", code="damaged")
 
 
 def _read_small(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], name: str, path: Path) -> bytes:
@@ -250,8 +305,13 @@ def write_bundle(path: str | os.PathLike[str], manifest: pb.Manifest, parts: Map
     return Bundle.open(path)
 
 
-def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+def member(name: str, compression: int = zipfile.ZIP_DEFLATED) -> zipfile.ZipInfo:
+    """A header without a date or anything else that would differ from one machine to the next."""
     info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-    info.compress_type = zipfile.ZIP_DEFLATED
+    info.compress_type = compression
     info.external_attr = 0o644 << 16
-    archive.writestr(info, content)
+    return info
+
+
+def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    archive.writestr(member(name), content)

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
 
-from refold.bundle import Bundle
+from refold.bundle import Bundle, Progress, silent
 from refold.errors import BundleError
+from refold.experts import PagedModel
 from refold.signing import KeyRing
 
 __all__ = ["describe", "extract", "inspect", "verify"]
 
+WATCHED = 1 << 28  # bytes that take a second or more
 BAR, BAR_DB = 30, 60.0  # a full bar's characters and decibels
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
     """Everything `refold inspect --json` prints: plain values only."""
+    if bundle.paged:
+        return _describe_paged(bundle)
     m = bundle.manifest
     return {
         "path": str(bundle.path),
@@ -68,6 +74,46 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     }
 
 
+def _describe_paged(bundle: Bundle) -> dict[str, Any]:
+    m, e = bundle.manifest, bundle.manifest.experts
+    return {
+        "path": str(bundle.path),
+        "digest": bundle.digest,
+        "format": m.format,
+        "name": m.name,
+        "made_by": m.made_by,
+        "bytes": bundle.size,
+        "experts": {
+            "family": e.family,
+            "layers": e.layers,
+            "experts": e.experts,
+            "top_k": e.top_k,
+            "record_bytes": e.record_bytes,
+            "resident_bytes": e.resident_bytes,
+            "bits": {str(b): n for b, n in sorted(e.bits.items())},
+            "tokens": "bytes" if e.bytes_as_tokens else "tokenizer",
+            "measured": dict(sorted(e.measured.items())),
+        },
+        "sites": [{"name": s.name, "kind": s.kind.name.lower(), "channels": s.channels} for s in bundle.norms.norms],
+        "parts": [{"path": p.path, "bytes": p.size, "sha256": p.sha256} for p in m.parts],
+    }
+
+
+def _print_paged(d: dict[str, Any]) -> None:
+    e = d["experts"]
+    click.echo(f"{d['name']}  {d['bytes']:,} bytes  digest {d['digest'][:16]}  by {d['made_by']}")
+    click.echo(
+        f"{e['family']}: {e['layers']} layers of {e['experts']} experts, {e['top_k']} a token; tokens: {e['tokens']}\n"
+        f"experts {e['record_bytes']:,} bytes ({', '.join(f'{n} of {b} bits' for b, n in e['bits'].items())}); "
+        f"always in memory {e['resident_bytes']:,} bytes"
+    )
+    channels = sum(s["channels"] for s in d["sites"])
+    click.echo(f"{len(d['sites'])} norm sites, {channels:,} channels: a release is about {channels * 4:,} bytes")
+    if e["measured"]:
+        click.echo("\n" + _table([("measured at export", ""), *((k, f"{v:.6g}") for k, v in e["measured"].items())], {1}))
+    click.echo("\n" + _table([("part", "bytes"), *((p["path"], f"{p['bytes']:,}") for p in d["parts"])], {1}))
+
+
 def _table(rows: Sequence[tuple[str, ...]], right: set[int]) -> str:
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = []
@@ -86,6 +132,11 @@ def inspect(bundle: Path, compare: bool, as_json: bool) -> None:
     d = describe(Bundle.open(bundle))
     if as_json:
         click.echo(json.dumps(d, indent=1))
+        return
+    if "experts" in d:
+        if compare:
+            raise BundleError(f"{d['path']} is a language model: it was exported without the comparison.", code="no-comparison")
+        _print_paged(d)
         return
     if compare:
         click.echo(_comparison(d))
@@ -135,7 +186,8 @@ def _comparison(d: dict[str, Any]) -> str:
 def extract(bundle: Path, output: Path | None) -> None:
     """Unpack BUNDLE into a directory; the models in it open in Netron."""
     opened = Bundle.open(bundle)
-    root = opened.extract(output or bundle.with_suffix(""))
+    with _bar(opened, "writing") as bar:
+        root = opened.extract(output or bundle.with_suffix(""), bar)
     for part in opened.parts:
         click.echo(str(root / part.path))
 
@@ -150,5 +202,19 @@ def verify(bundle: Path, keys: tuple[str, ...]) -> None:
     except ValueError:
         raise click.BadParameter("a key is 64 hex digits", param_hint="--key") from None
     opened = Bundle.open(bundle)
-    opened.verify(ring)
-    click.echo(f"{bundle}: {len(opened.parts)} parts match their digests{', signature good' if keys else ''}.")
+    paged = PagedModel.of(opened) if opened.paged else None
+    with _bar(opened, "reading") as bar:
+        (paged or opened).verify(ring, bar)
+    records = f" and {len(paged.index.records)} expert records" if paged else ""
+    click.echo(f"{bundle}: {len(opened.parts)} parts{records} match their digests{', signature good' if keys else ''}.")
+
+
+@contextmanager
+def _bar(bundle: Bundle, label: str) -> Iterator[Progress]:
+    """Bytes done, on stderr where a person is watching; models of gigabytes take minutes."""
+    total = sum(p.size for p in bundle.parts)
+    if total < WATCHED or not sys.stderr.isatty():
+        yield silent
+        return
+    with click.progressbar(length=total, label=label, file=sys.stderr) as bar:
+        yield bar.update

@@ -10,6 +10,7 @@ __all__ = ["LIMITS", "Limits"]
 @dataclass(frozen=True)
 class Limits:
     bundle_bytes: int = 2 * 1024**3  # one model in four precisions with its student; a zip without zip64 ends at 4 GiB
+    paged_bytes: int = 1 << 40  # a paged language model: DeepSeek-V3's 671 billion weights at 8 bits are 0.7 TB
     manifest_bytes: int = 64 * 1024**2  # ResNet-50's norm table is 0.6 MB; a hundredfold is still read at once
     bundle_parts: int = 256  # targets x files, with room
     release_bytes: int = 4 * 1024**2  # gRPC's default message limit; ResNet-101's norms are 0.8 MB

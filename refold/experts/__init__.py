@@ -2,6 +2,9 @@
 
     records.py   one expert as one contiguous block of a file: header, scales, packed codes
     index.py     where each expert lies, how many bits it has, and the digest of its record
+    tensors.py   safetensors, one tensor at a time: the resident part
+    paged.py     a paged bundle opened for reading
+    write.py     ... and written as a stream
 
 Inside a bundle (a `.refold` zip whose `records.bin` is stored, not compressed, and begins on a multiple of 4,096 bytes, so that
 a device reads a record straight from the bundle with O_DIRECT):
@@ -16,7 +19,10 @@ a device reads a record straight from the bundle with O_DIRECT):
 from __future__ import annotations
 
 from refold.experts.index import ExpertIndex, Geometry, Record
+from refold.experts.paged import PagedModel
 from refold.experts.records import ALIGNMENT, BITS, Matrix, decode, dequantise, encode, quantise, record_bytes
+from refold.experts.tensors import Resident, Tensor
+from refold.experts.write import PagedWriter, Rest, write_paged
 
 __all__ = [
     "ALIGNMENT",
@@ -24,10 +30,16 @@ __all__ = [
     "ExpertIndex",
     "Geometry",
     "Matrix",
+    "PagedModel",
+    "PagedWriter",
     "Record",
+    "Resident",
+    "Rest",
+    "Tensor",
     "decode",
     "dequantise",
     "encode",
     "quantise",
     "record_bytes",
+    "write_paged",
 ]

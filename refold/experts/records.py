@@ -46,7 +46,7 @@ BITS = (2, 4, 8)
 BLOCK = 32
 CENTRE = {8: 0.0, 4: 8.0, 2: 1.5}
 MAGIC = b"RFX1"
-HEADER = struct.Struct("<4sHHBBHIII")  # magic, layer, expert, bits, matrices, group, bytes used, 0, 0
+HEADER = struct.Struct("<4shHBBHIII")  # magic, layer, expert, bits, matrices, group, bytes used, 0, 0
 PART = 64
 STEPS = np.linspace(0.7, 1.0, 16, dtype=np.float32)  # of the largest weight, tried as ends of a group's range
 

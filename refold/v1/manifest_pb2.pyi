@@ -88,7 +88,7 @@ class Layer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., op: _Optional[str] = ..., weight_bits: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., site: _Optional[str] = ..., runs_in: _Optional[str] = ..., signal_to_noise: _Optional[float] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("format", "name", "made_by", "created_unix_ms", "input_name", "output_name", "classes", "class_count", "preprocess", "targets", "norms", "student", "calibration", "layers", "parts", "packed")
+    __slots__ = ("format", "name", "made_by", "created_unix_ms", "input_name", "output_name", "classes", "class_count", "preprocess", "targets", "norms", "student", "calibration", "layers", "parts", "packed", "experts")
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     MADE_BY_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +105,7 @@ class Manifest(_message.Message):
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
     PACKED_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
     format: int
     name: str
     made_by: str
@@ -121,7 +122,54 @@ class Manifest(_message.Message):
     layers: _containers.RepeatedCompositeFieldContainer[Layer]
     parts: _containers.RepeatedCompositeFieldContainer[Part]
     packed: str
-    def __init__(self, format: _Optional[int] = ..., name: _Optional[str] = ..., made_by: _Optional[str] = ..., created_unix_ms: _Optional[int] = ..., input_name: _Optional[str] = ..., output_name: _Optional[str] = ..., classes: _Optional[_Iterable[str]] = ..., class_count: _Optional[int] = ..., preprocess: _Optional[_Union[Preprocess, _Mapping]] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., norms: _Optional[_Union[_norms_pb2.NormTable, _Mapping]] = ..., student: _Optional[str] = ..., calibration: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[Layer, _Mapping]]] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., packed: _Optional[str] = ...) -> None: ...
+    experts: Experts
+    def __init__(self, format: _Optional[int] = ..., name: _Optional[str] = ..., made_by: _Optional[str] = ..., created_unix_ms: _Optional[int] = ..., input_name: _Optional[str] = ..., output_name: _Optional[str] = ..., classes: _Optional[_Iterable[str]] = ..., class_count: _Optional[int] = ..., preprocess: _Optional[_Union[Preprocess, _Mapping]] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., norms: _Optional[_Union[_norms_pb2.NormTable, _Mapping]] = ..., student: _Optional[str] = ..., calibration: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[Layer, _Mapping]]] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., packed: _Optional[str] = ..., experts: _Optional[_Union[Experts, _Mapping]] = ...) -> None: ...
+
+class Experts(_message.Message):
+    __slots__ = ("family", "config", "resident", "records", "index", "tokenizer", "bytes_as_tokens", "layers", "experts", "top_k", "record_bytes", "resident_bytes", "bits", "measured")
+    class BitsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: int
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[int] = ...) -> None: ...
+    class MeasuredEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    FAMILY_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_FIELD_NUMBER: _ClassVar[int]
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    BYTES_AS_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    RECORD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
+    family: str
+    config: str
+    resident: str
+    records: str
+    index: str
+    tokenizer: _containers.RepeatedScalarFieldContainer[str]
+    bytes_as_tokens: bool
+    layers: int
+    experts: int
+    top_k: int
+    record_bytes: int
+    resident_bytes: int
+    bits: _containers.ScalarMap[int, int]
+    measured: _containers.ScalarMap[str, float]
+    def __init__(self, family: _Optional[str] = ..., config: _Optional[str] = ..., resident: _Optional[str] = ..., records: _Optional[str] = ..., index: _Optional[str] = ..., tokenizer: _Optional[_Iterable[str]] = ..., bytes_as_tokens: _Optional[bool] = ..., layers: _Optional[int] = ..., experts: _Optional[int] = ..., top_k: _Optional[int] = ..., record_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., bits: _Optional[_Mapping[int, int]] = ..., measured: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class PackedTensor(_message.Message):
     __slots__ = ("name", "shape", "bits", "offset", "data")

@@ -33,9 +33,15 @@ def pair(request, tmp_path_factory):
     return model, run_models.write(tmp_path_factory.mktemp("m") / "m.refold", model)
 
 
-def run(paged, memory, **settings):
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    model = run_models.random_model("mixtral")
+    return model, run_models.write(tmp_path_factory.mktemp("m") / "m.refold", model)
+
+
+def run(paged, memory, tokens=TOKENS, **settings):
     with load(paged.path, Settings(memory=memory, **settings)) as running:
-        writing = running.generate(PROMPT, Sampling(max_tokens=TOKENS))
+        writing = running.generate(PROMPT, Sampling(max_tokens=tokens))
         list(writing)
         return writing, running.pager.counters
 
@@ -75,20 +81,20 @@ def test_nothing_of_an_expert_is_in_the_model(pair):
 def test_look_ahead_changes_reads_and_no_token(pair):
     _, paged = pair
     memory = paged.index.total // 2
-    with_hints, told = run(paged, memory)
-    without, alone = run(paged, memory, lookahead=False)
+    with_hints, told = run(paged, memory, 12)
+    without, alone = run(paged, memory, 12, lookahead=False)
     assert with_hints.tokens == without.tokens
     assert told.ahead_bytes > 0 and alone.ahead_bytes == 0
 
 
-def test_a_family_nobody_knows_is_refused_by_name(pair):
-    _, paged = pair
+def test_a_family_nobody_knows_is_refused_by_name(mixtral):
+    _, paged = mixtral
     with pytest.raises(ModelError, match="gpt2"):
         build({"model_type": "gpt2"}, (), Paging(None, paged.index.geometry), "m.refold")
 
 
-def test_a_missing_a_misshapen_and_a_foreign_tensor_are_named(pair):
-    model, paged = pair
+def test_a_missing_a_misshapen_and_a_foreign_tensor_are_named(mixtral):
+    _, paged = mixtral
     tensors = dict(paged.resident_tensors())
     last = list(tensors)[-1]
     cases = {

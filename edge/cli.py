@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from edge.experts.generate_cli import generate
+from edge.experts.serve_cli import serve_llm
 from edge.settings import EdgeSettings, load_settings
 from refold.errors import UsageError
 
@@ -20,6 +22,10 @@ __all__ = ["edge"]
 @click.group()
 def edge() -> None:
     """Run a bundle on this device: predict, adapt, pick samples, apply releases."""
+
+
+edge.add_command(generate)
+edge.add_command(serve_llm)
 
 
 def _common(command: Any) -> Any:

@@ -68,7 +68,14 @@ def parse_share(text: str) -> float:
 @click.option(
     "--factor", "parts", type=int, metavar="N", help="CHECKPOINT is a dense Llama, or llama2.c's: cut it into N experts."
 )
-@click.option("--active", type=int, metavar="K", help="Of N that a token uses. Default: N, which loses nothing.")
+@click.option("--active", type=click.IntRange(1), metavar="K", help="Of N that a token uses. Default: N, which loses nothing.")
+@click.option(
+    "--scaling",
+    type=click.Choice(["sum", "paper"]),
+    default="sum",
+    show_default=True,
+    help="Of the K experts' sum: as it is, or times N / K as FactorLLM has it.",
+)
 @click.option(
     "--router-text",
     "router_texts",
@@ -85,8 +92,8 @@ def parse_share(text: str) -> float:
 def experts(
     checkpoint: Path, output: Path, bits: str | None, group: int | None, texts: tuple[Path, ...], tolerance: str | None,
     size: str | None, importance: str, windows: int, length: int, cache: str, parts: int | None, active: int | None,
-    router_texts: tuple[Path, ...], router_steps: int, plot: bool, name: str | None, keys: tuple[Path, ...], threads: int,
-    json_: bool,
+    scaling: str, router_texts: tuple[Path, ...], router_steps: int, plot: bool, name: str | None, keys: tuple[Path, ...],
+    threads: int, json_: bool,
 ) -> None:  # fmt: skip
     """Page the experts of CHECKPOINT, a Hugging Face folder with config.json and safetensors.
 
@@ -106,7 +113,7 @@ def experts(
     factoring = None
     if parts is not None:
         routers = RouterSettings(steps=router_steps)
-        factoring = Factoring(parts, parts if active is None else active, router_texts, measured=texts, router=routers)
+        factoring = Factoring(parts, active or parts, scaling, router_texts, measured=texts, router=routers)
     elif active is not None or router_texts:
         raise UsageError("--active and --router-text belong to --factor.")
     picture = output.with_suffix(".bits.png") if plot and options.searches else None

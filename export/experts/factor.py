@@ -8,14 +8,13 @@ The result is a Granite-MoE checkpoint (`GraniteMoeForCausalLM`), which transfor
 and whose arithmetic can be made FactorLLM's exactly:
 
 * Granite takes the k largest router outputs and weights them by a softmax over those k alone. Router rows are stored times
-  2^-60: the order stays, every exponential rounds to one, and each weight is exactly 1 / k. Down projections are stored times N,
-  which makes the output (N / k) * sum of the k experts. Mixtral, OLMoE and others softmax over all experts before they choose:
-  all would tie.
+  2^-60: the order stays, every exponential rounds to one, and each weight is exactly 1 / k. Down projections are stored times
+  k * scale, so that the output is scale * sum of the k experts. Mixtral, OLMoE and others softmax over all experts before they
+  choose: all would tie.
 * Granite is a Llama but for four factors: those of embedding, residual and logits are 1, and that of attention 1 / sqrt(head).
 * Granite's router has no bias, FactorLLM's has: a constant preference, which the balance loss works against.
 
-With all N active the sum is the dense feed-forward, whatever the router says. A checkpoint serves any k: it is
-`num_experts_per_tok` of the configuration, though routers are trained for one.
+With all N active the sum is the dense feed-forward, whatever the router says.
 """
 
 from __future__ import annotations
@@ -58,12 +57,14 @@ Step = Callable[[int], None]
 class Factoring:
     """Attributes:
     experts: N, a divisor of the intermediate size. active: k of them that a token uses; N is lossless.
+    scaling: "sum" of the k experts, or "paper": FactorLLM's N / k times that.
     texts: what routers learn from; without any, text that the dense model writes itself. windows, length: how much of it.
     measured: text on which perplexities are told; without any, windows of the routers' text that they did not learn from.
     """
 
     experts: int
     active: int
+    scaling: str = "sum"
     texts: Sequence[Path] = ()
     windows: int = 64
     length: int = 256
@@ -75,8 +76,14 @@ class Factoring:
             raise UsageError(f"--factor is 2 experts or more, not {self.experts}.")
         if not 1 <= self.active <= self.experts:
             raise UsageError(f"--active is 1 to {self.experts}, the number of experts, not {self.active}.")
+        if self.scaling not in ("sum", "paper"):
+            raise UsageError(f"--scaling is sum or paper, not {self.scaling!r}.")
         if self.windows < 4 or self.length < 8:
             raise UsageError("Routers learn from 4 windows of 8 tokens at least.")
+
+    def scale(self, k: int) -> float:
+        """Of the sum of k experts."""
+        return self.experts / k if self.scaling == "paper" else 1.0
 
 
 @dataclass(frozen=True)
@@ -219,7 +226,7 @@ def _learn(checkpoint: Checkpoint, how: Factoring, stage: Stage, step: Step) -> 
     counts = sorted({1, max(1, how.experts // 2), how.active, how.experts})
     stage("measuring before the routers are trained", len(held) * (len(counts) + 1))
     dense = math.exp(factor_router.loss_of(model, seats, held, None, step))
-    before = {k: math.exp(factor_router.loss_of(model, seats, held, k, step)) for k in counts}
+    before = {k: math.exp(factor_router.loss_of(model, seats, held, k, step, how.scale(k))) for k in counts}
     stage("asking the dense model what its routers should do", len(ids))
     lessons = factor_router.collect(model, seats, ids, step)
     untrained = [s.router for s in seats]
@@ -228,10 +235,10 @@ def _learn(checkpoint: Checkpoint, how: Factoring, stage: Stage, step: Step) -> 
         stage(f"training routers for {k} of {how.experts}", len(seats) + len(held))
         found = []
         for s, start, lesson in zip(seats, untrained, lessons, strict=True):
-            found.append(factor_router.train(start, lesson, k, how.experts / k, how.router))
+            found.append(factor_router.train(start, lesson, k, how.scale(k), how.router))
             s.router = found[-1][0]
             step(1)
-        after[k] = math.exp(factor_router.loss_of(model, seats, held, k, step))
+        after[k] = math.exp(factor_router.loss_of(model, seats, held, k, step, how.scale(k)))
         if k == how.active:
             kept, shares = [router for router, _ in found], [told for _, told in found]
     told = Factored(how.experts, how.active, text, held.shape[0] * (held.shape[1] - 1), dense, before, after, shares)
@@ -262,7 +269,7 @@ def _write(checkpoint: Checkpoint, folder: Path, how: Factoring, routers: Sequen
     """A shard per layer and one for the rest: memory for one layer's feed-forward."""
     layers = len(routers)
     shards = [[r for name in _rest(checkpoint) for r in [_as_is(checkpoint, name)]]]
-    shards += [list(_layer(checkpoint, i, how.experts, routers[i])) for i in range(layers)]
+    shards += [list(_layer(checkpoint, i, how, routers[i])) for i in range(layers)]
     where = {}
     for i, shard in enumerate(shards):
         name = SHARD.format(i + 1, len(shards))
@@ -283,7 +290,8 @@ def _as_is(checkpoint: Checkpoint, name: str) -> Resident:
     return Resident(name, checkpoint.dtype(name), checkpoint.shape(name), lambda: checkpoint.read(name).data)
 
 
-def _layer(checkpoint: Checkpoint, layer: int, experts: int, router: F32) -> Iterator[Resident]:
+def _layer(checkpoint: Checkpoint, layer: int, how: Factoring, router: F32) -> Iterator[Resident]:
+    experts, times = how.experts, np.float32(how.active * how.scale(how.active))
     inner, hidden = int(checkpoint.config["intermediate_size"]) // experts, int(checkpoint.config["hidden_size"])
     dense, moe = f"model.layers.{layer}.mlp.", f"model.layers.{layer}.block_sparse_moe."
 
@@ -299,7 +307,7 @@ def _layer(checkpoint: Checkpoint, layer: int, experts: int, router: F32) -> Ite
 
     def second() -> bytes:
         down = read("down", (hidden, experts * inner)).reshape(hidden, experts, inner).swapaxes(0, 1)
-        return np.ascontiguousarray(down * np.float32(experts)).tobytes()
+        return np.ascontiguousarray(down * times).tobytes()
 
     yield Resident(moe + "input_linear.weight", "F32", (experts, 2 * inner, hidden), first)
     yield Resident(moe + "output_linear.weight", "F32", (experts, hidden, inner), second)

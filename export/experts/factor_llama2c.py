@@ -2,8 +2,8 @@
 
 Version 0 (github.com/karpathy/llama2.c, export.py, `legacy_export`): seven int32 (dim, hidden, layers, heads, key-value heads,
 vocabulary, context; a vocabulary below zero says that the output does not share the embedding), then float32 arrays, each of
-all layers. It rotates neighbouring pairs (2i, 2i + 1) of a head where transformers rotates (i, i + half): rows of the query and key
-projections change places, and nothing else does.
+all layers. It rotates neighbouring pairs (2i, 2i + 1) of a head where transformers rotates (i, i + half): rows of the query and
+key projections change places, and nothing else does.
 """
 
 from __future__ import annotations

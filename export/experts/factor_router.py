@@ -3,9 +3,11 @@
 FactorLLM (Zhao et al., arXiv 2408.11855; formulae as in its released code). An expert is a slice of the intermediate dimension,
 so the sum of all is the dense feed-forward. A router is linear in the normalised hidden state; its k best experts count fully:
 
-    output = (experts / k) * sum of the k experts
+    output = scale * sum of the k experts
 
-Its teacher is the error of each expert alone, m_j = mean((expert_j(x) - (k / experts) dense(x))^2). With p = softmax(router),
+FactorLLM's scale is experts / k. Slices of one feed-forward are parts of its sum, not guesses at it: with scale 1 a small dense
+model loses far less (docs/guide/experts-factor.md has both measured), so that is what is done where nothing else is asked for.
+The teacher is the error of each expert alone, m_j = mean((expert_j(x) - dense(x) / scale)^2). With p = softmax(router),
 and q = softmax of one at the k experts of least error and zero elsewhere,
 
     prior-approximate loss = sum p log(p / q)          balance loss = mean(mask of the router's k best * softmax(p))
@@ -87,7 +89,7 @@ class FactoredMlp(nn.Module):
     """A dense feed-forward, gate, up and down, seen as `experts` slices.
 
     Attributes:
-        router: (experts, hidden). active: experts that a token uses; None: the dense feed-forward itself.
+        router: (experts, hidden). active: experts that a token uses; None: the dense feed-forward itself. scale: of their sum.
         lessons: where it is a list, what each forward teaches is appended to it.
     """
 
@@ -101,7 +103,7 @@ class FactoredMlp(nn.Module):
         )
         self.experts = experts
         self.active: int | None = None
-        self.scale: float | None = None
+        self.scale = 1.0
         self.router = 0.02 * torch.randn(experts, self.gate_proj.in_features, generator=generator)
         self.lessons: list[Lesson] | None = None
 
@@ -114,7 +116,7 @@ class FactoredMlp(nn.Module):
             return out
         mask = chosen(functional.linear(x, self.router), self.active)
         h = h.unflatten(-1, (self.experts, -1)) * mask[..., None]
-        routed: Tensor = self.down_proj(h.flatten(-2)) * (self.scale or self.experts / self.active)
+        routed: Tensor = self.down_proj(h.flatten(-2)) * self.scale
         return routed
 
     def _lesson(self, x: Tensor, h: Tensor) -> Lesson:
@@ -197,14 +199,20 @@ def train(start: Tensor, lesson: Lesson, k: int, scale: float, settings: RouterS
 
 @torch.no_grad()
 def loss_of(
-    model: Any, seats: Sequence[FactoredMlp], ids: I64, active: int | None, step: Callable[[int], None], batch: int = 8
+    model: Any,
+    seats: Sequence[FactoredMlp],
+    ids: I64,
+    active: int | None,
+    step: Callable[[int], None],
+    scale: float = 1.0,
+    batch: int = 8,
 ) -> float:
-    """Mean loss in nats over windows `ids` (windows, length + 1) with `active` experts; None: dense.
+    """Mean loss in nats over windows `ids` (windows, length + 1) with `active` experts, times `scale`; None: dense.
 
     Raises InputError: not finite.
     """
     for s in seats:
-        s.active = active
+        s.active, s.scale = active, scale
     total = 0.0
     for at in range(0, len(ids), batch):
         some = torch.from_numpy(ids[at : at + batch])

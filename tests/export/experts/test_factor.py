@@ -44,8 +44,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return folder, tiny(folder)
 
 
-def how(active: int, experts: int = 4) -> Factoring:
-    return Factoring(experts, active, windows=8, length=16, router=FEW)
+def how(active: int, experts: int = 4, scaling: str = "sum") -> Factoring:
+    return Factoring(experts, active, scaling, windows=8, length=16, router=FEW)
 
 
 def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -67,8 +67,11 @@ def test_with_all_active_transformers_computes_the_dense_model(dense: tuple[Path
     assert told.after[experts] == pytest.approx(told.dense, rel=1e-5)
 
 
-def test_with_some_active_transformers_computes_factorllms_formula(dense: tuple[Path, Any], tmp_path: Path) -> None:
-    factor(dense[0], tmp_path, how(2), quiet, quiet)
+@pytest.mark.parametrize(("scaling", "scale"), [("sum", 1.0), ("paper", 2.0)])
+def test_with_some_active_transformers_computes_the_formula(
+    dense: tuple[Path, Any], tmp_path: Path, scaling: str, scale: float
+) -> None:
+    factor(dense[0], tmp_path, how(2, scaling=scaling), quiet, quiet)
     source = Source.open(tmp_path)
     ids = torch.arange(60).reshape(2, 30)
     model = transformers.LlamaForCausalLM.from_pretrained(dense[0], dtype=torch.float32).eval()
@@ -76,7 +79,7 @@ def test_with_some_active_transformers_computes_factorllms_formula(dense: tuple[
     for layer, s in enumerate(seats):
         name = f"model.layers.{layer}.block_sparse_moe.router.layer.weight"
         s.router = torch.from_numpy(source.checkpoint.read(name).numpy() * np.float32(2.0**60))
-        s.active = 2
+        s.active, s.scale = 2, scale
     with torch.no_grad():
         wanted = model(ids).logits
     apart = (logits(tmp_path, ids) - wanted).abs().max() / wanted.abs().max()
@@ -209,7 +212,12 @@ def test_what_cannot_be_cut_is_told(dense: tuple[Path, Any], tmp_path: Path) -> 
         (other / "config.json").write_text(json.dumps(json.loads((dense[0] / "config.json").read_text()) | {name: value}))
         with pytest.raises(ModelError, match=said):
             factor(other, tmp_path / "out", how(2), quiet, quiet)
-    for wrong in ({"experts": 1, "active": 1}, {"experts": 4, "active": 5}, {"experts": 4, "active": 0}):
+    for wrong in (
+        {"experts": 1, "active": 1},
+        {"experts": 4, "active": 5},
+        {"experts": 4, "active": 0},
+        {"experts": 4, "active": 2, "scaling": "x"},
+    ):
         with pytest.raises(UsageError):
             Factoring(**wrong)
     with pytest.raises(UsageError):

@@ -167,6 +167,17 @@ def test_edgemoe_keeps_what_runs_soon_and_its_printed_form_what_ran_just_now():
     assert int(printed.worth(2).argmax()) == 1
 
 
+def test_learnt_finds_out_whether_recency_or_frequency_tells():
+    """Alternating use rewards what was not used last; the fixed weights of `value` believe the opposite."""
+    tokens = [[(0, np.array([t % 2, 2 + t % 7 // 3]))] for t in range(400)]
+    trace = Trace((0,), 8, 2, tokens)
+    sizes = np.ones(8, np.int64)
+    policy = make_policy("learnt", trace.layout)
+    told = replay(trace, sizes, 4, policy, skip=200)
+    assert told.hits > replay(trace, sizes, 4, "lru", skip=200).hits
+    assert policy.worth(0)[:2].min() > policy.worth(0)[5:].max()
+
+
 def test_the_floor_is_the_largest_top_k_and_one_in_flight():
     index, _ = make_index(bits={(1, 0): 8, (1, 1): 8, (2, 3): 2})
     sizes = sorted((index[1, e].size for e in range(8)), reverse=True)

@@ -375,7 +375,9 @@ with Pager(path, index, BASE, index.total // 3, PagerSettings()) as pager:
 
 def test_memory_is_flat_and_within_the_budget_while_sizes_mix(tmp_path):
     here = str(Path(__file__).parent)
-    done = subprocess.run([sys.executable, "-c", FLAT, here, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", FLAT, here, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

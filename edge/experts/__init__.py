@@ -1,0 +1,18 @@
+"""Mixture-of-experts models that do not fit: experts stay in the bundle on disk and come into a byte budget when the router
+asks.
+
+    raw.py       one aligned read of a file, O_DIRECT where the file system permits it; faulty.py is its double for tests
+    buffers.py   the memory that records live in: aligned, reused, never more than the budget
+    store.py     reader threads: demand reads overtake read-ahead, digests are checked
+    policies.py  which record is worth least
+    cache.py     which records are in memory, and which leave when one must come
+    paths.py     what the path of a token so far says of its next experts, learnt while running
+    predict.py   which hints are worth a read
+    pager.py     all of it together: `with pager.use(layer, experts) as records`
+    trace.py     the routing of a run, as a file
+    replay.py    any policy over such a file, without a model, beside Belady's optimum
+    plan.py      what a memory and a disk will give, before anything runs
+    budget.py    how many bytes there are
+
+None of these imports torch.
+"""

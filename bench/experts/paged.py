@@ -9,7 +9,6 @@ import mmap
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +18,11 @@ from numpy.typing import NDArray
 from bench.experts.job import F32, Job, Outcome, drive
 from refold.experts.paged import PagedModel
 
-__all__ = ["Mapped", "Misled", "run"]
+__all__ = ["Front", "Mapped", "run"]
 
 U8 = NDArray[np.uint8]
+KEPT = 64  # tokens whose routing is noted
 REFRESH = 1024  # tokens after which a long run begins a new text: its cache of keys and values is no expert's memory
-
-
-class Misled:
-    """A pager whose hints are wrong on purpose.
-
-    In a routing-controlled model nothing changes a router's dimensions of the residual stream before it runs, so that looking
-    ahead would always be right. On real models it is right for 72 to 87 % (specs: moe.md §4.5), so each hinted expert is
-    exchanged for another one with the probability 1 - recall.
-    """
-
-    def __init__(self, pager: Any, experts: int, recall: float, seed: int = 0) -> None:
-        self.pager, self._experts, self._recall, self._draw = pager, experts, recall, random.Random(seed)
-        self.use = pager.use
-
-    def hint(self, layer: int, experts: Sequence[int]) -> None:
-        kept = [e for e in experts if self._draw.random() < self._recall]
-        others = [e for e in range(self._experts) if e not in experts]
-        wrong = self._draw.sample(others, min(len(experts) - len(kept), len(others)))
-        self.pager.hint(layer, kept + wrong)
 
 
 class Mapped:
@@ -53,13 +34,36 @@ class Mapped:
             self._map = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)
         self._bytes = np.frombuffer(self._map, np.uint8)
 
-    @contextmanager
-    def use(self, layer: int, experts: Sequence[int]) -> Iterator[list[U8]]:
+    def waves(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[list[int], list[U8]]]:
         where = [self._index[layer, e] for e in experts]
-        yield [self._bytes[self._at + r.offset : self._at + r.offset + r.size] for r in where]
+        yield list(experts), [self._bytes[self._at + r.offset : self._at + r.offset + r.size] for r in where]
 
-    def hint(self, layer: int, experts: Sequence[int]) -> None:
+    def hint(self, layer: int, experts: Sequence[int], confidence: Sequence[float] | None = None) -> None:
         """The kernel is told nothing."""
+
+
+class Front:
+    """What the model sees of a pager: it notes the routing, and makes hints wrong on purpose.
+
+    In a routing-controlled model nothing changes a router's dimensions of the residual stream before it runs, so that looking
+    ahead would always be right. On real models it is right for 72 to 87 % (specs: moe.md §4.5), so each hinted expert is
+    exchanged for another one with the probability 1 - recall.
+    """
+
+    def __init__(self, records: Any, experts: int, recall: float, seed: int = 0) -> None:
+        self.records, self._experts, self._recall, self._draw = records, experts, recall, random.Random(seed)
+        self.routing: list[list[list[int]]] = []
+
+    def waves(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[list[int], list[U8]]]:
+        self.routing[-1].append(list(experts))
+        waves: Iterator[tuple[list[int], list[U8]]] = self.records.waves(layer, experts)
+        return waves
+
+    def hint(self, layer: int, experts: Sequence[int], confidence: Sequence[float] | None = None) -> None:
+        others = [e for e in range(self._experts) if e not in experts]
+        self._draw.shuffle(others)
+        told = [others.pop() if others and self._draw.random() >= self._recall else e for e in experts]
+        self.records.hint(layer, told, confidence)
 
 
 def run(job: Job) -> Outcome:
@@ -67,6 +71,7 @@ def run(job: Job) -> Outcome:
     read ahead along paths), warm (the most frequent experts first); everything (read all before the clock starts); routing."""
     import torch
 
+    from edge.experts import kernel
     from edge.experts.implementation import Paging
     from edge.experts.model_build import build
     from edge.experts.pager import Pager, PagerSettings
@@ -82,20 +87,18 @@ def run(job: Job) -> Outcome:
             warm=bool(job.options.get("warm", True)),
         )  # fmt: skip
         pager = records = Pager.open(model, job.budget, settings)
-        if ahead:
-            records = Misled(pager, g.experts, float(job.options.get("recall", 1.0)))
-    seen: list[list[list[int]]] = []
-    watch = (lambda layer, chosen: seen[-1].append(chosen[-1])) if job.options.get("routing") else None
-    net = build(model.config, model.resident_tensors(), Paging(records, g, watch), job.model, ahead=ahead)
+    front = Front(records, g.experts, float(job.options.get("recall", 1.0)))
+    net = build(model.config, model.resident_tensors(), Paging(front, g), job.model, ahead=ahead)
     if pager is not None and job.options.get("everything"):
         for layer in g.layers:
             for _ in pager.waves(layer, range(g.experts)):
                 pass
-    step = _stepping(net, pager, seen)
+    step = _stepping(net, pager, front)
     before: list[Any] = []
     load = time.perf_counter() - started
     out = drive(job, step, int(net.config.vocab_size), load, lambda: before.append(pager and pager.counters))
-    out.routing = seen if watch else []
+    out.routing = front.routing if job.options.get("routing") else []
+    out.details["kernel"] = kernel.name
     if pager is not None:
         _count(out, before[0], pager.counters)
         out.slots = job.budget // int(pager.cache.sizes.max())
@@ -103,7 +106,7 @@ def run(job: Job) -> Outcome:
     return out
 
 
-def _stepping(net: Any, pager: Any, seen: list[list[list[int]]]) -> Any:
+def _stepping(net: Any, pager: Any, front: Front) -> Any:
     import torch
     from transformers import DynamicCache
 
@@ -113,7 +116,7 @@ def _stepping(net: Any, pager: Any, seen: list[list[list[int]]]) -> Any:
         if state["length"] == REFRESH:
             state["cache"], state["length"] = DynamicCache(config=net.config), 0
         state["length"] += 1
-        seen.append([])
+        front.routing = [*front.routing[-KEPT:], []]
         with torch.inference_mode():
             out = net(input_ids=torch.tensor([[word]]), past_key_values=state["cache"], use_cache=True, logits_to_keep=1)
         if pager is not None:

@@ -17,7 +17,7 @@ import numpy as np
 from bench.experts.checkpoint import Words
 from bench.experts.lines import Line, Plan
 from bench.experts.measure import Run, by_line
-from bench.experts.trace import belady
+from bench.experts.replayed import clairvoyant
 from bench.result import Cell
 
 __all__ = ["COLUMNS", "row", "rows"]
@@ -114,7 +114,7 @@ def _bound(run: Run, compute: float | None) -> float:
 
 def _belady(run: Run, words: Words, plan: Plan) -> float:
     part = words.trace[run.first : run.first + plan.warm + plan.tokens]
-    return belady(part, _of(run).slots, since=plan.warm, shared=True)
+    return clairvoyant(part, words.shape, _of(run).slots, plan.warm)
 
 
 def _mb(size: int) -> float:

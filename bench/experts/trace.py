@@ -73,35 +73,23 @@ def lru(trace: Routing, slots: int) -> float:
     return hits / trace.size
 
 
-def belady(trace: Routing, slots: int, since: int = 0, shared: bool = False) -> float:
-    """Hit rate of the best policy there is for this trace, which knows it: evict what is used furthest ahead.
-
-    Args:
-        slots: in each layer, or with `shared` in all layers together (as a pager under one byte budget has them).
-        since: count hits from this token on; the cache fills from the first.
-    """
-    tokens, layers, top_k = trace.shape
-    groups = [range(layers)] if shared else [range(layer, layer + 1) for layer in range(layers)]
+def belady(trace: Routing, slots: int) -> float:
+    """As `lru`, of the policy that evicts what is used furthest ahead. For all layers under one budget: edge.experts.replay."""
     hits = 0
-    for group in groups:
-        keys = [layer << 16 | e for t in range(tokens) for layer in group for e in trace[t, layer].tolist()]
-        first = since * len(group) * top_k
-        later, last = [0] * len(keys), dict[int, int]()
-        for i in range(len(keys) - 1, -1, -1):
-            later[i] = last.get(keys[i], len(keys) + keys[i])
-            last[keys[i]] = i
+    for layer in range(trace.shape[1]):
+        asked = trace[:, layer].ravel().tolist()
+        later, last = [0] * len(asked), dict[int, int]()
+        for i in range(len(asked) - 1, -1, -1):
+            later[i] = last.get(asked[i], len(asked) + asked[i])
+            last[asked[i]] = i
         held: dict[int, int] = {}
-        by_use: dict[int, int] = {}  # next use -> key: next uses are all different
-        for i, key in enumerate(keys):
-            if key in held:
-                hits += i >= first
-                del by_use[held[key]]
+        for i, expert in enumerate(asked):
+            if expert in held:
+                hits += 1
             elif len(held) >= slots:
-                furthest = max(by_use)
-                del held[by_use.pop(furthest)]
-            held[key] = later[i]
-            by_use[later[i]] = key
-    return hits / trace[since:].size
+                del held[max(held, key=held.__getitem__)]
+            held[expert] = later[i]
+    return hits / trace.size
 
 
 def statistics(trace: Routing) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """A memory cap that the kernel enforces: a control group of our own, removed afterwards.
 
-Version 1 (`/sys/fs/cgroup/memory`) and version 2 (`memory.max`). Both charge anonymous memory and the page cache of whoever reads
-first; over the limit the kernel takes cache back, then kills. A process is put in before it becomes the engine, so that nothing
-of it escapes. Where groups may not be made, `Caps.reason` says why and rows with caps are left out.
+Version 1 (`/sys/fs/cgroup/memory`) and version 2 (`memory.max`). Both charge anonymous memory and the page cache of whoever
+reads first; over the limit the kernel takes cache back, then kills. A process is put in before it becomes the engine, so that
+nothing of it escapes. Where groups may not be made, `Caps.reason` says why and rows with caps are left out.
 """
 
 from __future__ import annotations

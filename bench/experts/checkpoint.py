@@ -1,4 +1,4 @@
-"""The model's files, in a work folder that goes away afterwards: our bundle, llama.cpp's GGUF, a safetensors folder for accelerate."""
+"""The model's files, in a folder that goes away afterwards: our bundle, llama.cpp's GGUF, safetensors for accelerate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bench.experts.trace import SEED, Routing, routing
 from bench.experts.weights import expert, resident, resident_names
 from refold.errors import StorageError
 from refold.experts import Matrix, dequantise, encode
-from refold.experts.tensors import Resident, Tensor, packed
+from refold.experts.tensors import Resident, packed
 from refold.experts.write import write_paged
 
 __all__ = ["Files", "Words", "check_space", "sizes", "write_bundle", "write_folder", "write_gguf"]
@@ -78,7 +78,8 @@ def check_space(folder: Path, need: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < need + (2 << 30):
         raise StorageError(
-            f"{folder} has {free / 1e9:.0f} GB free and the models take {need / 1e9:.0f} GB: free some, or choose another --work."
+            f"{folder} has {free / 1e9:.0f} GB free and the models take {need / 1e9:.0f} GB: "
+            "free some, or choose another --work."
         )
 
 
@@ -122,8 +123,10 @@ def write_folder(folder: Path, words: Words, bits: int, told: Told = lambda n: N
     for layer in range(shape.layers):
         for number in range(shape.experts):
             for name, part, rows, size in (
-                ("gate_proj", 0, slice(0, i), (i, h)), ("up_proj", 0, slice(i, 2 * i), (i, h)), ("down_proj", 1, slice(None), (h, i)),
-            ):  # fmt: skip
+                ("gate_proj", 0, slice(0, i), (i, h)),
+                ("up_proj", 0, slice(i, 2 * i), (i, h)),
+                ("down_proj", 1, slice(None), (h, i)),
+            ):
                 whole = f"model.layers.{layer}.mlp.experts.{number}.{name}.weight"
                 tensors.append(Resident(whole, "BF16", size, _matrix(shape, layer, number, bits, part, rows, told)))
     with (folder / "model.safetensors").open("wb") as f:

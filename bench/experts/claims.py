@@ -40,7 +40,9 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
         ]
     eight, theirs = find(rows, OURS, 0.25, 8), find(rows, LLAMA, 0.25, 8)
     if eight and theirs:
-        out.append(Claim("experts.25.speed.8bit", "8 bits at 25 %: tokens/s ÷ llama.cpp's", _ratio(eight, theirs), "≥", 1.5, 2.5))
+        out.append(
+            Claim("experts.25.speed.8bit", "8 bits at 25 %: tokens/s ÷ llama.cpp's", _ratio(eight, theirs), "≥", 1.5, 2.5)
+        )
     return out
 
 
@@ -55,8 +57,8 @@ def _share(row: Row) -> float:
 
 
 def ablation(rows: Sequence[Row]) -> list[dict[str, Cell]]:
-    """EdgeMoE's order, each step on top of the one before, at 25 %: seconds a token. Their first step is float32 experts, which no record holds: ours
-    begins with 8 bits."""
+    """EdgeMoE's order, each step on top of the one before, at 25 %: seconds a token. They begin with float32 experts, which no
+    record holds: ours begins with 8 bits."""
     steps = (
         ("8 bits, on demand", find(rows, "on demand, no cache", 0.25, 8)),
         ("+ bits: 4", find(rows, "on demand, no cache", 0.25)),
@@ -68,12 +70,21 @@ def ablation(rows: Sequence[Row]) -> list[dict[str, Cell]]:
     for name, row in steps:
         if row.get("tokens/s"):
             seconds = round(1 / number(row["tokens/s"]), 4)
-            out.append({"engine": f"ablation: {name}", "cap %": 25.0, "bits": row["bits"], "s/token": seconds, "MB/token": row["MB/token"]})
+            out.append(
+                {
+                    "engine": f"ablation: {name}",
+                    "cap %": 25.0,
+                    "bits": row["bits"],
+                    "s/token": seconds,
+                    "MB/token": row["MB/token"],
+                }
+            )
     return out
 
 
 def of_long_run(seen: Sequence[Sequence[float]]) -> tuple[float, int]:
-    """(kB a minute of resident memory by least squares, growth of file descriptors) of (seconds, kB, descriptors), the first fifth left out."""
+    """Of (seconds, kB, descriptors), the first fifth left out: (kB a minute of resident memory by least squares, growth of file
+    descriptors)."""
     import numpy as np
 
     rest = np.array(seen[len(seen) // 5 :], np.float64)

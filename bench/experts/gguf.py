@@ -1,7 +1,7 @@
 """The GGUF file of a routing-controlled model, for llama.cpp: the same codes and scales as our records, laid out its way.
 
-Q4_0 is blocks of 32 weights, a float16 scale and 16 bytes whose low halves are the first 16 codes, minus 8; Q8_0 is a float16 scale and 32
-int8 codes. Our records with groups of 32 say exactly that, so the weights of both files are equal, not alike.
+Q4_0 is blocks of 32 weights, a float16 scale and 16 bytes whose low halves are the first 16 codes, plus 8; Q8_0 is a float16
+scale and 32 int8 codes. Our records with groups of 32 say exactly that, so the weights of both files are equal, not alike.
 
 Format: github.com/ggml-org/ggml docs/gguf.md, version 3.
 """

@@ -1,7 +1,7 @@
 """What a child process is told to run, and what it tells: one JSON each way.
 
-Every engine runs the same loop (`drive`): the words of the trace one after another, each timed, so that a token costs the same work
-everywhere. Bytes come from /proc/self/io (what the block device gave, page cache or not), memory from /proc/self/status.
+Every engine runs the same loop (`drive`): the words of the trace one after another, each timed, so that a token costs the same
+work everywhere. Bytes come from /proc/self/io (what the block device gave, page cache or not), memory from /proc/self/status.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ class Line:
 
     Attributes:
         kind: "paged" (our runtime), "llama" or "accelerate". share: of all experts' bytes that are the cap; None: no cap.
-        slots: how many records the pager may hold: "share" of them, "floor" (a layer's top k and one in flight), "all", or "fp32"
-            (as many as would fit the share if they were decoded to float32, as EdgeMoE holds them).
+        slots: how many records the pager may hold: "share" of them, "floor" (a layer's top k and one in flight), "all", or
+            "fp32" (as many as would fit the share if they were decoded to float32, as EdgeMoE holds them).
         runs: how often. like: a line of the same cap whose total memory this one gets; "": what it needs itself.
         ceiling: the line without a cap whose time is this one's time to compute.
         step: of the ablation; 0: no part of it.

@@ -1,7 +1,7 @@
 """llama.cpp as a peer, through llama-cpp-python's ctypes: mmap, no repacking, CPU alone.
 
-The high-level class hides what matters here (extra buffer types, the callback that sees the routing), so the C functions are called.
-The package is searched on the import path, then in the folder REFOLD_LLAMA_CPP names (made by
+The high-level class hides what matters here (extra buffer types, the callback that sees the routing), so the C functions are
+called. The package is searched on the import path, then in the folder REFOLD_LLAMA_CPP names (made by
 `CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-deps --target FOLDER llama-cpp-python==0.3.36`).
 """
 

@@ -67,8 +67,8 @@ class Front:
 
 
 def run(job: Job) -> Outcome:
-    """Options: mapped (page cache instead of the pager); policy, ahead (experts hinted for the next layer), recall, paths (0 or 1:
-    read ahead along paths), warm (the most frequent experts first); everything (read all before the clock starts); routing."""
+    """Options: mapped (page cache instead of the pager); policy, ahead (experts hinted for the next layer), recall, paths (read
+    ahead along paths), warm (the most frequent experts first); everything (read all before the clock starts); routing."""
     import torch
 
     from edge.experts import kernel

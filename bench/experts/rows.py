@@ -1,10 +1,10 @@
 """From runs to rows: medians over a line's runs, and what the physics of the machine permits beside them.
 
-    hit         resident before its layer asked, and not by read-ahead of the same token; of what was asked for
-    belady      the same of the policy that knows the future, with as many slots, on the words of the same runs
-    memory %    bytes that did not come from the disk, of the bytes of the experts used: for every engine, the kernel's cache too
-    bound       max(time to compute, bytes read / the disk's rate around the run), a token;  time / bound is at least 1
-    compute     the time of the same kernels with all experts in memory
+hit         resident before its layer asked, and not by read-ahead of the same token; of what was asked for
+belady      the same of the policy that knows the future, with as many slots, on the words of the same runs
+memory %    bytes that did not come from the disk, of the bytes of the experts used: for every engine, the kernel's cache too
+bound       max(time to compute, bytes read / the disk's rate around the run), a token;  time / bound is at least 1
+compute     the time of the same kernels with all experts in memory
 """
 
 from __future__ import annotations

@@ -46,9 +46,7 @@ class Shape:
     @property
     def geometry(self) -> Geometry:
         layers = tuple(range(self.layers))
-        return Geometry(
-            "olmoe", layers, self.experts, self.top_k, self.hidden, self.intermediate, True, "silu", GROUP
-        )
+        return Geometry("olmoe", layers, self.experts, self.top_k, self.hidden, self.intermediate, True, "silu", GROUP)
 
     def record(self, bits: int) -> int:
         """Bytes of one expert."""

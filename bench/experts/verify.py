@@ -42,7 +42,9 @@ def verified(runner: Runner, words: Words, lines: Mapping[str, Line]) -> list[di
         logits[name] = kept
         share = equality(outcome.routing, words)
         if share < 1:
-            raise ModelError(f"{name} uses the trace's experts in {100 * share:.2f} % of cases, not in all: nothing is comparable.")
+            raise ModelError(
+                f"{name} uses the trace's experts in {100 * share:.2f} % of cases, not in all: nothing is comparable."
+            )
         row: dict[str, Cell] = {"engine": f"verify: {name}", "bits": lines[name].bits, "top-k equal": share}
         row["right %"] = 100 * outcome.right / len(outcome.times)
         out.append(row)

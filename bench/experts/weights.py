@@ -1,7 +1,8 @@
 """Weights of a routing-controlled model, made as they are written: nothing larger than one matrix is ever in memory.
 
-The top k of every router is the trace's, in every engine: a router reads only its own dimensions of the residual stream, and the
-rows of attention outputs and expert outputs that would write those (or the token's name) are zero. RMS norms scale but keep the order.
+The top k of every router is the trace's, in every engine: a router reads only its own dimensions of the residual stream, and
+the rows of attention outputs and expert outputs that would write those (or the token's name) are zero. RMS norms scale but keep
+the order.
 
 Expert weights are one random block of codes, turned by another amount for each expert: random enough to be computed with, fast
 enough to write gigabytes of. Every byte of every record has to be read when its expert is used.

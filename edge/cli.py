@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from edge.experts.cli import experts
 from edge.settings import EdgeSettings, load_settings
 from refold.errors import UsageError
 
@@ -20,6 +21,9 @@ __all__ = ["edge"]
 @click.group()
 def edge() -> None:
     """Run a bundle on this device: predict, adapt, pick samples, apply releases."""
+
+
+edge.add_command(experts)
 
 
 def _common(command: Any) -> Any:

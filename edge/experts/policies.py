@@ -14,8 +14,11 @@ away.
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -23,7 +26,9 @@ from numpy.typing import NDArray
 
 from refold.errors import UsageError
 
-__all__ = ["POLICIES", "Layout", "Policy", "ValueWeights", "make_policy"]
+__all__ = ["POLICIES", "Layout", "Policy", "Value", "ValueWeights", "kept_weights", "make_policy", "weights_file"]
+
+log = logging.getLogger(__name__)
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -212,6 +217,23 @@ class Value(Policy):
 
 
 POLICIES: dict[str, type[Policy]] = {p.name: p for p in (Value, Lru, Lfu, EdgeMoe, EdgeMoePrinted, Distance)}
+
+
+def weights_file(bundle: Path) -> Path:
+    """Where weights tuned for a bundle are kept."""
+    return bundle.with_name(bundle.name + ".policy.json")
+
+
+def kept_weights(bundle: Path) -> ValueWeights | None:
+    """Weights that `refold edge experts replay --tune --keep` left beside a bundle; None where it did not, or not whole."""
+    try:
+        told = json.loads(weights_file(bundle).read_text(encoding="utf-8"))
+        return ValueWeights(**told)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, UsageError) as e:
+        log.warning("The policy weights %s cannot be used (%s): the usual ones are.", weights_file(bundle), e)
+        return None
 
 
 def make_policy(

@@ -1,0 +1,97 @@
+"""The arithmetic of one expert, straight from its packed record, without a copy of the weights (docs/adr/012-expert-kernel.md).
+
+    expert.c, dot_*.h   the native kernel: AVX2, NEON or plain C, whatever the compiler finds
+    build.py            compiles it on first use into a folder of the user's cache
+    native.py           calls it on the record's own memory, with the interpreter's lock released
+    portable.py         the same arithmetic in torch, where there is no C compiler
+
+Both quantise their input per block of 32 to int8, as llama.cpp's Q8_0 does, and multiply by the exact weights that
+`refold.experts.dequantise` gives. What one token yields does not depend on the tokens beside it or on which records are cached;
+natively it does not depend on the number of threads either.
+
+`name` says which is in use: "native-avx2", "native-neon", "native-plain" or "torch". The environment variable REFOLD_KERNEL
+forces "native" or "torch".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from threading import Lock
+from typing import TYPE_CHECKING, Protocol
+
+from refold.errors import UsageError
+from refold.experts.records import Matrix
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Kernel", "choose", "expert", "kernel", "linear", "name"]
+
+name: str
+_choosing = Lock()
+_in_use: Kernel | None = None
+
+
+class Kernel(Protocol):
+    """What `native.Native` and the module `portable` have in common."""
+
+    name: str
+
+    def linear(self, matrix: Matrix, x: Tensor) -> Tensor: ...
+
+    def expert(self, matrices: Sequence[Matrix], x: Tensor, gated: bool, activation: str) -> Tensor: ...
+
+
+def expert(matrices: Sequence[Matrix], x: Tensor, gated: bool, activation: str) -> Tensor:
+    """The feed-forward of one expert: down(act(gate x) * up x), or down(act(up x)) where it is not gated.
+
+    Args:
+        matrices: as `refold.experts.decode` gives them: gate_up (2 intermediate, hidden), gate rows first, or up
+            (intermediate, hidden); then down (hidden, intermediate).
+        x: float32 (n, hidden), on the CPU.
+        activation: transformers' name of it.
+
+    Returns:
+        float32 (n, hidden).
+
+    Raises:
+        UsageError: shapes or types that do not fit, an unknown activation, or a forced kernel that cannot be built.
+    """
+    return kernel().expert(matrices, x, gated, activation)
+
+
+def linear(matrix: Matrix, x: Tensor) -> Tensor:
+    """float32 (n, rows) = `x` (n, columns) times the transpose of the matrix. Raises UsageError as `expert` does."""
+    return kernel().linear(matrix, x)
+
+
+def kernel() -> Kernel:
+    """The kernel in use, chosen and built when first asked for."""
+    global _in_use
+    if _in_use is None:
+        with _choosing:
+            _in_use = _in_use or choose(os.environ.get("REFOLD_KERNEL", ""))
+    return _in_use
+
+
+def choose(forced: str) -> Kernel:
+    """What REFOLD_KERNEL=`forced` means. Raises UsageError: an unknown value, or "native" where it cannot be built."""
+    if forced not in ("", "native", "torch"):
+        raise UsageError(f"REFOLD_KERNEL is native, torch or not set, not {forced!r}.")
+    from edge.experts.kernel import native, portable
+
+    if forced == "torch":
+        return portable.PORTABLE
+    try:
+        return native.Native()
+    except native.UnavailableError as e:
+        if forced:
+            raise UsageError(f"The native kernel was asked for and cannot be used: {e}") from e
+        return portable.PORTABLE
+
+
+def __getattr__(attribute: str) -> str:
+    if attribute == "name":
+        return kernel().name
+    raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")

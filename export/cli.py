@@ -31,6 +31,7 @@ SUBCOMMANDS = {
     "train": ("export.elastic.cli_train", "train"),
     "fixed-point": ("export.fixed_point.cli", "fixed_point_train"),
     "search": ("export.elastic.cli_search", "search"),
+    "experts": ("export.experts.cli", "experts"),
 }
 FROM_RUN = ("export.elastic.cli_from", "export_from")
 STEPS = 12  # about as many steps as the pipeline announces; the bar only has to move
@@ -50,7 +51,8 @@ def _classes(text: str | None) -> list[str]:
 
 
 @click.command(
-    epilog="Elastic training: `refold export train`, `refold export search`, then `refold export --from RUN`; see their --help."
+    epilog="Elastic training: `refold export train`, `refold export search`, then `refold export --from RUN`; "
+    "language models with experts: `refold export experts`; see their --help."
 )
 @click.argument("model")
 @click.option("--weights", type=click.Path(path_type=Path), help="npz, safetensors or a torch state dict (never unpickled).")

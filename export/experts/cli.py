@@ -1,0 +1,110 @@
+"""`refold export experts`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from export.experts.pipeline import MIXED, Options, Watcher, as_json, export_experts
+from export.experts.report import lines
+from refold.errors import UsageError
+from refold.signing import SigningKey
+from refold.sizes import parse_size
+
+__all__ = ["experts"]
+
+
+def parse_share(text: str) -> float:
+    """0.01 from `1%` or `0.01`. Raises UsageError."""
+    try:
+        return float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        raise UsageError(f"{text!r} is no share: write 1% or 0.01.") from None
+
+
+@click.command("experts")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The .refold file to write.")
+@click.option(
+    "--bits",
+    type=click.Choice(["8", "4", "2", MIXED]),
+    help="Of every expert; mixed: chosen for each. Default: 4, or mixed where a bound is given.",
+)
+@click.option("--group", type=int, help="Neighbours that share a scale. Default: 64, or 32 where widths ask for it.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Calibration text; repeat for several. Perplexity and routing are measured on it.",
+)
+@click.option("--max-perplexity-increase", "tolerance", metavar="SHARE", help="As few bytes as stay within it, e.g. 1%.")
+@click.option("--size", metavar="SIZE", help="As little loss as fits into it, e.g. 2.1MB: bytes of all experts.")
+@click.option(
+    "--importance",
+    type=click.Choice(["loss", "output"]),
+    default="loss",
+    show_default=True,
+    help="loss: of each expert alone, two measurements each. output: of its layer's output, one pass for all.",
+)
+@click.option("--windows", type=click.IntRange(1), default=128, show_default=True, help="Pieces of text to measure on.")
+@click.option("--window", "length", type=click.IntRange(2), default=128, show_default=True, help="Tokens in each.")
+@click.option("--cache", metavar="SIZE", default="1GiB", show_default=True, help="Memory for experts while measuring.")
+@click.option("--plot/--no-plot", default=True, show_default=True, help="The heat-map OUTPUT.bits.png, where bits are chosen.")
+@click.option("--name", help="Name of the model; default: the output's.")
+@click.option("--key", "keys", multiple=True, type=click.Path(path_type=Path), help="Sign with this private key (PEM).")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--json", "json_", is_flag=True, help="For machines.")
+def experts(
+    checkpoint: Path, output: Path, bits: str | None, group: int | None, texts: tuple[Path, ...], tolerance: str | None,
+    size: str | None, importance: str, windows: int, length: int, cache: str, plot: bool, name: str | None,
+    keys: tuple[Path, ...], threads: int, json_: bool,
+) -> None:  # fmt: skip
+    """Page the experts of CHECKPOINT, a Hugging Face folder with config.json and safetensors.
+
+    An export that was killed goes on where it was when it is started again with the same options.
+    """
+    torch.set_num_threads(threads)
+    bounded = tolerance is not None or size is not None
+    wanted = bits or (MIXED if bounded else "4")
+    options = Options(
+        MIXED if wanted == MIXED else int(wanted), group, texts, windows, length,
+        None if tolerance is None else parse_share(tolerance), None if size is None else parse_size(size),
+        importance, parse_size(cache), threads, name or "",
+    )  # fmt: skip
+    signers = [SigningKey.load(k) for k in keys]
+    picture = output.with_suffix(".bits.png") if plot and options.searches else None
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=json_) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def stage(what: str, steps: int) -> None:
+            bar.reset(task, description=what, total=steps or None)
+            if not console.is_terminal and not json_:
+                console.print(what, highlight=False)
+
+        watch = Watcher(stage, lambda n: bar.advance(task, n))
+        told = export_experts(checkpoint, output, options, *signers, watch=watch, picture=picture)
+    if json_:
+        click.echo(as_json(told))
+        return
+    for warning in told.warnings:
+        click.echo(warning, err=True)
+    for line in lines(told):
+        click.echo(line)

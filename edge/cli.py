@@ -12,6 +12,8 @@ from typing import Any
 import click
 
 from edge.experts.cli import experts
+from edge.experts.generate_cli import generate
+from edge.experts.serve_cli import serve_llm
 from edge.settings import EdgeSettings, load_settings
 from refold.errors import UsageError
 
@@ -24,6 +26,8 @@ def edge() -> None:
 
 
 edge.add_command(experts)
+edge.add_command(generate)
+edge.add_command(serve_llm)
 
 
 def _common(command: Any) -> Any:

@@ -1,0 +1,149 @@
+"""Between text and tokens: the bundle's own tokenizer, or bytes; text grows with the tokens, never by half a character."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from refold.errors import BundleError, InputError
+from refold.experts import PagedModel
+
+__all__ = ["Bytes", "Codec", "Growing", "HuggingFace", "Text", "codec"]
+
+BYTES = 256
+
+
+class Growing(Protocol):
+    """Text so far: call `add` per token, `end` once; each gives what is new."""
+
+    def add(self, token: int) -> str: ...
+    def end(self) -> str: ...
+
+
+class Codec(Protocol):
+    """Attributes: `stops` end a text."""
+
+    stops: frozenset[int]
+
+    def encode(self, text: str) -> list[int]: ...
+    def growing(self) -> Growing: ...
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]: ...
+
+
+def codec(paged: PagedModel) -> Codec:
+    """The tokenizer a bundle holds, or bytes.
+
+    Raises:
+        BundleError: the files make no tokenizer, or there are none and its tokens are not bytes.
+    """
+    files = paged.tokenizer_files()
+    if files:
+        return HuggingFace(files, paged.config, str(paged.path))
+    if not paged.bytes_as_tokens:
+        raise BundleError(
+            f"{paged.path} has no tokenizer, and its tokens are not bytes: export it with its tokenizer files.",
+            code="no-tokenizer",
+        )
+    return Bytes(_ids(paged.config.get("eos_token_id")))
+
+
+def _ids(value: Any) -> frozenset[int]:
+    return frozenset([] if value is None else [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)])
+
+
+def plain_chat(messages: Sequence[Mapping[str, str]]) -> str:
+    """What a model without a chat template is given: a line per message, and the beginning of the answer's."""
+    return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:"
+
+
+class Bytes:
+    """A token is a byte of UTF-8; ids from 256 on are special and have no text."""
+
+    def __init__(self, stops: frozenset[int]) -> None:
+        self.stops = stops
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def growing(self) -> Growing:
+        return _Utf8()
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        return self.encode(plain_chat(messages))
+
+
+class _Utf8:
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        return self._decoder.decode(bytes([token])) if token < BYTES else ""
+
+    def end(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class HuggingFace:
+    """transformers' tokenizer, from the bundle's files alone: nothing is downloaded and no code of the bundle runs."""
+
+    def __init__(self, files: Mapping[str, bytes], config: Mapping[str, Any], path: str) -> None:
+        from transformers import AutoTokenizer
+
+        with tempfile.TemporaryDirectory(prefix="refold-tokenizer-") as folder:
+            told = {k: v for k, v in config.items() if k != "auto_map"}
+            (Path(folder) / "config.json").write_text(json.dumps(told))
+            for name, content in files.items():
+                (Path(folder) / PurePosixPath(name).name).write_bytes(content)
+            try:
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            except Exception as e:
+                raise BundleError(f"The tokenizer in {path} cannot be used: {e}.", code="damaged", detail=repr(e)) from e
+        self.stops = _ids(config.get("eos_token_id")) | _ids(self._tokenizer.eos_token_id)
+
+    def encode(self, text: str) -> list[int]:
+        return [int(i) for i in self._tokenizer(text)["input_ids"]]
+
+    def growing(self) -> Growing:
+        return Text(self._decode)
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Raises InputError: the model's chat template refuses the messages."""
+        if not getattr(self._tokenizer, "chat_template", None):
+            return self.encode(plain_chat(messages))
+        try:
+            ids = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        except Exception as e:
+            raise InputError(f"The model's chat template does not take these messages: {e}", code="messages") from e
+        return [int(i) for i in ids]
+
+
+class Text:
+    """Grows by decoding a few tokens of context with the new ones: what a piece looks like depends on its neighbours."""
+
+    def __init__(self, decode: Any) -> None:
+        self._decode = decode
+        self._tokens: list[int] = []
+        self._shown, self._from = 0, 0  # tokens whose text is out; where the context begins
+
+    def add(self, token: int) -> str:
+        self._tokens.append(token)
+        new = self._new()
+        if not new or new.endswith("\ufffd"):
+            return ""
+        self._from, self._shown = self._shown, len(self._tokens)
+        return new
+
+    def _new(self) -> str:
+        before = self._decode(self._tokens[self._from : self._shown])
+        return str(self._decode(self._tokens[self._from :])[len(before) :])
+
+    def end(self) -> str:
+        return self._new() if self._shown < len(self._tokens) else ""

@@ -169,7 +169,9 @@ def test_rows_and_claims_from_runs():
 
 
 def test_a_killed_run_holds_no_claim():
-    dead = Run(Line(OURS, "paged", 0.25), 0, 6_000_000, 1e6, Finished(137, "", "", 6_000_000, 0, 1), None, "killed: out of memory")
+    dead = Run(
+        Line(OURS, "paged", 0.25), 0, 6_000_000, 1e6, Finished(137, "", "", 6_000_000, 0, 1), None, "killed: out of memory"
+    )
     found = rows([dead, _run(Line(LLAMA, "llama", 0.25), 0.03)], Words.of(TINY), PLAN)
     assert found[0]["note"] == "killed: out of memory" and found[0]["OOM"] == 1
     held = {c.id: c.holds for c in claims(found)}

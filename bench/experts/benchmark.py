@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from bench.experts.rows import COLUMNS, rows
 from bench.experts.shape import OLMOE, QUICK, Shape
 from bench.experts.trace import PUBLIC, SEED, routing, statistics
 from bench.experts.verify import verified
-from bench.result import Cell, Claim, Options, Result, progress
+from bench.result import Cell, Claim, Options, Result, console, progress
 from refold.errors import UsageError
 
 __all__ = ["run"]
@@ -31,6 +33,7 @@ __all__ = ["run"]
 
 def run(options: Options) -> Result:
     """Full: OLMoE's shape at 4 and 8 bits, 3 to 5 runs a line. Quick: a small shape, one run, each program once."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that groups and gigabytes go, as after Ctrl-C
     shape = QUICK if options.quick else OLMOE
     words, whole = Words.of(shape), plan(shape, options.quick)
     chosen, skipped = _chosen(whole, options)
@@ -50,6 +53,7 @@ def run(options: Options) -> Result:
             for run in _interleaved(runner):
                 found.append(run)
                 bar.update(task, advance=1, description=run.line.title)
+                _log(run)
             if bits == 4 and options.minutes:
                 bar.update(task, description=f"{options.minutes:g} minutes at 25 %")
                 told, held = longrun.measured(runner, options.minutes)
@@ -120,6 +124,13 @@ def _interleaved(runner: Runner) -> Iterator[Run]:
         start = number * 5 % len(turn)
         for line in turn[start:] + turn[:start]:
             yield runner.run(line, number)
+
+
+def _log(run: Run) -> None:
+    """A line for each run where no bar can be seen: the full run takes most of an hour."""
+    if not console.is_terminal:
+        out = run.outcome
+        console.print(f"{run.line.title}: {run.note if out is None else f'{len(out.times) / sum(out.times):.3g} tokens/s'}")
 
 
 def _settings(shape: Shape, words: Words, chosen: Plan, caps: Caps, own: dict[str, int]) -> dict[str, object]:

@@ -95,6 +95,10 @@ class Group:
             process.kill()
             output, errors = process.communicate()
             errors += f"\nended after {timeout:.0f} s"
+        except BaseException:  # interrupted: nothing may stay in a group that is to go
+            process.kill()
+            process.wait()
+            raise
         finally:
             done.set()
             watcher.join()

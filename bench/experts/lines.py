@@ -27,7 +27,7 @@ class Line:
             "fp32" (as many as would fit the share if they were decoded to float32, as EdgeMoE holds them).
         runs: how often. like: a line of the same cap whose total memory this one gets; "": what it needs itself.
         ceiling: the line without a cap whose time is this one's time to compute.
-        step: of the ablation; 0: no part of it.
+        few: timed tokens where the plan's would take too long; 0: the plan's.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Line:
     options: Options = field(default_factory=dict)
     like: str = ""
     ceiling: str = RESIDENT
-    step: int = 0
+    few: int = 0
 
     @property
     def title(self) -> str:
@@ -97,14 +97,14 @@ def plan(shape: Shape, quick: bool) -> Plan:
             ]
     lines += [
         Line("EdgeMoE's policy, packed", "paged", 0.25, runs=few, options=published),
-        Line("on demand, no cache", "paged", 0.25, slots="floor", runs=few, options=demand, step=2),
-        Line("on demand + look-ahead", "paged", 0.25, slots="floor", runs=few, options={**ours, "policy": "lru"}, step=3),
+        Line("on demand, no cache", "paged", 0.25, slots="floor", runs=few, options=demand),
+        Line("on demand + look-ahead", "paged", 0.25, slots="floor", runs=few, options={**ours, "policy": "lru"}),
         Line("cache, no look-ahead", "paged", 0.25, runs=few, options={"policy": "value"}),
-        Line("on demand, no cache", "paged", 0.25, bits=8, slots="floor", runs=few, options=demand, step=1),
+        Line("on demand, no cache", "paged", 0.25, bits=8, slots="floor", runs=few, options=demand),
     ]
     if quick:
-        lines.append(Line("accelerate, disk", "accelerate", 0.25, options={"layers": shape.layers}))
-        return Plan(tuple(lines), warm=16, tokens=32)
+        lines.append(Line("accelerate, disk", "accelerate", 0.25, few=3, options={"layers": shape.layers}))
+        return Plan(tuple(lines), warm=12, tokens=24)
     lines += [
         Line(RESIDENT, "paged", None, bits=8, slots="all", runs=1, options={"everything": True, "policy": "lru"}),
         Line(LLAMA_RESIDENT, "llama", None, bits=8, runs=1, ceiling=LLAMA_RESIDENT),

@@ -54,7 +54,7 @@ class Runner:
         """Run `number` of a line: the words it begins with are another part of the trace each time."""
         length = self.plan.warm + self.plan.tokens
         first = number * length % (self.shape.tokens - length)
-        job = self.job(line, first, self.plan.warm, self.plan.tokens)
+        job = self.job(line, first, 1 if line.few else self.plan.warm, line.few or self.plan.tokens)
         return self.measured(line, job)
 
     def job(self, line: Line, first: int, warm: int, tokens: int) -> Job:
@@ -75,30 +75,27 @@ class Runner:
         """Bytes; 0: none."""
         if line.share is None:
             return 0
-        kind = self._kind(line)
-        if line.like:
-            kind = "paged"
+        kind = "paged" if line.like else _owner(line)
         experts = self.shape.expert_bytes(line.bits) * (4 if line.kind == "accelerate" else 1)
         return cap_bytes(line.share, experts, self.own.get(kind, 0), ALLOWANCE[self.shape.name])
 
     def learn_own(self, lines: tuple[Line, ...], told: Callable[[str], None]) -> None:
-        """Measures, without a cap, what each kind of engine needs besides experts."""
+        """Measures, without a cap, what each kind of engine needs besides experts, where nothing has told it yet."""
         for line in lines:
-            kind = self._kind(line)
+            kind = _owner(line)
             if kind in self.own:
                 continue
             told(f"{kind}: memory besides experts")
-            finished = self.child(self.job(line, 0, 6, 6), None, LONGEST)
-            outcome, note = _outcome(finished)
+            outcome, note = _outcome(self.child(self.job(line, 0, 6, 6), None, LONGEST))
             if outcome is None:
                 raise StorageError(f"{line.title} does not run even without a cap: {note}")
-            self.own[kind] = 1024 * outcome.status["RssAnon"] - outcome.cached
-            if kind == "llama":
-                self.own[kind] += self.shape.resident_bytes
+            self.learn(line, outcome)
 
-    @staticmethod
-    def _kind(line: Line) -> str:
-        return line.kind
+    def learn(self, line: Line, outcome: Outcome) -> None:
+        """From a run without a cap."""
+        self.own[_owner(line)] = 1024 * outcome.status["RssAnon"] - outcome.cached
+        if line.kind == "llama":
+            self.own["llama"] += self.shape.resident_bytes
 
     def child(self, job: Job, cap: int | None, longest: float) -> Finished:
         """Raises nothing: whatever happens to the child is in the answer."""
@@ -122,6 +119,11 @@ class Runner:
         total = (128 << 20) if self.shape.name == "OLMoE" else (64 << 20)
         path = next((p for p in (self.files.bundle, self.files.gguf) if p.is_file()), None)
         return rate(path, self.shape.record(line.bits), total, seed=seed) if path else 0.0
+
+
+def _owner(line: Line) -> str:
+    """Whose memory besides experts a line has: accelerate runs the same Python, torch and model as we do."""
+    return "llama" if line.kind == "llama" else "paged"
 
 
 def _outcome(finished: Finished) -> tuple[Outcome | None, str]:

@@ -41,7 +41,7 @@ def row(line: Line, runs: list[Run], words: Words, plan: Plan, compute: float | 
     """`compute`: seconds a token of the line's ceiling; None: not measured, then time without stall."""
     out: dict[str, Cell] = {
         "engine": line.name, "cap %": None if line.share is None else 100 * line.share, "bits": line.bits,
-        "ablation step": line.step, "runs": len(runs), "cap MB": _mb(runs[0].cap) or None,
+        "runs": len(runs), "cap MB": _mb(runs[0].cap) or None,
     }  # fmt: skip
     ended = [r.finished for r in runs if r.finished is not None]
     peak = max((f.peak for f in ended), default=0)

@@ -28,7 +28,8 @@ def equality(found: list[list[list[int]]], words: Words, first: int = 0) -> floa
 
 
 def verified(runner: Runner, words: Words, lines: Mapping[str, Line]) -> list[dict[str, Cell]]:
-    """One row for each engine: top-k equality, words said right, and how far llama.cpp's logits are from ours.
+    """One row for each engine without a cap: top-k equality, words said right, how far llama.cpp's logits are from ours. The
+    runner learns from these runs what the engines need besides experts.
 
     Raises:
         ModelError: an engine uses other experts than the trace says: nothing it does could be compared.
@@ -39,6 +40,7 @@ def verified(runner: Runner, words: Words, lines: Mapping[str, Line]) -> list[di
         if name not in lines:
             continue
         outcome, kept = _watched(runner, lines[name])
+        runner.learn(lines[name], outcome)
         logits[name] = kept
         share = equality(outcome.routing, words)
         if share < 1:

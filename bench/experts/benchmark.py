@@ -41,6 +41,7 @@ def run(options: Options) -> Result:
     found: list[Run] = []
     checked: list[dict[str, Cell]] = []
     extra: list[Claim] = []
+    own: dict[int, dict[str, int]] = {}
     with _work(options) as folder, progress() as bar:
         task = bar.add_task("experts", total=sum(line.runs for line in chosen.lines) + 1)
         for bits in sorted({line.bits for line in chosen.lines}):
@@ -59,15 +60,17 @@ def run(options: Options) -> Result:
                 told, held = longrun.measured(runner, options.minutes)
                 checked.append(told)
                 extra += held
+            own[bits] = runner.own
             if not options.keep:
                 runner.files.remove()
         bar.update(task, description="trained models")
         more, held = quality.measured(folder, options, lambda what: bar.update(task, description=what))
         bar.advance(task)
     measured = rows(found, words, chosen)
-    every = [*measured, *ablation(measured), *checked, *more, *curves(words, options.quick)]
-    every += [{"engine": name, "note": f"skipped: {why}"} for name, why in skipped.items()]
-    settings = _settings(shape, words, chosen, caps, runner.own)
+    others = [_noted(r) for r in (*ablation(measured), *checked, *more)]
+    others += [{"engine": name, "note": f"skipped: {why}"} for name, why in skipped.items()]
+    every = [*measured, *others]
+    settings = _settings(shape, words, chosen, caps, own) | {"replay": curves(words, options.quick)}
     return Result("experts", every, [*claims(measured), *extra, *held], COLUMNS, settings, options.quick)
 
 
@@ -79,8 +82,9 @@ def _chosen(whole: Plan, options: Options) -> tuple[Plan, dict[str, str]]:
     if not options.quick:
         skipped["accelerate, disk"] = "bfloat16 experts of this shape are 12.9 GB, read whole for every token; see --quick"
     lines = [line for line in whole.lines if options.wants(line.name) and not (line.kind == "llama" and reason)]
-    if not lines:
-        raise UsageError(f"No line is called like {', '.join(options.only)}; there are {', '.join(_names(whole.lines))}.")
+    if not lines and not any(options.wants(name) for name in quality.PARTS):
+        names = ", ".join([*_names(whole.lines), *quality.PARTS])
+        raise UsageError(f"No line is called like {', '.join(options.only)}; there are {names}.")
     return replace(whole, lines=tuple(lines)), skipped
 
 
@@ -126,6 +130,12 @@ def _interleaved(runner: Runner) -> Iterator[Run]:
             yield runner.run(line, number)
 
 
+def _noted(row: dict[str, Cell]) -> dict[str, Cell]:
+    """What the table has no column for goes into the note, so that the terminal shows it."""
+    rest = [f"{k} {v}" for k, v in row.items() if k not in COLUMNS and v not in (None, "")]
+    return row | {"note": "; ".join(filter(None, [str(row.get("note") or ""), *rest]))}
+
+
 def _log(run: Run) -> None:
     """A line for each run where no bar can be seen: the full run takes most of an hour."""
     if not console.is_terminal:
@@ -133,7 +143,7 @@ def _log(run: Run) -> None:
         console.print(f"{run.line.title}: {run.note if out is None else f'{len(out.times) / sum(out.times):.3g} tokens/s'}")
 
 
-def _settings(shape: Shape, words: Words, chosen: Plan, caps: Caps, own: dict[str, int]) -> dict[str, object]:
+def _settings(shape: Shape, words: Words, chosen: Plan, caps: Caps, own: dict[int, dict[str, int]]) -> dict[str, object]:
     olmoe = words.trace if shape is OLMOE else routing(4, 64, 8, 1024)
     return {
         "shape": shape.config(), "expert bytes": {b: shape.expert_bytes(b) for b in (4, 8)},

@@ -45,7 +45,7 @@ def _speed(axis: Any, result: Result) -> None:
 
 def _hits(axis: Any, result: Result) -> None:
     """Replay of the trace, no model involved; dots are what the runs measured."""
-    replayed = [r for r in result.rows if r.get("policy")]
+    replayed: Any = result.settings.get("replay", [])
     for policy in dict.fromkeys(str(r["policy"]) for r in replayed):
         points = sorted((number(r["slots"]), number(r["hit"])) for r in replayed if r["policy"] == policy)
         style = "k--" if policy == "belady" else "-"

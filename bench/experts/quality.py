@@ -17,8 +17,9 @@ from bench.result import Cell, Claim, Options, number
 from demo.images import data_folder
 from refold.errors import RefoldError
 
-__all__ = ["bits_claims", "measured", "perplexity"]
+__all__ = ["PARTS", "bits_claims", "measured", "perplexity"]
 
+PARTS = ("exact", "bits", "factor")
 LENGTH = 128  # tokens of a window
 Rows = list[dict[str, Cell]]
 
@@ -29,7 +30,7 @@ def measured(folder: Path, options: Options, say: Callable[[str], None] = lambda
     claims: list[Claim] = []
     data = data_folder()
     lm = None if data is None else data / "lm"
-    for name, part in (("exact", _exact), ("bits", _bits), ("factor", _factor)):
+    for name, part in zip(PARTS, (_exact, _bits, _factor), strict=True):
         if not options.wants(name):
             continue
         try:

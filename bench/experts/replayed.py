@@ -39,5 +39,5 @@ def curves(words: Words, quick: bool) -> list[dict[str, Cell]]:
     for share in SHARES:
         slots = max(int(share * shape.routed), shape.top_k + 1)
         for name, found in compare(told, sizes, slots, frequency=frequency, skip=SKIP).items():
-            out.append({"engine": f"replay: {name}", "policy": name, "slots": slots, "hit": round(found.hit_rate, 4)})
+            out.append({"policy": name, "slots": slots, "hit": round(found.hit_rate, 4)})
     return out

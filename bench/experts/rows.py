@@ -15,6 +15,7 @@ from statistics import median
 import numpy as np
 
 from bench.experts.checkpoint import Words
+from bench.experts.job import Outcome
 from bench.experts.lines import Line, Plan
 from bench.experts.measure import Run, by_line
 from bench.experts.replayed import clairvoyant
@@ -47,6 +48,7 @@ def row(line: Line, runs: list[Run], words: Words, plan: Plan, compute: float | 
     peak = max((f.peak for f in ended), default=0)
     out["peak MB"], out["OOM"] = _mb(peak), sum(f.killed for f in ended)
     out["peak / cap MB"] = f"{peak / 1e6:.0f} / {runs[0].cap / 1e6:.0f}" if line.share is not None else f"{peak / 1e6:.0f}"
+    out["anonymous MB"] = _mb(max((f.anonymous for f in ended), default=0))
     out["note"] = next((r.note for r in runs if r.note), "")
     good = [r for r in runs if r.outcome is not None]
     if not good:
@@ -84,14 +86,13 @@ def row(line: Line, runs: list[Run], words: Words, plan: Plan, compute: float | 
     return out
 
 
-def _of(run: Run):  # type: ignore[no-untyped-def]
+def _of(run: Run) -> Outcome:
     assert run.outcome is not None
     return run.outcome
 
 
 def _times(run: Run) -> list[float]:
-    times: list[float] = _of(run).times
-    return times
+    return _of(run).times
 
 
 def _read(run: Run) -> float:

@@ -116,7 +116,7 @@ def _write(runner: Runner, words: Words, bar: Progress) -> None:
     for path, write, wanted in writers:
         if wanted:
             task = bar.add_task(f"writing {path.name}", total=shape.routed * (3 if path is files.gguf else 1))
-            write(path, words, bits, lambda _, task=task: bar.advance(task))  # type: ignore[misc]
+            write(path, words, bits, lambda _, task=task: bar.advance(task))
             bar.remove_task(task)
 
 

@@ -7,7 +7,7 @@ tinyshakespeare, and WikiText-2's test text.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from bench.result import Cell, Claim, Options, number
 from demo.images import data_folder
 from refold.errors import RefoldError
 
-__all__ = ["PARTS", "bits_claims", "measured", "perplexity"]
+__all__ = ["PARTS", "bits_claims", "factor_claims", "measured", "perplexity"]
 
 PARTS = ("exact", "bits", "factor")
 LENGTH = 128  # tokens of a window
@@ -50,15 +50,17 @@ def _export(checkpoint: Path, out: Path, **how: object) -> object:
 
 
 def _exact(folder: Path, lm: Path | None, quick: bool, say: Callable[[str], None]) -> tuple[Rows, list[Claim]]:
-    tokens, rows = (32 if quick else 256), []
+    tokens, rows = (32 if quick else 256), list[dict[str, Cell]]()
     names = ["olmoe", "switch_transformers"] if quick else list(exact.FAMILIES)
-    checkpoints = {name: (lambda name=name: exact.random_checkpoint(name, folder / f"random-{name}")) for name in names}
-    if lm is not None:
-        checkpoints["trained"] = lambda: lm / "tiny_mixtral"  # type: ignore[misc]
-    for name, make in checkpoints.items():
+    for name in [*names, *([] if lm is None else ["trained"])]:
         say(f"exactness, {name}")
+        if name == "trained":
+            assert lm is not None
+            checkpoint = lm / "tiny_mixtral"
+        else:
+            checkpoint = exact.random_checkpoint(name, folder / f"random-{name}")
         out = folder / f"exact-{name}.refold"
-        _export(make(), out, bits=8)
+        _export(checkpoint, out, bits=8)
         rows.append(exact.row(name, out, tokens))
     return rows, exact.claims(rows, tokens)
 
@@ -154,6 +156,28 @@ def perplexity(bundle: Path, text: bytes, windows: int) -> float:
 def _factor(folder: Path, lm: Path | None, quick: bool, say: Callable[[str], None]) -> tuple[Rows, list[Claim]]:
     if lm is None:
         return [{"engine": "factor", "note": "skipped: REFOLD_DATA is not set"}], []
-    from export.experts import factor  # noqa: F401
+    from export.experts.factor import Factoring, factor
+    from export.experts.factor_router import RouterSettings
 
-    return [], []
+    say("stories260K, cut into 4 experts a layer")
+    sample = lm / "tinystories_sample.txt"
+    how = Factoring(4, 2, measured=(sample,), **({"windows": 8, "router": RouterSettings(steps=10)} if quick else {}))
+    told = factor(
+        lm / "stories260K.bin", folder / "factored", how, lambda what, steps: say(f"stories260K, {what}"), lambda n: None
+    )
+    rows: Rows = [
+        {"engine": f"stories260K: {k} of {told.experts} active", "perplexity, dense": round(told.dense, 4),
+         "untrained routers": round(told.before[k], 4), "trained routers": round(told.after[k], 4)}
+        for k in sorted(told.before)
+    ]  # fmt: skip
+    return rows, factor_claims(told.dense, told.before, told.after, told.experts)
+
+
+def factor_claims(dense: float, before: Mapping[int, float], after: Mapping[int, float], experts: int) -> list[Claim]:
+    """All active is the dense model; with fewer, trained routers lose less than untrained ones."""
+    whole = "factor: perplexity ÷ the dense model's, all active"
+    out = [Claim("experts.factor.whole", whole, round(after[experts] / dense, 6), "≤", 1.0001)]
+    for k in sorted(set(before) - {experts}):
+        text = f"factor: perplexity ÷ untrained routers', {k} of {experts} active"
+        out.append(Claim(f"experts.factor.{k}", text, round(after[k] / before[k], 5), "≤", 1.0))
+    return out

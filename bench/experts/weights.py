@@ -91,7 +91,8 @@ def expert(shape: Shape, layer: int, number: int, bits: int, seed: int = 0) -> t
     turn = 7 * (layer * shape.experts + number)
     out = []
     for size in shape.geometry.shapes:
-        scales, codes = (np.roll(part, turn % size[0], axis=0) for part in _block(*size, bits, seed))
-        out.append(Matrix(size, bits, GROUP, scales, codes))
+        scales, codes = _block(*size, bits, seed)
+        by = turn % size[0]
+        out.append(Matrix(size, bits, GROUP, np.roll(scales, by, axis=0), np.roll(codes, by, axis=0)))
     out[1].scales[: shape.contents] = 0
     return out[0], out[1]

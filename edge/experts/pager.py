@@ -71,6 +71,14 @@ class _Entry:
     spoilt: bool = False
 
 
+@dataclass(eq=False)
+class _Wait:
+    """Somebody who waits for `need` more records."""
+
+    condition: threading.Condition
+    need: int
+
+
 class _Holds:
     """What one request holds. owner: its thread."""
 
@@ -116,7 +124,9 @@ class Pager:
         )
         self._entries: dict[int, _Entry] = {}
         self._lock = threading.RLock()
+        self._path_lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        self._waits: dict[Ticket, list[_Wait]] = {}
         self._holding: dict[int, int] = {}  # records held, by thread
         self._token, self._position = 0, -1
         self._hits = self._covered = self._late = self._misses = self._useful = self._wasted = self._wasted_bytes = 0
@@ -164,6 +174,7 @@ class Pager:
             UsageError: no such layer or expert, or more bytes than the budget holds: use `waves`.
             BundleError: a record is damaged. StorageError: the disk failed or the file ends early.
         """
+        holds = _Holds()
         with self._lock:
             position, ids = self._ask(layer, experts)
             unique = list(dict.fromkeys(ids))
@@ -173,20 +184,22 @@ class Pager:
                     f"{len(unique)} experts of layer {layer} are more than {self.budget:,} bytes hold at once: ask in waves.",
                     code="budget",
                 )
-            holds = _Holds()
+            begin = time.perf_counter()
+            self._settle(position, unique)
             try:
-                begin = time.perf_counter()
-                self._settle(position, unique)
+                self._clear(unique, position)
                 for i in unique:
                     while not self._begin(i, position, unique, holds):
                         self._pause(holds)
-                self._predict(position)
-                self._await(holds, begin)
-                records = [self._entries[i].slot.memory for i in ids]
             except BaseException:
                 self._release(holds)
                 raise
         try:
+            guess = self._learn(position, unique)  # while the disk is at work
+            with self._lock:
+                self._follow(guess)
+                self._await(holds, begin)
+                records = [self._entries[i].slot.memory for i in ids]
             yield records
         finally:
             with self._lock:
@@ -216,16 +229,18 @@ class Pager:
                     self._begin(i, position, (), held)
                     left.remove(i)
                 self._stream(left, loading, position, window)
-                self._predict(position)
                 wave = self._wave(held)
+            guess = self._learn(position, list(dict.fromkeys(ids)))
+            with self._lock:
+                self._follow(guess)
             if wave[0]:
                 yield wave
             while left or loading.tickets:
                 with self._lock:
                     self._release(held)
                     begin = time.perf_counter()
-                    self._stream(left, loading, position, window)
-                    self._await_one(loading, begin)
+                    self._stream(left, loading, position, window, wait=True)
+                    self._await(loading, begin, 1)
                     for i in [i for i, t in loading.tickets.items() if t.done]:
                         held.tickets[i] = loading.tickets.pop(i)
                     self._stream(left, loading, position, window)
@@ -296,7 +311,7 @@ class Pager:
     def save(self) -> None:
         """Writes the path table, in one step. Raises StorageError."""
         if self.paths is not None:
-            with self._lock:
+            with self._path_lock:
                 content = self.paths.dump()
             self.paths.write(content)
 
@@ -372,8 +387,6 @@ class Pager:
         numbers: I64 = np.array(ids, np.int64)
         self.cache.policy.used(numbers)
         self.ahead.asked(position, wanted)
-        if self.paths is not None:
-            self.paths.learn(position, numbers - position * count)
         if self._trace is not None:
             self._trace.layer(position, [i - position * count for i in ids])
 
@@ -421,17 +434,25 @@ class Pager:
         gone = self.cache.make_room(int(self.cache.sizes[i]), position, keep)
         if gone is None:
             return False
-        for other in gone:
-            entry = self._entries.pop(other)
-            if entry.ahead_for >= 0:
-                self._waste(entry)
-            self.buffers.give_back(entry.slot)
+        self._forget(gone)
         slot = self.buffers.take(self._records[i].size)
         if slot is None:
             raise AssertionError("cache and buffers disagree about memory")
         self.cache.add(i, coming=True)
         self._entries[i] = _Entry(slot, self._store.submit(self._records[i], slot.memory, demand=demand))
         return True
+
+    def _clear(self, ids: list[int], position: int, keep: Sequence[int] | None = None) -> None:
+        """Evicts at once for all of these that are not here; where that cannot be, they are begun one by one."""
+        need = sum(int(self.cache.sizes[i]) for i in ids if i not in self._entries)
+        self._forget(self.cache.make_room(need, position, ids if keep is None else keep) or [])
+
+    def _forget(self, gone: list[int]) -> None:
+        for other in gone:
+            entry = self._entries.pop(other)
+            if entry.ahead_for >= 0:
+                self._waste(entry)
+            self.buffers.give_back(entry.slot)
 
     def _pause(self, holds: _Holds) -> None:
         """Until memory is given back. Raises UsageError where only this thread could give it back."""
@@ -441,39 +462,35 @@ class Pager:
                 f"There is no memory for another expert: this thread holds all {self.budget:,} bytes. Leave `use` first.",
                 code="budget",
             )
-        self._wait()
-
-    def _wait(self) -> None:
         self._changed.wait(1.0)
+        self._check_open()
+
+    def _check_open(self) -> None:
         if self._closed:
             raise UsageError("The pager was closed while its experts were asked for.")
 
-    def _await(self, holds: _Holds, begin: float) -> None:
+    def _await(self, holds: _Holds, begin: float, least: int | None = None) -> None:
+        """Until `least` of the records are here, all of them by default; woken once, not by every record."""
         tickets = list(holds.tickets.values())
-        waited = False
-        while not all(t.done for t in tickets):
-            waited = True
-            self._wait()
-        if waited:
+        coming = [t for t in tickets if not t.done]
+        need = (len(tickets) if least is None else least) - (len(tickets) - len(coming))
+        if need > 0:
+            wait = _Wait(threading.Condition(self._lock), need)
+            for t in coming:
+                self._waits.setdefault(t, []).append(wait)
+            while wait.need > 0 and not any(t.error for t in tickets):
+                wait.condition.wait(1.0)
+                self._check_open()
             self._stall += time.perf_counter() - begin
-        _raise_first(tickets)
+        for error in (t.error for t in tickets if t.error is not None):
+            raise type(error)(error.message, code=error.code, detail=error.detail)  # each who waits has a traceback of its own
 
-    def _await_one(self, loading: _Holds, begin: float) -> None:
-        tickets = list(loading.tickets.values())
-        waited = False
-        while not any(t.done for t in tickets):
-            waited = True
-            self._wait()
-        if waited:
-            self._stall += time.perf_counter() - begin
-        _raise_first(tickets)
-
-    def _stream(self, left: list[int], loading: _Holds, position: int, window: int) -> None:
-        """Begins reads of a wave within the window; waits for memory only where nothing is held or on its way."""
+    def _stream(self, left: list[int], loading: _Holds, position: int, window: int, *, wait: bool = False) -> None:
+        """Begins reads of a wave within the window; waits for memory only where nothing is on its way."""
         flying = sum(int(self.cache.sizes[i]) for i in loading.tickets)
         while left and (not loading.tickets or flying + int(self.cache.sizes[left[0]]) <= window):
             if not self._begin(left[0], position, (), loading):
-                if loading.tickets or loading.owner in self._holding:
+                if loading.tickets or not wait:
                     return
                 self._pause(loading)
                 continue
@@ -496,37 +513,50 @@ class Pager:
             self.buffers.give_back(entry.slot)
         if entry.spoilt:
             self._wasted_bytes += ticket.read
+        for wait in self._waits.pop(ticket, ()):
+            wait.need -= 1
+            if wait.need <= 0 or ticket.error is not None:
+                wait.condition.notify()
         self._changed.notify_all()
 
-    def _predict(self, position: int) -> None:
-        """Reads ahead along the paths for the next layer, where no hint comes from the model."""
+    def _learn(self, position: int, ids: list[int]) -> tuple[int, I64, NDArray[np.float64]] | None:
+        """Teaches the path table, outside the lock, and asks it for the next layer where the model gives no hints."""
         if self.paths is None:
-            return
-        following = self.ahead.following(position)
-        if self.ahead.hints_come(following, self._token):
-            return
-        guess = self.paths.predict(following)
+            return None
+        with self._path_lock:
+            self.paths.learn(position, np.array(ids, np.int64) - position * self.layout.experts)
+            following = self.ahead.following(position)
+            if self.ahead.hints_come(following, self._token):
+                return None
+            guess = self.paths.predict(following)
+        return None if guess is None else (following, *guess)
+
+    def _follow(self, guess: tuple[int, I64, NDArray[np.float64]] | None) -> None:
         if guess is not None:
-            experts, confidence = guess
-            ids = [following * self.layout.experts + int(e) for e in experts]
+            following, experts, confidence = guess
+            ids = (experts + following * self.layout.experts).tolist()
             self._read_ahead(following, ids, self.ahead.choose(following, ids, confidence.tolist()))
 
     def _read_ahead(self, position: int, ids: list[int], chosen: list[int]) -> None:
         target = self._token if position > self._position else self._token + 1
-        self.cache.soon[chosen] = True
-        pending = self._pending.setdefault(position, set())
-        flying = sum(int(self.cache.sizes[i]) for i in self._entries if self.cache.coming[i])
-        keep = np.flatnonzero(self.cache.soon).tolist()
+        soon, sizes, count = self.cache.soon, self.cache.sizes, self.layout.experts
+        soon[position * count : (position + 1) * count] = False
+        soon[chosen] = True
+        flying = int(sizes[self.cache.coming].sum())
+        wanted = []
         for i in chosen:
-            entry = self._entries.get(i)
-            size = int(self.cache.sizes[i])
-            if entry is not None or flying + size > self.ahead.limit:
-                continue
-            if not self._take(i, max(self._position, 0), keep, demand=False):
+            if i not in self._entries and flying + int(sizes[i]) <= self.ahead.limit:
+                wanted.append(i)
+                flying += int(sizes[i])
+        if not wanted:
+            return
+        now, keep = max(self._position, 0), np.flatnonzero(soon).tolist()
+        self._clear(wanted, now, keep)
+        for i in wanted:
+            if not self._take(i, now, keep, demand=False):
                 return
             self._entries[i].ahead_for = target
-            pending.add(i)
-            flying += size
+            self._pending.setdefault(position, set()).add(i)
 
     def _warm(self, pinned: Sequence[int], frequency: NDArray[np.float64]) -> None:
         """Begins with the pinned and then the most frequent experts, as far as memory goes; demand reads go first."""
@@ -537,9 +567,3 @@ class Pager:
             if self.cache.used + int(self.cache.sizes[i]) > self.budget:
                 break
             self._take(i, 0, (), demand=False)
-
-
-def _raise_first(tickets: Sequence[Ticket]) -> None:
-    """A fresh error, as several may wait for one ticket and each gets its own traceback."""
-    for error in (t.error for t in tickets if t.error is not None):
-        raise type(error)(error.message, code=error.code, detail=error.detail)

@@ -17,6 +17,8 @@ import hashlib
 import io
 import json
 import logging
+import zipfile
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,8 @@ __all__ = ["PathTable"]
 
 log = logging.getLogger(__name__)
 
-ROWS_BYTES = 8 * 2**20  # of order two; more pairs than that are left to order one
+ROWS_BYTES = 10 * 2**20  # of order two; more pairs than that are left to order one
+MOST_PAIRS = 4 * 2**20  # layers x experts^2; beyond it (as in 48 layers of 512) pairs would hardly come twice: order one alone
 FULL = 60_000  # uint16 counts are halved here, so that old habits fade
 
 
@@ -48,18 +51,18 @@ class PathTable:
 
     def __init__(self, file: Path | None, index: ExpertIndex, *, smoothing: float = 2.0, order: int = 2) -> None:
         g = index.geometry
-        self.file, self.smoothing, self.order = file, smoothing, order
+        self.file, self.smoothing = file, smoothing
         self.positions, self.experts, self.top_k = len(g.layers), g.experts, g.top_k
         self.key = hashlib.sha256(json.dumps(asdict(g)).encode()).hexdigest()
         self.learnt = 0
         self._one: NDArray[np.uint16] = np.zeros((self.positions, self.experts, self.experts + 1), np.uint16)  # last: count(b)
         self._zero: NDArray[np.float64] = np.zeros((self.positions, self.experts + 1))
-        capacity = ROWS_BYTES // (2 * (self.experts + 1)) if order == 2 else 0
-        self._capacity = min(capacity, self.positions * self.experts**2)
-        self._two: NDArray[np.uint16] = np.zeros(
-            (self._capacity, self.experts + 1), np.uint16
-        )  # untouched pages take no memory
-        self._row: dict[int, int] = {}
+        pairs = self.positions * self.experts**2
+        self.order = order if pairs <= MOST_PAIRS else 1
+        self._capacity = min(ROWS_BYTES // (2 * (self.experts + 1)), pairs) if self.order == 2 else 0
+        self._two: NDArray[np.uint16] = np.zeros((self._capacity, self.experts + 1), np.uint16)  # no memory until touched
+        self._row: NDArray[np.int32] = np.full(pairs if self.order == 2 else 0, -1, np.int32)
+        self._keys: list[int] = []
         self._before: list[tuple[int, I64]] = []  # the last two requests
 
     # Learning and guessing
@@ -90,15 +93,14 @@ class PathTable:
                 self._two[full] >>= 1
 
     def _rows(self, position: int, a: I64, b: I64, *, make: bool) -> I64:
-        keys = ((position * self.experts + a[:, None]) * self.experts + b).ravel().tolist()
-        rows = []
-        for key in keys:
-            row = self._row.get(key)
-            if row is None and make and len(self._row) < self._capacity:
-                row = self._row[key] = len(self._row)
-            if row is not None:
-                rows.append(row)
-        return np.array(rows, np.int64)
+        keys = ((position * self.experts + a[:, None]) * self.experts + b).ravel()
+        rows = self._row[keys]
+        if make and rows.min(initial=0) < 0:
+            new = keys[rows < 0][: self._capacity - len(self._keys)]
+            self._row[new] = np.arange(len(self._keys), len(self._keys) + len(new), dtype=np.int32)
+            self._keys += new.tolist()
+            rows = self._row[keys]
+        return np.asarray(rows[rows >= 0], np.int64)
 
     def predict(self, position: int) -> tuple[I64, NDArray[np.float64]] | None:
         """Experts that `position` will ask for after the last two requests, the likeliest first, and how likely each is: at
@@ -129,9 +131,9 @@ class PathTable:
         table = cls(file, index, order=order)
         if file is not None and file.is_file():
             try:
-                with np.load(file, allow_pickle=False) as f:
+                with file.open("rb") as content, np.load(content, allow_pickle=False) as f:
                     table._take(f)
-            except (OSError, ValueError, KeyError, EOFError) as e:
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
                 log.warning("The path table %s cannot be used (%s): it is learnt anew.", file, e)
                 table = cls(file, index, order=order)
         return table
@@ -145,7 +147,8 @@ class PathTable:
         self._one[:], self._zero[:] = one, zero
         count = min(len(keys), self._capacity)
         self._two[:count] = two[:count]
-        self._row = {int(k): i for i, k in enumerate(keys[:count])}
+        self._keys = keys[:count].tolist()
+        self._row[self._keys] = np.arange(count, dtype=np.int32)
 
     def dump(self) -> bytes:
         """The file's content."""
@@ -155,8 +158,8 @@ class PathTable:
             key=np.array(self.key),
             one=self._one,
             zero=self._zero,
-            keys=np.array(list(self._row), np.int64),
-            two=self._two[: len(self._row)],
+            keys=np.array(self._keys, np.int64),
+            two=self._two[: len(self._keys)],
         )
         return content.getvalue()
 

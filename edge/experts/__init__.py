@@ -14,5 +14,12 @@ asks.
     plan.py      what a memory and a disk will give, before anything runs
     budget.py    how many bytes there are
 
-None of these imports torch.
+None of these imports torch. What computes does:
+
+    kernel/            one expert from its packed record
+    implementation*.py transformers' experts, computed from the pager's records
+    model*.py          a transformers model around a pager: `load(path, settings)`
+    generate*.py       tokens and text; `refold edge generate`
+    serve*.py          OpenAI's API on loopback; `refold edge serve-llm`
+    release.py         releases of a language model: the gains of its norms
 """

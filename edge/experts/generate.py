@@ -22,6 +22,7 @@ from refold.errors import InputError, ModelError, UsageError
 __all__ = ["Cancelled", "Sampling", "Stream"]
 
 Turn = Callable[[Callable[[], torch.Tensor]], torch.Tensor]
+MOST_TOKENS = 1 << 20  # where a model itself sets no limit
 CHUNK = 512  # tokens of a prompt at once: an expert is read once for all of them
 CHUNK_BYTES = 32 << 20  # of all experts' outputs for a chunk, float32
 
@@ -39,7 +40,7 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        max_tokens: 1 or more. temperature: 0 takes the most probable, 0 to 2 draws. top_p: draws among the most probable that
+        max_tokens: 1 to 2**20. temperature: 0 takes the most probable, 0 to 2 draws. top_p: draws among the most probable that
             together reach this share, above 0 to 1. seed: of the drawing; None takes a fresh one.
 
     Raises:
@@ -52,8 +53,8 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise UsageError(f"At least 1 token is generated, not {self.max_tokens}.")
+        if not 1 <= self.max_tokens <= MOST_TOKENS:
+            raise UsageError(f"From 1 to {MOST_TOKENS:,} tokens are generated, not {self.max_tokens}.")
         if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 2):
             raise UsageError(f"The temperature is 0 (greedy) to 2, not {self.temperature:g}.")
         if not 0 < self.top_p <= 1:

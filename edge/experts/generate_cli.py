@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -114,6 +115,8 @@ def generate(bundle: Path, prompt: str, max_tokens: int, **flags: Any) -> None:
     """Continue PROMPT (- reads it from standard input) with the language model in BUNDLE, in the memory there is."""
     sampling, settings = sampling_of(flags, max_tokens), settings_of(flags)
     text = _stdin() if prompt == "-" else prompt
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter is no reason to end
     with loaded(bundle, settings) as running, _traced(running, flags["trace"]):
         if flags["release"] is not None:
             from edge.experts.release import gains_of, given, trust

@@ -25,7 +25,7 @@ class Growing(Protocol):
 
 
 class Codec(Protocol):
-    """Attributes: `stops` end a text."""
+    """Attributes: `stops` end a text. `encode` and `chat` raise InputError for what is no text."""
 
     stops: frozenset[int]
 
@@ -55,6 +55,15 @@ def _ids(value: Any) -> frozenset[int]:
     return frozenset([] if value is None else [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)])
 
 
+def checked(text: str) -> str:
+    """Raises InputError: half a character, as broken JSON escapes and undecodable arguments leave it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError("The text holds half a character (a lone surrogate): send it as UTF-8.", code="text") from None
+    return text
+
+
 def plain_chat(messages: Sequence[Mapping[str, str]]) -> str:
     """What a model without a chat template is given: a line per message, and the beginning of the answer's."""
     return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:"
@@ -67,7 +76,7 @@ class Bytes:
         self.stops = stops
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+        return list(checked(text).encode())
 
     def growing(self) -> Growing:
         return _Utf8()
@@ -105,7 +114,7 @@ class HuggingFace:
         self.stops = _ids(config.get("eos_token_id")) | _ids(self._tokenizer.eos_token_id)
 
     def encode(self, text: str) -> list[int]:
-        return [int(i) for i in self._tokenizer(text)["input_ids"]]
+        return [int(i) for i in self._tokenizer(checked(text))["input_ids"]]
 
     def growing(self) -> Growing:
         return Text(self._decode)
@@ -116,8 +125,9 @@ class HuggingFace:
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Raises InputError: the model's chat template refuses the messages."""
+        plain = checked(plain_chat(messages))
         if not getattr(self._tokenizer, "chat_template", None):
-            return self.encode(plain_chat(messages))
+            return self.encode(plain)
         try:
             ids = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
         except Exception as e:

@@ -35,9 +35,8 @@ class Gate:
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """float (n, hidden) to (n, experts): what the router ranks by, groups of experts aside."""
         linear: Any = getattr(self.router, "classifier", self.router)
-        logits: torch.Tensor = torch.nn.functional.linear(
-            self.norm.forward(hidden), linear.weight, getattr(linear, "bias", None)
-        )
+        behind = self.norm.forward(hidden)  # not by a call, which would run our own hook
+        logits: torch.Tensor = torch.nn.functional.linear(behind, linear.weight, getattr(linear, "bias", None))
         correction: torch.Tensor | None = getattr(self.router, "e_score_correction_bias", None)
         return logits if correction is None else logits.sigmoid() + correction
 

@@ -224,8 +224,9 @@ class _Handler(BaseHTTPRequestHandler):
         except Refusal as e:
             self._refuse(e)
         except RefoldError as e:
-            log.warning("A request failed: %s", e.message)
-            self._refuse(refusal_of(e))
+            refusal = refusal_of(e)
+            log.log(logging.WARNING if refusal.status >= 500 else logging.DEBUG, "A request failed: %s", e.message)
+            self._refuse(refusal)
         except Exception as e:
             log.exception("A request failed")
             self._refuse(Refusal(500, f"The server failed: {type(e).__name__}.", code="fault", kind="server_error"))

@@ -108,7 +108,7 @@ class Portable:
 
 def _linear(m: Matrix, x: Tensor) -> Tensor:
     n, q = len(x), as_int8(x, m.group)
-    tiles = [tile.clone() for tile in functional.pad(q, (0, 0, 0, -n % TILE)).split(TILE)] if n else []
+    tiles = [tile.clone() for tile in torch.split(functional.pad(q, (0, 0, 0, -n % TILE)), TILE)] if n else []
     out = x.new_empty(len(tiles) * TILE, m.shape[0])
     for row in range(0, m.shape[0], ROWS):
         w = weights(m, row, row + ROWS)

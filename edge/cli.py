@@ -25,9 +25,8 @@ def edge() -> None:
     """Run a bundle on this device: predict, adapt, pick samples, apply releases."""
 
 
-edge.add_command(experts)
-edge.add_command(generate)
-edge.add_command(serve_llm)
+for command in (experts, generate, serve_llm):
+    edge.add_command(command)
 
 
 def _common(command: Any) -> Any:

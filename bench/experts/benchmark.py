@@ -17,6 +17,7 @@ from bench.experts import longrun, quality
 from bench.experts.cgroup import Caps
 from bench.experts.checkpoint import Files, Words, check_space, sizes, write_bundle, write_folder, write_gguf
 from bench.experts.claims import ablation, claims
+from bench.experts.journal import Journal
 from bench.experts.lines import ALLOWANCE, RECALL, Line, Plan, plan
 from bench.experts.llama import available
 from bench.experts.measure import Run, Runner
@@ -25,6 +26,7 @@ from bench.experts.rows import COLUMNS, rows
 from bench.experts.shape import OLMOE, QUICK, Shape
 from bench.experts.trace import PUBLIC, SEED, routing, statistics
 from bench.experts.verify import verified
+from bench.machine import commit
 from bench.result import Cell, Claim, Options, Result, console, progress
 from refold.errors import UsageError
 
@@ -38,39 +40,41 @@ def run(options: Options) -> Result:
     words, whole = Words.of(shape), plan(shape, options.quick)
     chosen, skipped = _chosen(whole, options)
     caps = Caps.find()
+    journal = Journal(options.target.with_suffix(".runs.jsonl"), shape, chosen, commit(), options.resume)
     found: list[Run] = []
     checked: list[dict[str, Cell]] = []
     extra: list[Claim] = []
     own: dict[int, dict[str, int]] = {}
     with _work(options) as folder, progress() as bar:
-        task = bar.add_task("experts", total=sum(line.runs for line in chosen.lines) + 1)
+        task = bar.add_task("trained models", total=sum(line.runs for line in chosen.lines) + 1)
+        more, held = quality.measured(folder, options, lambda what: bar.update(task, description=what))
+        bar.advance(task)
         for bits in sorted({line.bits for line in chosen.lines}):
             part = replace(chosen, lines=tuple(line for line in chosen.lines if line.bits == bits))
             runner = Runner(shape, part, Files(folder, bits), caps)
-            _write(runner, words, bar)
-            bar.update(task, description=f"{bits} bits: the same experts in every engine?")
-            checked += verified(runner, words, {line.name: line for line in part.lines if line.share is None})
-            runner.learn_own(part.lines, lambda what: bar.update(task, description=what))
-            for run in _interleaved(runner):
+            if not journal.has_all(part.lines) or (bits == 4 and options.minutes):
+                _write(runner, words, bar)
+                bar.update(task, description=f"{bits} bits: the same experts in every engine?")
+                checked += verified(runner, words, {line.name: line for line in part.lines if line.share is None})
+                runner.learn_own(part.lines, lambda what: bar.update(task, description=what))
+            for run in _interleaved(runner, journal):
                 found.append(run)
                 bar.update(task, advance=1, description=run.line.title)
                 _log(run)
             if bits == 4 and options.minutes:
                 bar.update(task, description=f"{options.minutes:g} minutes at 25 %")
-                told, held = longrun.measured(runner, options.minutes)
+                told, of_it = longrun.measured(runner, options.minutes)
                 checked.append(told)
-                extra += held
+                extra += of_it
             own[bits] = runner.own
             if not options.keep:
                 runner.files.remove()
-        bar.update(task, description="trained models")
-        more, held = quality.measured(folder, options, lambda what: bar.update(task, description=what))
-        bar.advance(task)
     measured = rows(found, words, chosen)
     others = [_noted(r) for r in (*ablation(measured), *checked, *more)]
     others += [{"engine": name, "note": f"skipped: {why}"} for name, why in skipped.items()]
     every = [*measured, *others]
     settings = _settings(shape, words, chosen, caps, own) | {"replay": curves(words, options.quick)}
+    journal.remove()
     return Result("experts", every, [*claims(measured), *extra, *held], COLUMNS, settings, options.quick)
 
 
@@ -120,14 +124,18 @@ def _write(runner: Runner, words: Words, bar: Progress) -> None:
             bar.remove_task(task)
 
 
-def _interleaved(runner: Runner) -> Iterator[Run]:
+def _interleaved(runner: Runner, journal: Journal) -> Iterator[Run]:
     """Round after round, each beginning with another line, so that a machine whose speed drifts slows all alike."""
     lines = runner.plan.lines
     for number in range(max(line.runs for line in lines)):
         turn = [line for line in lines if line.runs > number]
         start = number * 5 % len(turn)
         for line in turn[start:] + turn[:start]:
-            yield runner.run(line, number)
+            run = journal.known(line, number)
+            if run is None:
+                run = runner.run(line, number)
+                journal.note(run, number)
+            yield run
 
 
 def _noted(row: dict[str, Cell]) -> dict[str, Cell]:

@@ -14,6 +14,7 @@ from bench.experts.checkpoint import Words
 from bench.experts.claims import ablation, claims, find, of_long_run
 from bench.experts.disk import evict, rate
 from bench.experts.job import Job, Outcome, drive
+from bench.experts.journal import Journal
 from bench.experts.lines import ALLOWANCE, CAPS, LLAMA, OURS, RESIDENT, Line, Plan, plan
 from bench.experts.measure import Run, _outcome
 from bench.experts.rows import rows
@@ -218,3 +219,25 @@ def test_a_mapped_bundle_gives_the_same_records(tmp_path):
     experts, records = next(Mapped(model).waves(1, [3, 0]))
     assert experts == [3, 0]
     assert [r.tobytes() for r in records] == [model.read_record(1, 3), model.read_record(1, 0)]
+
+
+def test_a_journal_gives_runs_back_and_forgets_a_line_that_was_cut_off(tmp_path):
+    line = Line(OURS, "paged", 0.25, runs=2)
+    whole = Plan((line,), 4, 8)
+    path = tmp_path / "x.runs.jsonl"
+    first = Journal(path, TINY, whole, "abc", resume=False)
+    run = _run(line, 0.012, read=10_000, hits=12, slots=9, stall=0.04)
+    first.note(run, 0)
+    assert not first.has_all(whole.lines)
+    with path.open("a") as f:
+        f.write('{"title": "refold at 25')
+    again = Journal(path, TINY, whole, "abc", resume=True)
+    assert again.known(line, 1) is None
+    back = again.known(line, 0)
+    assert back is not None and back.outcome == run.outcome and back.finished == run.finished and back.rate == run.rate
+    again.note(run, 1)
+    assert Journal(path, TINY, whole, "abc", resume=True).has_all(whole.lines)
+    for other in (Journal(path, TINY, whole, "another commit", resume=True), Journal(path, TINY, whole, "abc", resume=False)):
+        assert other.known(line, 0) is None
+    other.remove()
+    assert not path.exists()

@@ -1,16 +1,17 @@
 """Experts that do not fit: our pager against llama.cpp and others, under memory caps that the kernel enforces.
 
-trace.py       which experts each token uses, calibrated to OLMoE        shape.py      sizes
-weights.py     a model whose routing is the trace's in every engine      gguf.py       the same model for llama.cpp
-checkpoint.py  the files, in a folder that goes away                     cgroup.py     the cap
-disk.py        eviction, and the disk's rate by the same accesses        job.py        what a run is told and tells
-paged.py llama.py accelerate_disk.py      the engines, each in a process of its own (child.py)
-lines.py       what is measured            measure.py    the runs        verify.py     equality before timing
-rows.py        medians and bounds          claims.py     the bars        replayed.py   policies without a model
-longrun.py     minutes of generation       quality.py    bits and factors on the trained models
-plots.py
+    trace.py       which experts each token uses, calibrated to OLMoE      shape.py      sizes
+    weights.py     a model whose routing is the trace's in every engine    gguf.py       the same model for llama.cpp
+    checkpoint.py  the files, in a folder that goes away                   cgroup.py     the cap
+    disk.py        eviction, and the disk's rate by the same accesses      job.py        what a run is told and tells
+    paged.py llama.py accelerate_disk.py       the engines, each in a process of its own (child.py)
+    lines.py       what is measured            measure.py    the runs      verify.py     equality before timing
+    journal.py     runs kept for --resume      rows.py       medians and bounds          claims.py     the bars
+    replayed.py    policies without a model    longrun.py    minutes of generation at 25 %
+    exact.py       the same tokens with an eighth of the memory            quality.py    bits and factors
+    plots.py       three pictures              benchmark.py  all of it
 
-python -m bench experts [--quick] [--minutes 10] [--work FOLDER] [--keep]
+Importing this package imports none of them: a child process is to hold its engine and nothing else.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ BENCHES = {
     "elastic": "one supernet at every bit-width against nets trained alone and ONNX Runtime's own quantisation",
     "corruptions": "the CIFAR-10-C generator against pictures made with its authors' code",
     "exactness": "any release against a fresh export, bit for bit; its size; the swap; int8 against fp32 time",
+    "experts": "expert paging under real memory caps against llama.cpp, mmap, EdgeMoE's policy and accelerate",
     "targets": "one bundle on ONNX Runtime and on LiteRT: agreement, accuracy, latency, size, swaps; MLPerf Tiny's own file",
     "fixedpoint": "AdaPT's fixed-point training against float32: accuracy, bits, size, modelled and real time",
     "expert-kernels": "one expert's matrix from its packed record: Refold's kernels against torch's, 1 to 256 tokens",
@@ -41,6 +42,9 @@ def _epilogue() -> str:
 @click.option("--processes", type=click.IntRange(1), default=os.cpu_count() or 1, help="How many rows run side by side.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--steps", type=click.IntRange(1), help="Training steps, where a benchmark trains (elastic).")
+@click.option("--minutes", type=click.FloatRange(0), default=0.0, help="A long run of so many minutes (experts).")
+@click.option("--work", type=click.Path(file_okay=False, path_type=Path), help="Folder for large files (experts: up to 15 GB).")
+@click.option("--keep", is_flag=True, help="Keep those files.")
 @click.option("--strict", is_flag=True, help="Exit 1 when a claim does not hold.")
 def main(
     name: str,
@@ -52,12 +56,18 @@ def main(
     processes: int,
     seed: int,
     steps: int | None,
+    minutes: float,
+    work: Path | None,
+    keep: bool,
     strict: bool,
 ) -> None:
     """Runs one benchmark and writes NAME.json and NAME.png (NAME-quick.* with --quick)."""
     target = target or out / f"{name}{'-quick' if quick else ''}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    options = Options(quick=quick, only=only, resume=resume, processes=processes, seed=seed, target=target, steps=steps)
+    options = Options(
+        quick=quick, only=only, resume=resume, processes=processes, seed=seed, target=target, steps=steps,
+        minutes=minutes, work=work, keep=keep,
+    )  # fmt: skip
     started = time.monotonic()
     try:
         module = importlib.import_module(f"bench.{name.replace('-', '_')}")

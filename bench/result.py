@@ -25,7 +25,8 @@ Cell = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asked for. `target` is the JSON file; working files of a run may lie beside it."""
+    """What the command line asked for. `target` is the JSON file; working files of a run may lie beside it, or in `work`, and
+    stay there with `keep`. `minutes`: of the experts benchmark's long run; 0: none."""
 
     quick: bool = False
     only: tuple[str, ...] = ()
@@ -34,6 +35,9 @@ class Options:
     seed: int = 0
     target: Path = Path("result.json")
     steps: int | None = None
+    minutes: float = 0.0
+    work: Path | None = None
+    keep: bool = False
 
     def wants(self, row: str) -> bool:
         return not self.only or any(part in row for part in self.only)

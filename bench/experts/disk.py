@@ -1,0 +1,57 @@
+"""What the disk gives: reads of one record's size at random places, O_DIRECT, two threads, as a pager asks for them."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+__all__ = ["direct", "evict", "rate"]
+
+
+def evict(path: Path) -> None:
+    """Drops the file from the page cache, so that whoever wrote or read it last does not help whoever reads it next."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def direct(path: Path) -> tuple[int, bool]:
+    """A descriptor, and whether it passes the page cache by."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECT), True
+    except OSError:
+        return os.open(path, os.O_RDONLY), False
+
+
+def rate(path: Path, size: int, total: int = 256 << 20, threads: int = 2, seed: int = 0, most_seconds: float = 4.0) -> float:
+    """Bytes per second over reads of `size` bytes (rounded up to 4 KiB) until `total` bytes or `most_seconds`."""
+    size = -(-size // 4096) * 4096
+    places = max(1, path.stat().st_size // size)
+    each = max(1, total // size // threads)
+    fd, _ = direct(path)
+    until = time.perf_counter() + most_seconds
+
+    def read(thread: int) -> int:
+        draw, buffer, done = random.Random(seed * 1000 + thread), mmap.mmap(-1, size), 0
+        with buffer:
+            for _ in range(each):
+                got = os.preadv(fd, [buffer], draw.randrange(places) * size)
+                done += got
+                if time.perf_counter() > until:
+                    break
+        return done
+
+    try:
+        started = time.perf_counter()
+        with ThreadPoolExecutor(threads) as pool:
+            done = sum(pool.map(read, range(threads)))
+        return done / (time.perf_counter() - started)
+    finally:
+        os.close(fd)

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from edge.experts.cli import experts
 from edge.experts.generate_cli import generate
 from edge.experts.serve_cli import serve_llm
 from edge.settings import EdgeSettings, load_settings
@@ -24,8 +25,8 @@ def edge() -> None:
     """Run a bundle on this device: predict, adapt, pick samples, apply releases."""
 
 
-edge.add_command(generate)
-edge.add_command(serve_llm)
+for command in (experts, generate, serve_llm):
+    edge.add_command(command)
 
 
 def _common(command: Any) -> Any:

@@ -1,21 +1,27 @@
 """How many bytes experts may take: what the user says, or what the machine and its memory cgroup leave free.
 
     choose("512MB")     that
-    choose("auto")      the least of MemAvailable and of what each memory cgroup above this process still permits, less a reserve
+    choose("auto")      the least of MemAvailable and of what each memory cgroup above this process still permits, less a
+    reserve resolve(n, model)   the bytes for a bundle, given as a number or "auto"
 
-Version 1 and version 2 cgroups are read, from the process's own up to the root, as a container's limit often sits above its group.
-Cached file pages that a group is charged with are the kernel's to drop, so they count as free.
+Version 1 and version 2 cgroups are read, from the process's own up to the root, as a container's limit often sits above its
+group. Cached file pages that a group is charged with are the kernel's to drop, so they count as free.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
+from edge.experts.buffers import stride
 from refold.errors import UsageError
+from refold.experts import ExpertIndex
 from refold.sizes import parse_size
 
-__all__ = ["Budget", "Room", "available", "choose"]
+__all__ = ["Budget", "Room", "available", "choose", "resolve"]
 
 RESERVE_SHARE, RESERVE_LEAST = 0.1, 64 * 2**20  # for activations, key-value cache and whoever else lives here
 UNLIMITED = 2**60  # version 1 writes "no limit" as a number near 2**63
@@ -54,7 +60,7 @@ def choose(text: str, resident: int = 0, root: Path = Path("/")) -> Budget:
         return Budget(size, f"{_mb(size)} for experts, as asked.")
     rooms = available(root)
     if not rooms:
-        raise UsageError("This system does not tell how much memory is free: give --memory in bytes, as in 512MB.", code="budget")
+        raise UsageError("This system does not tell how much memory is free: give --memory, as in 512MB.", code="budget")
     least = min(rooms, key=lambda r: r.free)
     reserve = max(int(least.free * RESERVE_SHARE), RESERVE_LEAST)
     size = least.free - reserve - resident
@@ -63,6 +69,28 @@ def choose(text: str, resident: int = 0, root: Path = Path("/")) -> Budget:
     if size <= 0:
         raise UsageError(f"No memory is left for experts: {told}, of which {rest}.", code="budget")
     return Budget(size, f"{_mb(size)} for experts: {told}, of which {rest}.")
+
+
+class Resident(Protocol):
+    """What is asked of a PagedModel."""
+
+    @property
+    def index(self) -> ExpertIndex: ...
+    def resident_places(self) -> Mapping[str, Any]: ...
+
+
+def resolve(memory: int | str, model: Resident) -> int:
+    """Bytes for the experts of a bundle that is about to be loaded; "auto" leaves room for its other weights as float32 and
+    takes no more than all experts need. Raises as `choose`."""
+    if isinstance(memory, int):
+        return memory
+    resident = sum(4 * math.prod(place[1]) for place in model.resident_places().values())
+    size = choose(memory, resident).bytes
+    return min(size, _all(model.index)) if memory.strip().lower() == "auto" else size
+
+
+def _all(index: ExpertIndex) -> int:
+    return sum(stride(r.size) for r in index)
 
 
 def available(root: Path = Path("/")) -> list[Room]:
@@ -82,7 +110,7 @@ def _groups(root: Path) -> list[Path]:
     """Folders of the memory cgroups of this process and of those above, as seen from inside or outside of a container."""
     out = []
     for line in _text(root / "proc/self/cgroup").splitlines():
-        number, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        number, controllers, path = [*line.split(":", 2), "", ""][:3]
         if number == "0" and not controllers:
             mounts = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"]
         elif "memory" in controllers.split(","):

@@ -33,6 +33,13 @@ def running_options(command: Any) -> Any:
         click.option("--threads", type=int, default=1, show_default=True, help="Threads that compute."),
         click.option("--no-lookahead", is_flag=True, help="Read experts only when a layer asks for them."),
         click.option("--buffered", is_flag=True, help="Read through the page cache."),
+        click.option(
+            "--verify",
+            type=click.Choice(["first", "always", "never"]),
+            default="first",
+            show_default=True,
+            help="When an expert's digest is checked: the first time it is read, every time, never.",
+        ),
     ):
         command = option(command)
     return command
@@ -72,6 +79,7 @@ def settings_of(flags: dict[str, Any]) -> Settings:
         threads=flags["threads"],
         lookahead=not flags["no_lookahead"],
         direct=not flags["buffered"],
+        verify=flags["verify"],
     )
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edge.experts.budget import choose
+from edge.experts.budget import resolve
 from edge.experts.counters import Counters
 from edge.experts.generate import Cancelled, Sampling, Stream, never
 from edge.experts.generate_text import Codec, codec
@@ -195,7 +195,7 @@ class Running:
         self.name = paged.bundle.manifest.name or paged.path.stem
         self.codec: Codec = codec(paged)
         torch.set_num_threads(settings.threads)
-        self.pager = Pager.open(paged, _budget(settings, paged), settings.pager())
+        self.pager = Pager.open(paged, resolve(settings.memory, paged), settings.pager())
         try:
             paging = Paging(self.pager, paged.index.geometry)
             ahead = 2 * paged.index.geometry.top_k if settings.lookahead else 0
@@ -242,14 +242,6 @@ class Running:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-
-def _budget(settings: Settings, paged: PagedModel) -> int:
-    """Bytes for records; "auto" leaves room for the resident part in float32, and never takes more than all records are."""
-    if isinstance(settings.memory, int):
-        return settings.memory
-    resident = sum(4 * math.prod(place.shape) for place in paged.resident_places().values())
-    return min(choose("auto", resident).bytes, paged.index.total)
 
 
 def load(path: str | Path, settings: Settings | None = None, progress: Callable[[int], None] = silent) -> Running:

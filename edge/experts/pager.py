@@ -31,7 +31,7 @@ from edge.experts.buffers import Buffers, Slot, stride
 from edge.experts.cache import Cache, check_budget, floor, hottest
 from edge.experts.counters import Counters, TokenRecord
 from edge.experts.paths import PathTable
-from edge.experts.policies import I64, Layout, make_policy
+from edge.experts.policies import I64, Layout, kept_weights, make_policy
 from edge.experts.predict import ReadAhead
 from edge.experts.raw import RawFile, RawReader
 from edge.experts.settings import PagerSettings
@@ -111,7 +111,9 @@ class Pager:
         check_budget(index, budget, self.floor, str(path))
         frequency = np.array([index.frequency.get(key, 0.0) for key in self._keys])
         pinned = hottest(frequency, sizes, min(int(budget * s.pin), budget - self.floor), s.pin_above)
-        self.cache = Cache(sizes, budget, make_policy(s.policy, self.layout, frequency, s.weights), pinned)
+        self.cache = Cache(
+            sizes, budget, make_policy(s.policy, self.layout, frequency, s.weights or kept_weights(path)), pinned
+        )
         self._entries: dict[int, _Entry] = {}
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)

@@ -17,6 +17,8 @@ import hashlib
 import io
 import json
 import logging
+import zipfile
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -129,9 +131,9 @@ class PathTable:
         table = cls(file, index, order=order)
         if file is not None and file.is_file():
             try:
-                with np.load(file, allow_pickle=False) as f:
+                with file.open("rb") as content, np.load(content, allow_pickle=False) as f:
                     table._take(f)
-            except (OSError, ValueError, KeyError, EOFError) as e:
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
                 log.warning("The path table %s cannot be used (%s): it is learnt anew.", file, e)
                 table = cls(file, index, order=order)
         return table

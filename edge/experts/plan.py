@@ -1,10 +1,13 @@
 """What a memory and a disk will give, before anything runs.
 
-A token needs bytes that are not in memory, D = bytes / disk rate seconds of reading, and C seconds of computing. No read-ahead gets
-below max(C, D); reading only when asked takes C + D (specs: the two bounds of any pager). Between them lies what a run will show.
+A token needs bytes that are not in memory, D = bytes / disk rate seconds of reading, and C seconds of computing. No read-ahead
+gets below max(C, D); reading only when asked takes C + D (specs: the two bounds of any pager). Between them lies what a run
+will show.
 
-The hit rate comes from a routing trace, replayed under the same budget, or from the calibration's frequencies, as if each token chose
-anew: then a cache holds the most frequent, and hits are the sum of their frequencies. Real text repeats itself, so that is a low guess.
+The hit rate comes from a routing trace, replayed under the same budget, or from the calibration's frequencies, as if each
+token chose
+anew: then a cache holds the most frequent, and hits are the sum of their frequencies. Real text repeats itself, so that is a
+low guess.
 """
 
 from __future__ import annotations
@@ -19,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge.experts.buffers import stride
 from edge.experts.cache import check_budget, floor
-from edge.experts.policies import I64, Layout, ValueWeights
+from edge.experts.policies import F64, I64, Layout, ValueWeights
 from edge.experts.raw import RawFile
 from edge.experts.replay import belady, replay
 from edge.experts.trace import Trace
@@ -30,7 +34,7 @@ from refold.errors import InputError, StorageError, UsageError
 from refold.experts import ALIGNMENT, ExpertIndex
 from refold.sizes import parse_size
 
-__all__ = ["Plan", "check_trace", "memory_sizes", "measure_disk", "parse_rate", "plan"]
+__all__ = ["Plan", "check_trace", "measure_disk", "memory_sizes", "parse_rate", "plan"]
 
 MEASURE_SECONDS = 2.0
 THREADS = 2
@@ -119,7 +123,7 @@ def plan(
         cold = float((use * sizes).sum())
         per_token = float((use * sizes)[~resident].sum())
         rate = float(use[resident].sum() / use.sum())
-        source = "frequencies of the calibration text" if frequency.any() else "experts used equally often (nothing was measured)"
+        source = "frequencies of the calibration text" if frequency.any() else "guess that all experts are used equally"
     read = per_token / disk
     return Plan(
         budget=budget,
@@ -143,10 +147,10 @@ def plan(
     )
 
 
-def _most_used(use: np.ndarray, sizes: I64, budget: int) -> np.ndarray:  # type: ignore[type-arg]
+def _most_used(use: F64, sizes: I64, budget: int) -> NDArray[np.bool_]:
     """bool (count,): the most frequent that the budget holds."""
     order = np.argsort(-use, kind="stable")
-    out = np.zeros(len(use), bool)
+    out: NDArray[np.bool_] = np.zeros(len(use), np.bool_)
     out[order[np.cumsum(sizes[order]) <= budget]] = True
     return out
 
@@ -169,7 +173,13 @@ def parse_rate(text: str) -> float:
 
 
 def measure_disk(
-    path: Path, at: int, length: int, record: int, *, seconds: float = MEASURE_SECONDS, step: Callable[[float], None] = lambda _: None
+    path: Path,
+    at: int,
+    length: int,
+    record: int,
+    *,
+    seconds: float = MEASURE_SECONDS,
+    step: Callable[[float], None] = lambda _: None,
 ) -> float:
     """Bytes per second of the reads that the pager does: records at random places of a file, past the page cache, two threads.
 

@@ -5,6 +5,7 @@ many layers run from a request of layer p until layer q asks again, 1 to S; enco
 away.
 
     value            decayed frequency, recency and layer distance, weighted as by HOBBIT (arXiv 2411.01433): the default
+    learnt           the same signals in a logistic regression that learns while the model runs: nothing to tune
     lru, lfu         of all uses so far
     edgemoe          frequency / distance (arXiv 2308.14352, as its prose has it: soon needed and often used stays)
     edgemoe-printed  its formula as printed, whose divisor runs the wrong way round
@@ -14,8 +15,11 @@ away.
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -23,7 +27,9 @@ from numpy.typing import NDArray
 
 from refold.errors import UsageError
 
-__all__ = ["POLICIES", "Layout", "Policy", "ValueWeights", "make_policy"]
+__all__ = ["POLICIES", "Layout", "Policy", "Value", "ValueWeights", "kept_weights", "make_policy", "weights_file"]
+
+log = logging.getLogger(__name__)
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -167,9 +173,9 @@ class ValueWeights:
     """
 
     frequency: float = 1.0
-    recency: float = 1.0
-    distance: float = 0.3
-    memory: float = 64.0
+    recency: float = 0.3
+    distance: float = 0.1
+    memory: float = 128.0
     fade: float = 4.0
 
     def __post_init__(self) -> None:
@@ -211,7 +217,68 @@ class Value(Policy):
         return np.asarray(w.frequency * self._share + w.recency * recency + w.distance * soon, np.float64)
 
 
-POLICIES: dict[str, type[Policy]] = {p.name: p for p in (Value, Lru, Lfu, EdgeMoe, EdgeMoePrinted, Distance)}
+class Learnt(Policy):
+    """Expected layers until the next use, d + S (1 - p) / p, where p is how likely a token uses the expert.
+
+    p is a logistic regression on shares of use that decay over 1 to 200 tokens and the logarithms of the slowest two, one for
+    all experts, learnt online (Adagrad) from each request of a layer: who was used, and who was not.
+    """
+
+    name = "learnt"
+    HALF = np.array([[1.0], [3.0], [10.0], [40.0], [200.0]])
+    START = np.array([-2.5, 0.0, 0.0, 3.0, 0.0, 0.0, 1.0, 0.0])
+    RATE = 0.2
+
+    def __init__(self, layout: Layout, frequency: F64) -> None:
+        super().__init__(layout, frequency)
+        self._keep = 0.5 ** (1 / self.HALF)
+        self._share: F64 = np.zeros((len(self.HALF), layout.count))
+        self._share[-2:] = frequency
+        self.weights = self.START.copy()
+        self._slopes = np.ones(len(self.START))
+
+    def _chance(self, part: slice) -> tuple[F64, F64]:
+        share = self._share[:, part]
+        signals = np.vstack([np.ones((1, share.shape[1])), share, np.log(share[-2:] + 0.02) + 2])
+        return 1 / (1 + np.exp(-np.clip(self.weights @ signals, -20, 20))), signals
+
+    def used(self, ids: I64) -> None:
+        super().used(ids)
+        n = self.layout.experts
+        start = int(ids[0]) // n * n if len(ids) else 0
+        part = slice(start, start + n)
+        chance, signals = self._chance(part)
+        chance[ids - start] -= 1
+        slope = signals @ chance * (8 / n)
+        self._slopes += slope * slope
+        self.weights -= self.RATE * slope / np.sqrt(self._slopes)
+        share = self._share[:, part]
+        share *= self._keep
+        share[:, ids - start] += 1 - self._keep
+
+    def worth(self, position: int) -> F64:
+        chance, _ = self._chance(slice(None))
+        return np.asarray(-self._far(position) - max(self.layout.decoder, 1) * (1 / chance - 1), np.float64)
+
+
+POLICIES: dict[str, type[Policy]] = {p.name: p for p in (Value, Learnt, Lru, Lfu, EdgeMoe, EdgeMoePrinted, Distance)}
+
+
+def weights_file(bundle: Path) -> Path:
+    """Where weights tuned for a bundle are kept."""
+    return bundle.with_name(bundle.name + ".policy.json")
+
+
+def kept_weights(bundle: Path) -> ValueWeights | None:
+    """Weights that `refold edge experts replay --tune --keep` left beside a bundle; None where it did not, or not whole."""
+    try:
+        told = json.loads(weights_file(bundle).read_text(encoding="utf-8"))
+        return ValueWeights(**told)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, UsageError) as e:
+        log.warning("The policy weights %s cannot be used (%s): the usual ones are.", weights_file(bundle), e)
+        return None
 
 
 def make_policy(

@@ -4,9 +4,9 @@
     belady(trace, sizes, budget)              the same for the furthest-next-use rule, which knows the future
     tune(trace, sizes, budget)                weights of `value` for this routing
 
-Belady's rule evicts what is needed furthest from now. It is optimal where all records have one size. Where bits differ it stays the
-usual greedy bound, not a proof: the optimum for unequal sizes is NP-hard. Every miss must be read and kept, as in the pager, so
-bypassing is not among the rule's freedoms.
+Belady's rule evicts what is needed furthest from now. It is optimal where all records have one size. Where bits differ it
+stays the usual greedy bound, not a proof: the optimum for unequal sizes is NP-hard. Every miss must be read and kept, as in
+the pager, so bypassing is not among the rule's freedoms.
 """
 
 from __future__ import annotations

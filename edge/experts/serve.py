@@ -38,6 +38,7 @@ __all__ = ["ServeSettings", "Server"]
 
 log = logging.getLogger(__name__)
 
+LINGER_S, LINGER_BYTES = 1.0, 8 << 20
 LOOPBACK = "127.0.0.1"
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
@@ -241,6 +242,16 @@ class _Handler(BaseHTTPRequestHandler):
             if not self._read_all:
                 self.close_connection = True
             self._json(e.status, error(e), retry=e.status in (429, 503))
+            if not self._read_all:
+                self._linger()
+
+    def _linger(self) -> None:
+        """Reads on for a moment what a refused client still sends: closing on it would lose it the answer."""
+        self.connection.shutdown(socket.SHUT_WR)
+        self.connection.settimeout(LINGER_S)
+        left = LINGER_BYTES
+        while left > 0 and (some := self.connection.recv(min(left, 1 << 16))):
+            left -= len(some)
 
     def _body(self, limit: int, kind: str) -> bytes:
         if self.headers.get_content_type() != kind:

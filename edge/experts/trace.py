@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,12 +69,12 @@ class Trace:
             return _load_npz(path) if path.suffix == ".npz" else _load_jsonl(path)
         except OSError as e:
             raise InputError(f"The trace {path} cannot be read: {e.strerror or e}.") from e
-        except (ValueError, KeyError, TypeError, IndexError, EOFError) as e:
+        except (ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as e:
             raise InputError(f"{path} is no routing trace: record one with `refold edge generate --trace`.") from e
 
 
 def _load_npz(path: Path) -> Trace:
-    with np.load(path, allow_pickle=False) as f:
+    with path.open("rb") as content, np.load(content, allow_pickle=False) as f:
         layers, experts, top_k = tuple(f["layers"].tolist()), int(f["experts"]), int(f["top_k"])
         flat, positions, ends, token_ends = (f[n].astype(np.int64) for n in ("flat", "positions", "ends", "tokens"))
     pieces = np.split(flat, ends[:-1]) if len(ends) else []

@@ -7,7 +7,8 @@
     work.py         the folder beside the output: records written so far, measurements made so far
     tokens.py       calibration text as windows of tokens
     measure.py      perplexity, routing and output errors of the model with experts of any bits
-    search.py       which expert gets how many bits
+    search.py       which expert gets how many bits: arithmetic
+    choose.py       ... with real measurements
     report.py       what came of it: table, JSON, heat-map
     cli.py          the command
 

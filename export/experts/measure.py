@@ -66,6 +66,10 @@ class Measure:
             raise InputError("The model's loss is not a number on this text: the checkpoint is damaged.", code="not-finite")
         return total / self._predicted
 
+    def count(self, layer: int, expert: int) -> int:
+        """Of the last pass: tokens that used the expert."""
+        return int(self.counts[self._rows[layer], expert])
+
     def frequency(self) -> dict[Key, float]:
         """Of the last pass: each expert's share of its layer's tokens."""
         g = self.source.geometry
@@ -73,11 +77,11 @@ class Measure:
         return {(layer, e): float(share[i, e]) for i, layer in enumerate(g.layers) for e in range(g.experts)}
 
     def output_errors(self, bits: tuple[int, ...]) -> dict[Key, dict[int, float]]:
-        """What each expert alone at those bits adds to the squared error of its layer's output, over that output's energy."""
+        """What each expert alone, at those bits, adds to the squared error of its layer's output on the text."""
         self._watch = _Errors(bits, self.counts.shape)
         try:
             self.loss({})
-            errors = self._watch.errors / np.maximum(self._watch.energy, 1e-30)[None, :, None]
+            errors = self._watch.errors
         finally:
             self._watch = None
         return {
@@ -96,7 +100,7 @@ class Measure:
     @property
     def _predicted(self) -> int:
         n, length = self.windows.ids.shape
-        return n * (length - length // 2) if self._seq2seq else n * (length - 1)
+        return int(n * (length - length // 2) if self._seq2seq else n * (length - 1))
 
     @property
     def _seq2seq(self) -> bool:
@@ -165,7 +169,7 @@ class Measure:
 
 class _Errors:
     def __init__(self, bits: tuple[int, ...], shape: tuple[int, ...]) -> None:
-        self.bits, self.errors, self.energy = bits, np.zeros((len(bits), *shape)), np.zeros(shape[0])
+        self.bits, self.errors = bits, np.zeros((len(bits), *shape))
 
 
 class _ReadExperts(nn.Module):
@@ -204,8 +208,6 @@ class _ReadExperts(nn.Module):
                 for n, bits in enumerate(watch.bits):
                     off = self._expert(x, owner.weights(self._layer, expert, bits)) * share - y
                     watch.errors[n, owner.row(self._layer), expert] += float(off.square().sum())
-        if watch is not None:
-            watch.energy[owner.row(self._layer)] += float(out.square().sum())
         return out.reshape(shape)
 
 

@@ -15,10 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from export.experts import search
-from export.experts.measure import ORIGINAL, Measure
+from export.experts.choose import Judge, choose
+from export.experts.measure import Measure
 from export.experts.report import Searched, Told, heat_map
-from export.experts.search import Costs, Importance, Judge, Outcome
 from export.experts.source import Source
 from export.experts.tokens import Windows, bytes_as_tokens, windows_of
 from export.experts.work import Variant, Work
@@ -129,10 +128,13 @@ def export_experts(
         raise StorageError(f"{output} cannot be written: there is no folder {output.parent}.")
     watch.stage("reading the checkpoint's headers", 1)
     source = Source.open(folder, options.group)
+    windows = windows_of(source.checkpoint, options.texts, options.length, options.windows) if options.texts else None
+    least = len(source.order) * record_bytes(source.geometry.shapes, min(BITS), source.geometry.group)
+    if options.size is not None and options.size < least:
+        raise UsageError(f"The experts take {least:,} bytes at 2 bits; --size is {options.size:,}.", code="budget")
     settings = {"format": 1, "checkpoint": source.checkpoint.fingerprint(), "group": source.geometry.group}
     with Work(output, settings) as work:
         run = _Run(source, options, work, watch)
-        windows = windows_of(source.checkpoint, options.texts, options.length, options.windows) if options.texts else None
         _check_room(run)
         searched: Searched | None = None
         if options.searches:
@@ -142,14 +144,16 @@ def export_experts(
             assert isinstance(options.bits, int)
             writer = run.quantise(options.bits)
             plan = dict.fromkeys(source.order, options.bits)
-            measured, frequency = _uniform(run, windows, plan)
+            with writer.closed_on_error():
+                measured, frequency = _uniform(run, windows, plan)
         watch.stage("writing the resident part", 1)
-        rest = Rest(
-            name=options.name or output.stem, config=source.checkpoint.config, resident=source.resident,
-            tokenizer=source.checkpoint.tokenizer_files(), bytes_as_tokens=bytes_as_tokens(source.checkpoint),
-            norms=source.norms(), frequency=frequency, measured=measured,
-        )  # fmt: skip
-        writer.finish(source.geometry, rest, *keys)
+        with writer.closed_on_error():
+            rest = Rest(
+                name=options.name or output.stem, config=source.checkpoint.config, resident=source.resident,
+                tokenizer=source.checkpoint.tokenizer_files(), bytes_as_tokens=bytes_as_tokens(source.checkpoint),
+                norms=source.norms(), frequency=frequency, measured=measured,
+            )  # fmt: skip
+            writer.finish(source.geometry, rest, *keys)
         work.publish(writer.path.name, output)
     bundle = PagedModel.open(output).bundle
     if picture is not None:
@@ -206,100 +210,17 @@ def _measured(loss: float, original: float, windows: Windows) -> dict[str, float
 def _mixed(run: _Run, windows: Windows) -> tuple[PagedWriter, dict[Key, int], dict[str, float], dict[Key, float], Searched]:
     for bits in BITS:
         run.quantise(bits).close()
-    searched, frequency = _search(run, windows)
+    judge = Judge(run.measure(windows), windows, run.work, run.watch.stage)
+    searched, frequency = choose(judge, {b: run.size(b) for b in BITS}, run.options)
     taken = next(o for o in searched.outcomes if o.name == searched.taken)
     plan = {k: taken.plan[k] for k in run.source.order}
     run.watch.stage("putting the records together", len(plan))
     writer = PagedWriter.begin(run.work.folder / "mixed.refold")
-    for (layer, expert), bits in plan.items():
-        writer.append(layer, expert, bits, run.variants[bits].read(layer, expert))
-        run.watch.step(1)
+    with writer.closed_on_error():
+        for (layer, expert), bits in plan.items():
+            writer.append(layer, expert, bits, run.variants[bits].read(layer, expert))
+            run.watch.step(1)
     return writer, plan, _measured(taken.loss, searched.original, windows), frequency, searched
-
-
-def _search(run: _Run, windows: Windows) -> tuple[Searched, dict[Key, float]]:
-    keys, options = run.source.order, run.options
-    measure = run.measure(windows)
-    base = dict.fromkeys(keys, search.MIDDLE)
-
-    def loss(plan: Plan) -> float:
-        return measure.loss(plan)
-
-    known = run.work.evaluations
-    resumed = dict(known)
-    judge = Judge(loss, windows.digest, known, run.work.note)
-    run.watch.stage("measuring the checkpoint and each width", 4 * len(windows.ids))
-    original = judge.loss(dict.fromkeys(keys, ORIGINAL))
-    measure.loss(base)  # not asked of the judge: the routing is wanted, whether or not the loss is known
-    frequency, used = measure.frequency(), measure.counts.copy()
-    rows = {layer: i for i, layer in enumerate(run.source.geometry.layers)}
-    costs = Costs(keys, {b: run.size(b) for b in BITS}, frequency)
-    uniform = {b: judge.loss(costs.uniform(b)) for b in BITS}
-    found = _importance(run, measure, judge, costs, lambda k: bool(used[rows[k[0]], k[1]]), uniform)
-    steps = search.ladder(costs, found)
-    run.watch.stage("searching", 0)
-    if options.size is not None:
-        outcomes, taken, walk = _by_size(judge, costs, steps, options.size), "widths", 0
-        taken = min(outcomes, key=lambda o: (o.loss, costs.total(o.plan))).name
-    else:
-        assert options.tolerance is not None
-        outcomes, walk = _by_tolerance(judge, costs, found, steps, original, options.tolerance)
-        taken = min(outcomes, key=lambda o: (costs.total(o.plan), o.loss)).name
-    return Searched(
-        costs, original, uniform, found, options.importance, outcomes, taken, len(judge.asked),
-        sum(k in resumed for k in judge.asked), walk,
-    ), frequency  # fmt: skip
-
-
-def _importance(
-    run: _Run, measure: Measure, judge: Judge, costs: Costs, used: Callable[[Key], bool], uniform: Mapping[int, float]
-) -> Importance:
-    if run.options.importance == "loss":
-        wanted = 2 * sum(map(used, costs.keys))
-        run.watch.stage("importance of each expert", wanted * len(run_windows(measure)))
-        return search.importance(judge, costs, used)
-    run.watch.stage("importance of each expert", len(run_windows(measure)))
-    errors = measure.output_errors(BITS)
-    harm = {k: max(errors[k][search.LOW] - errors[k][search.MIDDLE], 0.0) for k in costs.keys}
-    helped = {k: max(errors[k][search.MIDDLE] - errors[k][search.HIGH], 0.0) for k in costs.keys}
-    # In units of loss, so that both kinds compare: all experts together lose what was measured of them together.
-    low, high = uniform[search.LOW] - uniform[search.MIDDLE], uniform[search.MIDDLE] - uniform[search.HIGH]
-    return Importance(_scaled(harm, low), _scaled(helped, high), 1)
-
-
-def run_windows(measure: Measure) -> Sequence[object]:
-    return list(measure.windows.ids)
-
-
-def _scaled(values: Mapping[Key, float], total: float) -> dict[Key, float]:
-    now = sum(values.values())
-    return {k: v * max(total, 0.0) / now if now > 0 else 0.0 for k, v in values.items()}
-
-
-def _by_size(judge: Judge, costs: Costs, steps: Sequence[tuple[Key, int]], budget: int) -> list[Outcome]:
-    """The assignment of three widths, beside the widest uniform one that fits."""
-    plan = search.under_budget(costs, steps, budget)
-    before = len(judge.asked)
-    out = [Outcome("widths", plan, judge.loss(plan), evaluations=len(judge.asked) - before)]
-    fits = [b for b in BITS if costs.total(costs.uniform(b)) <= budget]
-    even = costs.uniform(fits[-1])
-    return [*out, Outcome(f"all at {fits[-1]} bits", even, judge.loss(even))]
-
-
-def _by_tolerance(
-    judge: Judge, costs: Costs, found: Importance, steps: Sequence[tuple[Key, int]], original: float, tolerance: float
-) -> tuple[list[Outcome], int]:
-    lo, hi = search.bracket(judge, costs, original, tolerance)
-    out = []
-    for name, order in search.orders(costs, found, lo, hi).items():
-        out.append(search.chosen(judge, name, search.split(order, lo, hi), len(order) if lo != hi else 0, original, tolerance))
-    walk = abs(out[0].k - len(costs.keys) // 2) + 1
-    top = len(steps)
-
-    def down(k: int) -> dict[Key, int]:
-        return search.climbed(costs, steps, top - k)
-
-    return [*out, search.chosen(judge, "widths", down, top, original, tolerance)], walk
 
 
 def as_json(told: Told) -> str:

@@ -35,7 +35,7 @@ class Searched:
     taken: str
     evaluations: int
     resumed: int
-    walk: int = 0  # steps of a walk of K by one from the middle, as EdgeMoE's "gradually" may be read
+    walk: Sequence[int] = ()  # evaluations of EdgeMoE's K moved by one, from none and from the middle: its "gradually"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Told:
         if s := self.searched:
             out["search"] = {
                 "taken": s.taken, "importance_by": s.importance_by, "evaluations": s.evaluations, "resumed": s.resumed,
-                "importance_evaluations": s.found.evaluations, "edgemoe_walk_steps": s.walk,
+                "importance_evaluations": s.found.evaluations, "edgemoe_k_one_at_a_time": list(s.walk),
                 "uniform": {str(b): {"perplexity": math.exp(v), "bytes": s.costs.total(s.costs.uniform(b))}
                             for b, v in s.uniform.items()},
                 "procedures": {
@@ -134,7 +134,10 @@ def _of_search(s: Searched) -> list[str]:
     out.append(f"importance by {s.importance_by}: {s.found.evaluations} evaluations; in all {s.evaluations}{again}")
     if s.walk:
         own = next(o for o in s.outcomes if o.name == "edgemoe")
-        out.append(f"EdgeMoE's order: K = {own.k}; {len(own.moved)} steps by halving, {s.walk} one at a time from the middle")
+        out.append(
+            f"EdgeMoE's order: K = {own.k} after {own.evaluations} evaluations by halving; moved one at a time it would be "
+            f"{s.walk[0]} from none and {s.walk[1]} from the middle"
+        )
     return out
 
 

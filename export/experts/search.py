@@ -98,7 +98,7 @@ class Outcome:
 
     Attributes:
         k: experts at the lower width, or steps taken up from 2 bits. moved: values of K that were measured, in order.
-        evaluations: losses asked for, bracket included; importance not.
+        evaluations: losses asked for, without those of importance, and of all experts at one width.
     """
 
     name: str
@@ -171,7 +171,7 @@ def chosen(
 
     Loss is not strictly monotone in K, so this is a largest K whose successor fails, not always the largest of all.
     """
-    before, moved = len(judge.asked), []
+    moved: list[int] = []
     good, bad = 0, most + 1
     probe = most
     while bad - good > 1:
@@ -182,7 +182,7 @@ def chosen(
             bad = probe
         probe = (good + bad) // 2
     plan = plan_of(good)
-    return Outcome(name, plan, judge.loss(plan), good, tuple(moved), len(judge.asked) - before)
+    return Outcome(name, plan, judge.loss(plan), good, tuple(moved), sum(k < most for k in moved))
 
 
 def split(order: Sequence[Key], lo: int, hi: int) -> Callable[[int], dict[Key, int]]:
@@ -195,9 +195,11 @@ def ladder(costs: Costs, found: Importance) -> list[tuple[Key, int]]:
     first, second = costs.size[MIDDLE] - costs.size[LOW], costs.size[HIGH] - costs.size[MIDDLE]
     steps: list[tuple[float, int, Key, int]] = []
     for n, key in enumerate(costs.keys):
-        up, on = found.harm[key] / first, found.help[key] / second
+        up = found.harm[key] / first if first else math.inf  # small records may be as long at two widths: then it is free
+        on = found.help[key] / second if second else math.inf
         if on > up:  # not convex: go to 8 in one step
-            steps.append((-(found.harm[key] + found.help[key]) / (first + second), n, key, HIGH))
+            both = (found.harm[key] + found.help[key]) / (first + second) if first + second else math.inf
+            steps.append((-both, n, key, HIGH))
         else:
             steps += [(-up, n, key, MIDDLE), (-on, n, key, HIGH)]
     return [(key, bits) for _, _, key, bits in sorted(steps, key=lambda s: (s[0], s[3], s[1]))]

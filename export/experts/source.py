@@ -24,7 +24,7 @@ from refold.norms import NormKind, NormSite, NormState, NormTable, SiteTensors
 
 __all__ = ["Source", "config_of", "model_class"]
 
-BLOCK_ELEMENTS = 1 << 20  # of a matrix quantised at a time: what numpy needs beside it stays under 64 MB
+BLOCK_ELEMENTS = 1 << 17  # of a matrix quantised at a time: what numpy needs beside it stays under 8 MB, and in the cache
 NORM = re.compile(r"(^|\.)[a-z_]*norm[a-z_]*\.weight$")
 F32 = NDArray[np.float32]
 Key = tuple[int, int]
@@ -148,7 +148,7 @@ def config_of(checkpoint: Checkpoint) -> Any:
         return transformers.AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True, trust_remote_code=False)
     except ModuleNotFoundError as e:
         raise ModelError(
-            "`refold export experts` needs transformers: pip install 'refold[moe]'.", code="no-transformers"
+            "`refold export experts` needs transformers: pip install 'refold[export,moe]'.", code="no-transformers"
         ) from e
     except Exception as e:  # transformers raises many kinds; none of them is ours
         first = str(e).splitlines()[0] if str(e) else type(e).__name__

@@ -30,7 +30,7 @@ class Windows:
 
     @property
     def predicted(self) -> int:
-        return self.ids.shape[0] * (self.ids.shape[1] - 1)
+        return int(self.ids.shape[0] * (self.ids.shape[1] - 1))
 
 
 def bytes_as_tokens(checkpoint: Checkpoint) -> bool:

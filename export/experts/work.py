@@ -45,8 +45,8 @@ class Variant:
 
 
 class Work:
-    """A context: entered, the folder is this process's alone. Left with an error of the input, the folder goes; left with one
-    of the disk, the records go and the measurements stay; killed or interrupted, all of it stays.
+    """A context: entered, the folder is this process's alone. Left with an error, the records go and measurements stay, as
+    another bound asks for many of them again; killed or interrupted, all of it stays; left well, nothing.
     """
 
     def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
@@ -75,7 +75,7 @@ class Work:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self._lock is not None
-        if isinstance(error, StorageError) and self.evaluations:
+        if isinstance(error, RefoldError) and self.evaluations:
             self._clear(lambda p: p.suffix not in (".json", ".jsonl") or p.stem.isdigit())
         elif error is None or isinstance(error, RefoldError):
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -124,12 +124,13 @@ class Work:
         if [(r.layer, r.expert) for r in writer.records] != keys[: len(writer.records)]:
             writer.close()
             writer = PagedWriter.begin(self.folder / f"{name}.records")
-        kept = [json.dumps(asdict(r)).encode() + b"\n" for r in writer.records]
-        write_atomically(self.folder / f"{name}.jsonl", kept)
-        for layer, expert in keys[len(kept) :]:
-            record = writer.append(layer, expert, bits, make(layer, expert))
-            self._append(name, asdict(record))
-            done()
+        with writer.closed_on_error():
+            kept = [json.dumps(asdict(r)).encode() + b"\n" for r in writer.records]
+            write_atomically(self.folder / f"{name}.jsonl", kept)
+            for layer, expert in keys[len(kept) :]:
+                record = writer.append(layer, expert, bits, make(layer, expert))
+                self._append(name, asdict(record))
+                done()
         return writer
 
     def free(self) -> int:

@@ -17,7 +17,8 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -146,6 +147,15 @@ class PagedWriter:
 
     def close(self) -> None:
         self._file.close()
+
+    @contextmanager
+    def closed_on_error(self) -> Iterator[PagedWriter]:
+        """What the writer is used in: whatever goes wrong there, the file is closed, and left as it is."""
+        try:
+            yield self
+        except BaseException:
+            self.close()
+            raise
 
     def _write_members(self, index: ExpertIndex, rest: Rest, keys: Sequence[SigningKey]) -> None:
         small = {CONFIG: json.dumps(dict(rest.config), indent=1, sort_keys=True).encode(), INDEX: index.to_json()}

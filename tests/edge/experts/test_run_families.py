@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
 import run_models
+import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from edge.experts.cache import floor
@@ -108,7 +100,9 @@ def test_a_missing_a_misshapen_and_a_foreign_tensor_are_named(mixtral):
 
 
 def test_a_model_of_a_terabyte_takes_its_shape_and_no_memory():
-    config = CONFIG_MAPPING["mixtral"](**run_models.FAMILIES["mixtral"] | {"num_local_experts": 65536, "intermediate_size": 1 << 20})
+    config = CONFIG_MAPPING["mixtral"](
+        **run_models.FAMILIES["mixtral"] | {"num_local_experts": 65536, "intermediate_size": 1 << 20}
+    )
     geometry = run_models.Geometry("mixtral", (0, 1), 65536, 2, 32, 1 << 20, True, "silu", 32)
     with pytest.raises(BundleError, match="lacks"):
         build(config.to_dict(), (), Paging(None, geometry), "m.refold")

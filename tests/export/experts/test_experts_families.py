@@ -138,7 +138,7 @@ def test_threads_change_no_byte(checkpoints, tmp_path, monkeypatch):
     import export.experts.source as module
 
     for n, threads in enumerate((1, 3)):
-        monkeypatch.setattr(module, "BLOCK_ELEMENTS", 1 << (20 - 12 * n))  # 8 rows at a time
+        monkeypatch.setattr(module, "BLOCK_ELEMENTS", 1 << (17 - 9 * n))  # 4 rows at a time
         export_experts(checkpoints["mixtral"], tmp_path / f"{n}.refold", Options(4, name="m", threads=threads))
     assert (tmp_path / "0.refold").read_bytes() == (tmp_path / "1.refold").read_bytes()
 

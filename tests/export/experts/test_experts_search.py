@@ -112,6 +112,18 @@ def test_the_ladder_is_optimal_at_each_of_its_rungs(rows):
         assert loss(plan) <= best + 1e-9
 
 
+def test_widths_of_equal_length_are_free():
+    costs = Costs([(0, 0), (0, 1)], {2: 4, 4: 4, 8: 8}, {})
+    found = Importance({(0, 0): 0.0, (0, 1): 0.1}, {(0, 0): 0.1, (0, 1): 0.0})
+    assert under_budget(costs, ladder(costs, found), 8) == {(0, 0): 4, (0, 1): 4}
+    same = Costs([(0, 0)], {2: 4, 4: 4, 8: 4}, {})
+    assert under_budget(same, ladder(same, found_of(same)), 4) == {(0, 0): 8}
+
+
+def found_of(costs):
+    return Importance(dict.fromkeys(costs.keys, 0.0), dict.fromkeys(costs.keys, 0.0))
+
+
 def test_a_measurement_is_made_once_and_kept():
     kept, calls = {}, []
     costs, loss = world([(0.1, 0.1, 1.0)] * 3)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 SHAPE = {
-    "vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
-    "intermediate_size": 48, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "intermediate_size": 96, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
-FINE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FINE = {"num_experts_per_tok": 2, "moe_intermediate_size": 96}
 LATENT = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 1}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -34,7 +34,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("GraniteMoeConfig", SHAPE | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "switch_transformers": (
         "SwitchTransformersConfig",
-        {"vocab_size": 256, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 4, "num_sparse_encoder_layers": 2,
+        {"vocab_size": 256, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 4, "num_sparse_encoder_layers": 2,
          "num_decoder_layers": 4, "num_sparse_decoder_layers": 2, "num_heads": 2, "num_experts": 4, "expert_capacity": 12},
     ),
 }  # fmt: skip

@@ -1,8 +1,8 @@
 """One expert's matrix times one token and times many: Refold's kernels against torch's own ways, in one process, in turn.
 
-Weights of 2,048 x 1,024 (OLMoE's down projection). For one token every repetition takes another copy of the matrix, 96 MB of copies
-in turn, as a pager's cache does: what is measured is memory, not the third-level cache. `ratio` is the baseline's time over the
-kernel's, the median of pairs.
+Weights of 2,048 x 1,024 (OLMoE's down projection). For one token every repetition takes another copy of the matrix, 96 MB of
+copies in turn, as a pager's cache does: what is measured is memory, not the third-level cache. `ratio` is the baseline's time
+over the kernel's, the median of pairs.
 
     fp32        torch.nn.functional.linear on float32 weights that are there already
     unpack      refold.experts.dequantise, then the same
@@ -89,7 +89,8 @@ def _row(matrix: Matrix, x: Tensor, pairs: int) -> dict[str, Cell]:
     timed["torch kernel"] = paired(_repeated(PORTABLE, held, x, few), short, pairs)
     seconds = timed["fp32"].each(block)[1] / 1e3
     return {
-        "kernel": ours.name, "bits": matrix.bits, "tokens": n, "us": 1e6 * seconds, "GB/s": bytes_ / seconds / 1e9, "error": error,
+        "kernel": ours.name, "bits": matrix.bits, "tokens": n, "us": 1e6 * seconds,
+        "GB/s": bytes_ / seconds / 1e9, "error": error,
         **{f"{name} ratio": t.ratio for name, t in timed.items()},
         **{f"{name} us": 1e3 * t.each(few if name in ("unpack", "torch kernel") else block)[0] for name, t in timed.items()},
     }  # fmt: skip
@@ -131,13 +132,9 @@ def plot(result: Result, path: Path) -> None:
             "o-",
             label=f"{bits} bits",
         )
-    last = [r for r in result.rows if r["bits"] == max(number(r["bits"]) for r in result.rows)]
-    axis.plot(
-        [number(r["tokens"]) for r in last],
-        [number(r["fp32 us"]) / number(r["tokens"]) for r in last],
-        "k--",
-        label="torch fp32",
-    )
+    most = max(number(r["bits"]) for r in result.rows)
+    last = [(number(r["tokens"]), number(r["fp32 us"]) / number(r["tokens"])) for r in result.rows if r["bits"] == most]
+    axis.plot(*zip(*last, strict=True), "k--", label="torch fp32")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xlabel("tokens at once")

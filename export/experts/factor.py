@@ -110,9 +110,9 @@ class Factored:
 
     @classmethod
     def from_json(cls, told: dict[str, Any]) -> Factored:
-        both = ({int(k): float(v) for k, v in told[name].items()} for name in ("before", "after"))
+        before, after = ({int(k): float(v) for k, v in told[name].items()} for name in ("before", "after"))
         shares = [Shares(tuple(s["used"]), s["agreed"]) for s in told["shares"]]
-        return cls(told["experts"], told["active"], told["text"], told["tokens"], told["dense"], *both, shares)
+        return cls(told["experts"], told["active"], told["text"], told["tokens"], told["dense"], before, after, shares)
 
     def lines(self) -> Iterator[str]:
         yield f"Perplexity on {self.text} ({self.tokens:,} tokens): {self.dense:.3f} dense"
@@ -270,7 +270,7 @@ def _write(checkpoint: Checkpoint, folder: Path, how: Factoring, routers: Sequen
     layers = len(routers)
     shards = [[r for name in _rest(checkpoint) for r in [_as_is(checkpoint, name)]]]
     shards += [list(_layer(checkpoint, i, how, routers[i])) for i in range(layers)]
-    where = {}
+    where: dict[str, str] = {}
     for i, shard in enumerate(shards):
         name = SHARD.format(i + 1, len(shards))
         write_atomically(folder / name, packed(shard))

@@ -12,6 +12,9 @@ and q = softmax of one at the k experts of least error and zero elsewhere,
 
     prior-approximate loss = sum p log(p / q)          balance loss = mean(mask of the router's k best * softmax(p))
 
+The balance loss is FactorLLM's as released. It takes certainty from whatever is chosen, which keeps a router from settling on a
+few experts early; it does not count how often each is used.
+
 The slices stay exact: only routers are trained, each from what its own layer saw in one pass of the dense model over a text.
 With hard weights the language model's own loss has no gradient for a router.
 """
@@ -115,13 +118,13 @@ class FactoredMlp(nn.Module):
             out: Tensor = self.down_proj(h)
             return out
         mask = chosen(functional.linear(x, self.router), self.active)
-        h = h.unflatten(-1, (self.experts, -1)) * mask[..., None]
+        h = h.reshape(*mask.shape, -1) * mask[..., None]
         routed: Tensor = self.down_proj(h.flatten(-2)) * self.scale
         return routed
 
     def _lesson(self, x: Tensor, h: Tensor) -> Lesson:
-        slices = h.unflatten(-1, (self.experts, -1)).transpose(0, 1)
-        down = self.down_proj.weight.unflatten(-1, (self.experts, -1)).permute(1, 2, 0)
+        slices = h.reshape(len(h), self.experts, -1).transpose(0, 1)
+        down = self.down_proj.weight.reshape(x.shape[1], self.experts, -1).permute(1, 2, 0)
         each = torch.bmm(slices, down)
         whole = each.sum(0)
         return Lesson(x.half(), each.square().sum(-1).T, (each * whole).sum(-1).T, whole.square().sum(-1, keepdim=True))
@@ -188,8 +191,8 @@ def train(start: Tensor, lesson: Lesson, k: int, scale: float, settings: RouterS
         optimiser.param_groups[0]["lr"] = settings.rate * share
         some = torch.randint(n, (min(n, settings.batch),), generator=order)
         prior, balance = losses(functional.linear(x[some].float(), router), errors[some], k)
-        optimiser.zero_grad()
-        (settings.prior * prior + settings.balance * balance).backward()
+        total = settings.prior * prior + settings.balance * balance
+        (router.grad,) = torch.autograd.grad(total, (router,))
         optimiser.step()
     found = router.detach()
     ours = chosen(functional.linear(x.float(), found), k)
@@ -221,7 +224,7 @@ def loss_of(
         step(len(some))
     if not math.isfinite(total):
         raise InputError("The model's loss is not a number on this text: the checkpoint is damaged.", code="not-finite")
-    return total / (ids.shape[0] * (ids.shape[1] - 1))
+    return total / float(ids.shape[0] * (ids.shape[1] - 1))
 
 
 @torch.no_grad()

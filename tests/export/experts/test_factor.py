@@ -49,7 +49,10 @@ def how(active: int, experts: int = 4, scaling: str = "sum") -> Factoring:
 
 
 def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # transformers' default, grouped_mm, refuses experts whose width is no multiple of 4.
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
     assert type(model).__name__ == "GraniteMoeForCausalLM"
     with torch.no_grad():
         out: torch.Tensor = model(ids).logits
@@ -135,9 +138,11 @@ def test_both_losses_do_what_they_are_for() -> None:
     start = 0.02 * torch.randn(4, 16)
     agreed = [routers.train(start, lesson, 2, 2.0, RouterSettings(steps=n))[1].agreed for n in (0, 200)]
     assert agreed[0] < 0.7 and agreed[1] > 0.9
-    biased = routers.Lesson(x.half(), square * torch.tensor([0.5, 1, 1, 1]), lesson.dot, lesson.whole)
-    uneven = [max(routers.train(start, biased, 1, 4.0, RouterSettings(steps=200, balance=b))[1].used) for b in (0.0, 5.0)]
-    assert uneven[1] < uneven[0]
+    alone = RouterSettings(steps=100, prior=0.0, balance=1.0)
+    certain = 3 * torch.randn(4, 16)
+    after = routers.train(certain, lesson, 2, 2.0, alone)[0]
+    sure = [float((x @ r.T).softmax(-1).amax(-1).mean()) for r in (certain, after)]
+    assert sure[1] < sure[0] - 0.1  # the balance loss takes certainty from what is chosen
 
 
 def llama2c(path: Path, model: Any) -> None:

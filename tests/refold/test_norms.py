@@ -219,9 +219,7 @@ def test_the_table_knows_what_a_release_may_change():
 def test_a_release_may_give_a_dead_channel_without_offset_one():
     """Pruned channels have gamma = beta = 0: training moves their beta like any other."""
     exported = NormState([0.0, 1.0], [0.0, 0.5], [0.0, 0.0], [1.0, 1.0])
-    s = NormSite.folded(
-        "s", weight_scale=[0.01] * 2, layer_bias=[0] * 2, exported=exported, input_tensor="i", input_scale=0.02
-    )
+    s = NormSite.folded("s", weight_scale=[0.01] * 2, layer_bias=[0] * 2, exported=exported, input_tensor="i", input_scale=0.02)
     assert refold(s, exported, 0.02).bias[0] == 0
     moved = NormState([0.0, 1.0], [0.3, 0.5], [0.0, 0.0], [1.0, 1.0])
     check_state(s, moved)

@@ -18,7 +18,7 @@ from concurrent.futures import Future, as_completed
 
 from bench.elastic.report import claims, plot
 from bench.elastic.setting import SEARCHED, UNIFORM, Scale
-from bench.elastic.work import ELASTIC, alone_name, measure, search_all, train_one
+from bench.elastic.work import ELASTIC, alone_name, measure, measure_pairs, search_one, train_one
 from bench.parallel import executor
 from bench.result import Cell, Options, Result, progress
 from refold.errors import UsageError
@@ -48,17 +48,19 @@ def run(options: Options) -> Result:
             bar.update(task, advance=1, description=f"trained {trained[future]}")
         rows_of = ["float", *(f"w{w}a{a}" for w, a in uniform), *(alone_name(w, a) for w, a in alone)]
         task = bar.add_task("measuring", total=len(rows_of) + 2 * len(searched))
-        search = pool.submit(search_all, searched, scale, work) if searched else None
+        pairs = pool.submit(measure_pairs, scale, work) if searched else None
         measured = {name: pool.submit(measure, name, scale, work) for name in rows_of}
         for _ in as_completed(measured.values()):
             bar.update(task, advance=1)
         quality: dict[str, object] = {}
-        if search is not None:
-            quality = search.result().quality
-            bar.update(task, advance=len(searched), description="measuring what was found")
-            for key, configuration in search.result().found.items():
-                name = f"searched w{key[0]}a{key[1]}"
-                measured[name] = pool.submit(measure, name, scale, work, configuration)
+        if pairs is not None:
+            pairs.result()
+            bar.update(task, description="searching")
+            searches = {key: pool.submit(search_one, *key, scale, work) for key in searched}
+            for (w, a), search in searches.items():
+                quality, name = search.result().quality, f"searched w{w}a{a}"
+                bar.update(task, advance=1)
+                measured[name] = pool.submit(measure, name, scale, work, search.result().found)
         rows = _rows(measured)
         bar.update(task, completed=len(rows_of) + 2 * len(searched), description="done")
     shutil.rmtree(work, ignore_errors=True)

@@ -31,12 +31,14 @@ PREPROCESS = Preprocess(32, 32, **IMAGENET)  # type: ignore[arg-type]
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a run is. Pictures: `search` for each measured pair, `report` for each published accuracy."""
+    """How large a run is. Pictures: `search` for a measured pair, `final` for a finalist, `report` for a published accuracy."""
 
     training: Training
     pairs: int
+    rounds: int
     generations: int
     search: int
+    final: int
     report: int
     alone: tuple[tuple[int, int], ...]
 
@@ -45,9 +47,9 @@ class Scale:
         steps = options.steps or (QUICK if options.quick else FULL)
         if options.quick:
             small = Training(steps, batch=32, lr=LR, seed=options.seed, checkpoint_every=4, calibration=64)
-            return cls(small, pairs=12, generations=20, search=100, report=200, alone=((4, 4), (2, 4)))
+            return cls(small, pairs=12, rounds=1, generations=20, search=100, final=100, report=200, alone=((4, 4), (2, 4)))
         training = Training(steps, lr=LR, seed=options.seed, checkpoint_every=20)
-        return cls(training, pairs=180, generations=200, search=500, report=8000, alone=UNIFORM)
+        return cls(training, pairs=180, rounds=2, generations=100, search=500, final=2000, report=8000, alone=UNIFORM)
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ from export.capture import capture, program_of
 from export.elastic.choose import Choice, choose
 from export.elastic.folder import RunFolder, Settings
 from export.elastic.genome import genome_of
+from export.elastic.pairs import measured_pairs
 from export.elastic.search import Budget, Evolution
 from export.elastic.space import Configuration, Space, bit_operations, byte_count
 from export.elastic.supernet import Supernet
 from export.elastic.train import Trainer, calibration_index, fixed_order, train
 from refold.atomic import write_atomically
 
-__all__ = ["ELASTIC", "Searched", "alone_name", "measure", "search_all", "train_one"]
+__all__ = ["ELASTIC", "Searched", "alone_name", "measure", "measure_pairs", "search_one", "train_one"]
 
 ELASTIC = "elastic"
 
@@ -65,26 +66,31 @@ def train_one(name: str, scale: Scale, work: Path) -> float:
     return time.monotonic() - started
 
 
+def measure_pairs(scale: Scale, work: Path) -> None:
+    """What all searches learn from."""
+    torch.set_num_threads(1)
+    net, pictures = RunFolder(work / ELASTIC).supernet(), Pictures(scale)
+    judge = pictures.judge(net, pictures.searching, scale.search)
+    measured_pairs(judge, scale.pairs, scale.training.seed, work / "pairs.jsonl")
+
+
 @dataclass(frozen=True)
 class Searched:
-    """The best configuration for each budget, and how good the predictor was on pairs it never saw."""
+    """The best configuration within the costs of a uniform one; how good the predictor was on pairs it never saw."""
 
-    found: dict[tuple[int, int], Configuration]
+    found: Configuration
     quality: dict[str, object]
 
 
-def search_all(wanted: tuple[tuple[int, int], ...], scale: Scale, work: Path) -> Searched:
+def search_one(w: int, a: int, scale: Scale, work: Path) -> Searched:
     torch.set_num_threads(1)
     net, pictures = RunFolder(work / ELASTIC).supernet(), Pictures(scale)
-    choices = {(w, a): _search(w, a, pictures, net, work / "pairs.jsonl") for w, a in wanted}
-    quality: dict[str, object] = {}
-    for choice in choices.values():
-        q = choice.quality
-        quality = {
-            "predictor pairs": q.pairs, "spearman": round(q.spearman, 3), "pearson": round(q.pearson, 3),
-            "kendall": round(q.kendall, 3),
-        }  # fmt: skip
-    return Searched({key: choice.best.configuration for key, choice in choices.items()}, quality)
+    choice = _search(w, a, pictures, net, work / "pairs.jsonl")
+    q = choice.quality
+    quality: dict[str, object] = {
+        "predictor pairs": q.pairs, "spearman": round(q.spearman, 3), "pearson": round(q.pearson, 3), "kendall": round(q.kendall, 3),
+    }  # fmt: skip
+    return Searched(choice.best.configuration, quality)
 
 
 def _search(w: int, a: int, pictures: Pictures, net: Supernet, pairs: Path) -> Choice:
@@ -95,7 +101,8 @@ def _search(w: int, a: int, pictures: Pictures, net: Supernet, pairs: Path) -> C
         Budget("bit operations", lambda c: bit_operations(layout, c), bit_operations(layout, like)),
     ]
     evolution = Evolution(generations=scale.generations, seed=scale.training.seed)
-    return choose(pictures.judge(net, pictures.searching, scale.search), budgets, pairs, pairs=scale.pairs, evolution=evolution)
+    quick, thorough = (pictures.judge(net, pictures.searching, count) for count in (scale.search, scale.final))
+    return choose(quick, budgets, pairs, pairs=scale.pairs, rounds=scale.rounds, evolution=evolution, final=thorough)
 
 
 def measure(name: str, scale: Scale, work: Path, configuration: Configuration | None = None) -> dict[str, Cell]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from export.elastic.genome import genome_of
+from export.elastic.genome import Genome, genome_of
 from export.elastic.judge import Judge
 from export.elastic.pairs import Pairs, measured_pairs
 from export.elastic.predictor import Predictor, Quality
@@ -65,11 +65,20 @@ def choose(
     *,
     pairs: int = 200,
     finalists: int = 8,
+    rounds: int = 3,
     evolution: Evolution = DEFAULT,
     forms: Sequence[Form] = (),
+    final: Judge | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Choice:
     """Everything is measured on the held-out pictures of `judge`, with norm statistics of its own.
+
+    A search finds where the predictor is too hopeful as surely as where the net is good. So what it finds is measured, and the
+    predictor taught, before the next round; only what was measured can be chosen.
+
+    Args:
+        pairs: measured before the first round. finalists: measured in each round, and again at the end by `final`.
+        final: measures finalists and uniform rivals on more pictures; None: `judge`.
 
     Raises:
         UsageError: no configuration is within the budgets.
@@ -79,32 +88,54 @@ def choose(
     check_budgets(space, layout, budgets, forms)  # before anything is measured
     known = measured_pairs(judge, pairs, evolution.seed, pairs_file, lambda done: progress("measuring pairs", done, pairs))
     predictor, quality = Predictor.judged(layout, list(known), list(known.values()), evolution.seed)
-    rivals, total = uniform_rivals(judge, budgets, forms), evolution.generations
-    found = search(
-        space,
-        layout,
-        predictor,
-        budgets,
-        evolution,
-        forms,
-        [genome_of(layout, c) for _, c in rivals],
-        lambda g, best: progress(f"searching, {best:.1%}", g, total),
-    )
+    rivals = uniform_rivals(judge, budgets, forms)
+    taught, seeds = dict(known), [genome_of(layout, c) for _, c in rivals]
+    for number in range(max(rounds, 1)):
+
+        def searching(generation: int, best: float, number: int = number) -> None:
+            progress(f"round {number + 1} of {rounds}, {best:.1%}", generation, evolution.generations)
+
+        other = replace(evolution, seed=evolution.seed + 1000 * number)
+        found = search(space, layout, predictor, budgets, other, forms, seeds, searching)
+        fresh = _apart([g for g in found if g not in taught], finalists)
+        for i, genome in enumerate(fresh):
+            taught[genome] = judge.accuracy(genome.configuration(space, layout))
+            progress("measuring what was found", i + 1, len(fresh))
+        predictor.fit(list(taught), list(taught.values()))
+        seeds += fresh
+
+    def fits(genome: Genome) -> bool:
+        configuration = genome.configuration(space, layout)
+        return all(b.cost(configuration) <= b.most for b in budgets) and (not forms or genome.form in forms)
+
+    inside = [g for g in taught if fits(g)]
+    hope = dict(zip(inside, predictor(inside), strict=True)) if inside else {}
+    inside.sort(key=lambda g: -(taught[g] + float(hope[g])))  # what was measured has luck in it, what is predicted has none
 
     def candidate(name: str, configuration: Configuration) -> Candidate:
         genome = genome_of(layout, configuration)
-        accuracy = known[genome] if genome in known else judge.accuracy(configuration)
+        accuracy = taught[genome] if final is None and genome in taught else (final or judge).accuracy(configuration)
         costs = tuple(b.cost(configuration) for b in budgets)
         return Candidate(name, configuration, float(predictor([genome])[0]), accuracy, costs)
 
-    count = min(finalists, len(found))
+    rows = [(f"searched {i + 1}", g.configuration(space, layout)) for i, g in enumerate(inside[:finalists])] + rivals
     measured = []
-    for i, genome in enumerate(found[:count]):
-        measured.append(candidate(f"searched {i + 1}", genome.configuration(space, layout)))
-        progress("measuring the finalists", i + 1, count + len(rivals))
-    uniform = []
-    for name, configuration in rivals:
-        uniform.append(candidate(name, configuration))
-        progress("measuring the finalists", count + len(uniform), count + len(rivals))
-    measured.sort(key=lambda c: -c.accuracy)
-    return Choice(tuple(measured), tuple(uniform), quality, known)
+    for i, (name, configuration) in enumerate(rows):
+        measured.append(candidate(name, configuration))
+        progress("measuring the finalists", i + 1, len(rows))
+    cut = len(rows) - len(rivals)
+    return Choice(tuple(sorted(measured[:cut], key=lambda c: -c.accuracy)), tuple(measured[cut:]), quality, known)
+
+
+def _apart(found: Sequence[Genome], count: int, places: int = 3) -> list[Genome]:
+    """The first `count` that differ from one another in so many places, filled up with others where there are too few."""
+    chosen: list[Genome] = []
+    for genome in found:
+        if len(chosen) < count and all(_distance(genome, other) >= places for other in chosen):
+            chosen.append(genome)
+    return chosen + [g for g in found if g not in chosen][: count - len(chosen)]
+
+
+def _distance(a: Genome, b: Genome) -> int:
+    differing = sum(x != y for x, y in zip(a.weight_bits + a.activation_bits, b.weight_bits + b.activation_bits, strict=True))
+    return differing + (a.form != b.form)

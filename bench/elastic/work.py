@@ -88,7 +88,8 @@ def search_one(w: int, a: int, scale: Scale, work: Path) -> Searched:
     choice = _search(w, a, pictures, net, work / "pairs.jsonl")
     q = choice.quality
     quality: dict[str, object] = {
-        "predictor pairs": q.pairs, "spearman": round(q.spearman, 3), "pearson": round(q.pearson, 3), "kendall": round(q.kendall, 3),
+        "predictor pairs": q.pairs, "spearman": round(q.spearman, 3), "pearson": round(q.pearson, 3),
+        "kendall": round(q.kendall, 3),
     }  # fmt: skip
     return Searched(choice.best.configuration, quality)
 

@@ -8,6 +8,7 @@ asks.
     cache.py     which records are in memory, and which leave when one must come
     paths.py     what the path of a token so far says of its next experts, learnt while running
     predict.py   which hints are worth a read
+    memory.py    how records come into the budget, are held, waited for and given back
     pager.py     all of it together: `with pager.use(layer, experts) as records`
     trace.py     the routing of a run, as a file
     replay.py    any policy over such a file, without a model, beside Belady's optimum

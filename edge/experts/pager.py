@@ -7,9 +7,8 @@
         for experts, records in pager.waves(layer, union): ...   however many: those in memory first, the rest as they come
         pager.token()                                    the token has ended
 
-One lock guards cache, buffers and the store's queues; disk reads and digests run outside it. Records are valid only inside
-their
-block: the buffer is reused.
+Here: what is counted, guessed and learnt. How records come and go is in memory.py. Records are valid only inside their block:
+the buffer is reused.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -27,22 +25,18 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.experts.buffers import Buffers, Slot, stride
-from edge.experts.cache import Cache, check_budget, floor, hottest
 from edge.experts.counters import Counters, TokenRecord
+from edge.experts.memory import U8, Holds, Memory
 from edge.experts.paths import PathTable
-from edge.experts.policies import I64, Layout, kept_weights, make_policy
+from edge.experts.policies import I64
 from edge.experts.predict import ReadAhead
-from edge.experts.raw import RawFile, RawReader
+from edge.experts.raw import RawReader
 from edge.experts.settings import PagerSettings
-from edge.experts.store import RecordStore, Ticket
 from edge.experts.trace import TraceWriter
 from refold.errors import UsageError
 from refold.experts import ExpertIndex
 
 __all__ = ["Paged", "Pager", "PagerSettings"]
-
-U8 = NDArray[np.uint8]
 
 
 class Paged(Protocol):
@@ -56,38 +50,7 @@ class Paged(Protocol):
     def records_at(self) -> int: ...
 
 
-@dataclass(eq=False)
-class _Entry:
-    """A record in memory or on its way.
-
-    Attributes:
-        ahead_for: the token that read-ahead brought it for, -1 once that is settled. spoilt: it guessed wrong before it was
-        read.
-    """
-
-    slot: Slot
-    ticket: Ticket
-    ahead_for: int = -1
-    spoilt: bool = False
-
-
-@dataclass(eq=False)
-class _Wait:
-    """Somebody who waits for `need` more records."""
-
-    condition: threading.Condition
-    need: int
-
-
-class _Holds:
-    """What one request holds. owner: its thread."""
-
-    def __init__(self) -> None:
-        self.owner = threading.get_ident()
-        self.tickets: dict[int, Ticket] = {}
-
-
-class Pager:
+class Pager(Memory):
     """Thread-safe for one model.
 
     Args:
@@ -107,51 +70,23 @@ class Pager:
         settings: PagerSettings | None = None,
         raw: RawReader | None = None,
     ) -> None:
-        self.path, self.index, self.budget = path, index, budget
         self.settings = s = settings or PagerSettings()
+        super().__init__(path, index, records_at, budget, s, raw)
         g = index.geometry
-        self.layout = Layout(g.layers, g.experts)
-        self._position_of = {layer: p for p, layer in enumerate(g.layers)}
-        self._keys = [(layer, e) for layer in g.layers for e in range(g.experts)]
-        self._records = [index[key] for key in self._keys]
-        sizes: I64 = np.array([stride(r.size) for r in self._records], np.int64)
-        self.floor = floor(index, dict(zip(self._keys, sizes.tolist(), strict=True)))
-        check_budget(index, budget, self.floor, str(path))
-        frequency = np.array([index.frequency.get(key, 0.0) for key in self._keys])
-        pinned = hottest(frequency, sizes, min(int(budget * s.pin), budget - self.floor), s.pin_above)
-        self.cache = Cache(
-            sizes, budget, make_policy(s.policy, self.layout, frequency, s.weights or kept_weights(path)), pinned
-        )
-        self._entries: dict[int, _Entry] = {}
-        self._lock = threading.RLock()
         self._path_lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._waits: dict[Ticket, list[_Wait]] = {}
-        self._holding: dict[int, int] = {}  # records held, by thread
         self._token, self._position = 0, -1
-        self._hits = self._covered = self._late = self._misses = self._useful = self._wasted = self._wasted_bytes = 0
-        self._stall = 0.0
+        self._hits = self._covered = self._late = self._misses = self._useful = 0
         self._mark = (0, 0, 0, 0.0)
         self.history: deque[TokenRecord] = deque(maxlen=65536)
         self._trace: TraceWriter | None = None
-        self._closed = False
         self.paths = PathTable.load(s.paths_file(path), index, order=s.path_order) if s.ahead else None
-        limit = max(min(int(budget * s.ahead_share), budget - self.floor - int(sizes[pinned].sum())), 0)
+        pinned = int(self.cache.sizes[self.cache.pinned].sum())
+        limit = max(min(int(budget * s.ahead_share), budget - self.floor - pinned), 0)
         self.ahead = ReadAhead(self.layout, g.top_k, limit, s.threshold)
         self._pending: dict[int, set[int]] = {}  # by position: numbers read ahead and not yet asked for
-        self.buffers = Buffers((r.size for r in self._records), budget)
-        self._store = RecordStore(
-            raw or RawFile(path, direct=s.direct, probe=records_at),
-            str(path),
-            records_at,
-            self._lock,
-            self._finished,
-            threads=s.threads,
-            block=s.block,
-            verify=s.verify,
-        )
-        with self._lock:
-            self._warm(pinned, frequency)
+        if s.warm:
+            with self._lock:
+                self._warm()
 
     @classmethod
     def open(cls, model: Paged, budget: int, settings: PagerSettings | None = None) -> Pager:
@@ -174,7 +109,7 @@ class Pager:
             UsageError: no such layer or expert, or more bytes than the budget holds: use `waves`.
             BundleError: a record is damaged. StorageError: the disk failed or the file ends early.
         """
-        holds = _Holds()
+        holds = Holds()
         with self._lock:
             position, ids = self._ask(layer, experts)
             unique = list(dict.fromkeys(ids))
@@ -218,7 +153,7 @@ class Pager:
         Raises:
             As `use`, but for the size.
         """
-        loading, held = _Holds(), _Holds()
+        loading, held = Holds(), Holds()
         try:
             with self._lock:
                 position, ids = self._ask(layer, experts)
@@ -390,135 +325,6 @@ class Pager:
         if self._trace is not None:
             self._trace.layer(position, [i - position * count for i in ids])
 
-    def _waste(self, entry: _Entry) -> None:
-        entry.ahead_for = -1
-        self._wasted += 1
-        if entry.ticket.ready:
-            self._wasted_bytes += entry.ticket.record.size
-        else:
-            entry.spoilt = True
-
-    def _ready(self, i: int) -> bool:
-        entry = self._entries.get(i)
-        return entry is not None and entry.ticket.ready
-
-    def _release(self, holds: _Holds) -> None:
-        for i in holds.tickets:
-            self.cache.held[i] -= 1
-        if holds.tickets:
-            self._holding[holds.owner] -= len(holds.tickets)
-            if not self._holding[holds.owner]:
-                del self._holding[holds.owner]
-            holds.tickets.clear()
-            self._changed.notify_all()
-
-    def _begin(self, i: int, position: int, keep: Sequence[int], holds: _Holds) -> bool:
-        """Holds `i`, which is in memory or on its way from now on. False: there is no memory for it yet."""
-        entry = self._entries.get(i)
-        if entry is None:
-            if not self._take(i, position, keep, demand=True):
-                for other in list(self._entries.values()):
-                    self._store.cancel(other.ticket)  # demand goes before any read-ahead
-                if not self._take(i, position, keep, demand=True):
-                    return False
-            entry = self._entries[i]
-        elif entry.ticket.cancelled:
-            return False  # its last block is still being written to
-        self._store.promote(entry.ticket)
-        self.cache.held[i] += 1
-        holds.tickets[i] = entry.ticket
-        self._holding[holds.owner] = self._holding.get(holds.owner, 0) + 1
-        return True
-
-    def _take(self, i: int, position: int, keep: Sequence[int], *, demand: bool) -> bool:
-        gone = self.cache.make_room(int(self.cache.sizes[i]), position, keep)
-        if gone is None:
-            return False
-        self._forget(gone)
-        slot = self.buffers.take(self._records[i].size)
-        if slot is None:
-            raise AssertionError("cache and buffers disagree about memory")
-        self.cache.add(i, coming=True)
-        self._entries[i] = _Entry(slot, self._store.submit(self._records[i], slot.memory, demand=demand))
-        return True
-
-    def _clear(self, ids: list[int], position: int, keep: Sequence[int] | None = None) -> None:
-        """Evicts at once for all of these that are not here; where that cannot be, they are begun one by one."""
-        need = sum(int(self.cache.sizes[i]) for i in ids if i not in self._entries)
-        self._forget(self.cache.make_room(need, position, ids if keep is None else keep) or [])
-
-    def _forget(self, gone: list[int]) -> None:
-        for other in gone:
-            entry = self._entries.pop(other)
-            if entry.ahead_for >= 0:
-                self._waste(entry)
-            self.buffers.give_back(entry.slot)
-
-    def _pause(self, holds: _Holds) -> None:
-        """Until memory is given back. Raises UsageError where only this thread could give it back."""
-        others = any(thread != holds.owner for thread in self._holding)
-        if not others and not self.cache.coming.any():
-            raise UsageError(
-                f"There is no memory for another expert: this thread holds all {self.budget:,} bytes. Leave `use` first.",
-                code="budget",
-            )
-        self._changed.wait(1.0)
-        self._check_open()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise UsageError("The pager was closed while its experts were asked for.")
-
-    def _await(self, holds: _Holds, begin: float, least: int | None = None) -> None:
-        """Until `least` of the records are here, all of them by default; woken once, not by every record."""
-        tickets = list(holds.tickets.values())
-        coming = [t for t in tickets if not t.done]
-        need = (len(tickets) if least is None else least) - (len(tickets) - len(coming))
-        if need > 0:
-            wait = _Wait(threading.Condition(self._lock), need)
-            for t in coming:
-                self._waits.setdefault(t, []).append(wait)
-            while wait.need > 0 and not any(t.error for t in tickets):
-                wait.condition.wait(1.0)
-                self._check_open()
-            self._stall += time.perf_counter() - begin
-        for error in (t.error for t in tickets if t.error is not None):
-            raise type(error)(error.message, code=error.code, detail=error.detail)  # each who waits has a traceback of its own
-
-    def _stream(self, left: list[int], loading: _Holds, position: int, window: int, *, wait: bool = False) -> None:
-        """Begins reads of a wave within the window; waits for memory only where nothing is on its way."""
-        flying = sum(int(self.cache.sizes[i]) for i in loading.tickets)
-        while left and (not loading.tickets or flying + int(self.cache.sizes[left[0]]) <= window):
-            if not self._begin(left[0], position, (), loading):
-                if loading.tickets or not wait:
-                    return
-                self._pause(loading)
-                continue
-            flying += int(self.cache.sizes[left[0]])
-            left.pop(0)
-
-    def _wave(self, held: _Holds) -> tuple[list[int], list[U8]]:
-        return [self._keys[i][1] for i in held.tickets], [self._entries[i].slot.memory for i in held.tickets]
-
-    def _finished(self, ticket: Ticket) -> None:
-        """By a reader or by cancel: the record is here, or its memory is free again."""
-        i = self._position_of[ticket.record.layer] * self.layout.experts + ticket.record.expert
-        entry = self._entries[i]
-        self.cache.coming[i] = False
-        if not ticket.ready:
-            if entry.ahead_for >= 0:
-                self._waste(entry)
-            del self._entries[i]
-            self.cache.drop(i)
-            self.buffers.give_back(entry.slot)
-        if entry.spoilt:
-            self._wasted_bytes += ticket.read
-        for wait in self._waits.pop(ticket, ()):
-            wait.need -= 1
-            if wait.need <= 0 or ticket.error is not None:
-                wait.condition.notify()
-        self._changed.notify_all()
-
     def _learn(self, position: int, ids: list[int]) -> tuple[int, I64, NDArray[np.float64]] | None:
         """Teaches the path table, outside the lock, and asks it for the next layer where the model gives no hints."""
         if self.paths is None:
@@ -557,13 +363,3 @@ class Pager:
                 return
             self._entries[i].ahead_for = target
             self._pending.setdefault(position, set()).add(i)
-
-    def _warm(self, pinned: Sequence[int], frequency: NDArray[np.float64]) -> None:
-        """Begins with the pinned and then the most frequent experts, as far as memory goes; demand reads go first."""
-        order = list(pinned)
-        if self.settings.warm and frequency.any():
-            order += [int(i) for i in np.argsort(-frequency, kind="stable") if i not in set(pinned)]
-        for i in order:
-            if self.cache.used + int(self.cache.sizes[i]) > self.budget:
-                break
-            self._take(i, 0, (), demand=False)

@@ -22,13 +22,14 @@ BENCHES = {
     "experts": "expert paging under real memory caps against llama.cpp, mmap, EdgeMoE's policy and accelerate",
     "targets": "one bundle on ONNX Runtime and on LiteRT: agreement, accuracy, latency, size, swaps; MLPerf Tiny's own file",
     "fixedpoint": "AdaPT's fixed-point training against float32: accuracy, bits, size, modelled and real time",
+    "expert-kernels": "one expert's matrix from its packed record: Refold's kernels against torch's, 1 to 256 tokens",
     "overhead": "the daemon's frame path against a bare ONNX Runtime session; swaps under load; memory",
 }
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def _epilogue() -> str:
-    return "\n\n".join(["\b\nBenchmarks:\n" + "\n".join(f"  {name:12s} {what}" for name, what in BENCHES.items())])
+    return "\n\n".join(["\b\nBenchmarks:\n" + "\n".join(f"  {name:14s} {what}" for name, what in BENCHES.items())])
 
 
 @click.command(epilog=_epilogue(), context_settings={"help_option_names": ["-h", "--help"]})
@@ -69,7 +70,7 @@ def main(
     )  # fmt: skip
     started = time.monotonic()
     try:
-        module = importlib.import_module(f"bench.{name}")
+        module = importlib.import_module(f"bench.{name.replace('-', '_')}")
         result: Result = module.run(options)
         result.machine, result.commit, result.seconds = machine(), commit(), round(time.monotonic() - started, 1)
         result.write(target)

@@ -96,9 +96,12 @@ def given(path: Path, bundle: Bundle, who: Trust) -> Release:
 
 
 def gains_of(bundle: Bundle, release: Release | None) -> dict[str, F32]:
-    """Every gain of the bundle by the name of its parameter; a site the release leaves out is as exported."""
-    states: Mapping[str, NormState] = release.states if release else {}
-    return {site.name: states.get(site.name, site.exported).gamma for site in bundle.norms.norms}
+    """Every gain of the bundle, and offset where a norm has one, by the name of its parameter; float32 (channels,).
+
+    A site that the release leaves out is as exported.
+    """
+    tensors = bundle.norms.tensors(release.states if release else {})
+    return {name: np.asarray(values, np.float32) for name, values in tensors.items()}
 
 
 def of_gains(
@@ -113,7 +116,8 @@ def of_gains(
         NormStateError: a name the bundle has no site for, another shape, or outside the trust region.
         ReleaseError: a version below 1.
     """
-    states = {name: NormState(np.asarray(gain, np.float32), np.zeros(0, np.float32)) for name, gain in gains.items()}
+    exported = {name: bundle.norms.site(name).exported for name in gains}
+    states = {name: NormState(np.asarray(gain, np.float32), exported[name].beta) for name, gain in gains.items()}
     now = time.time_ns() // 1_000_000
     made = Release(
         bundle.digest, cohort, version, states, created_unix_ms=now, expires_unix_ms=expires_unix_ms, note=note

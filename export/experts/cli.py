@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -17,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from export.experts.factor import Factoring, discard, factor, factored_folder
+from export.experts.factor_router import RouterSettings
 from export.experts.pipeline import MIXED, Options, Watcher, as_json, export_experts
 from export.experts.report import lines
 from refold.errors import UsageError
@@ -62,6 +65,25 @@ def parse_share(text: str) -> float:
 @click.option("--windows", type=click.IntRange(1), default=128, show_default=True, help="Pieces of text to measure on.")
 @click.option("--window", "length", type=click.IntRange(2), default=128, show_default=True, help="Tokens in each.")
 @click.option("--cache", metavar="SIZE", default="1GiB", show_default=True, help="Memory for experts while measuring.")
+@click.option(
+    "--factor", "parts", type=int, metavar="N", help="CHECKPOINT is a dense Llama, or llama2.c's: cut it into N experts."
+)
+@click.option("--active", type=click.IntRange(1), metavar="K", help="Of N that a token uses. Default: N, which loses nothing.")
+@click.option(
+    "--scaling",
+    type=click.Choice(["sum", "paper"]),
+    default="sum",
+    show_default=True,
+    help="Of the K experts' sum: as it is, or times N / K as FactorLLM has it.",
+)
+@click.option(
+    "--router-text",
+    "router_texts",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="What the routers of --factor learn from. Default: text that the dense model writes itself.",
+)
+@click.option("--router-steps", type=click.IntRange(0), default=RouterSettings.steps, show_default=True)
 @click.option("--plot/--no-plot", default=True, show_default=True, help="The heat-map OUTPUT.bits.png, where bits are chosen.")
 @click.option("--name", help="Name of the model; default: the output's.")
 @click.option("--key", "keys", multiple=True, type=click.Path(path_type=Path), help="Sign with this private key (PEM).")
@@ -69,10 +91,13 @@ def parse_share(text: str) -> float:
 @click.option("--json", "json_", is_flag=True, help="For machines.")
 def experts(
     checkpoint: Path, output: Path, bits: str | None, group: int | None, texts: tuple[Path, ...], tolerance: str | None,
-    size: str | None, importance: str, windows: int, length: int, cache: str, plot: bool, name: str | None,
-    keys: tuple[Path, ...], threads: int, json_: bool,
+    size: str | None, importance: str, windows: int, length: int, cache: str, parts: int | None, active: int | None,
+    scaling: str, router_texts: tuple[Path, ...], router_steps: int, plot: bool, name: str | None, keys: tuple[Path, ...],
+    threads: int, json_: bool,
 ) -> None:  # fmt: skip
     """Page the experts of CHECKPOINT, a Hugging Face folder with config.json and safetensors.
+
+    With --factor, CHECKPOINT is dense and gets experts first: see docs/guide/experts-factor.md.
 
     An export that was killed goes on where it was when it is started again with the same options.
     """
@@ -85,6 +110,12 @@ def experts(
         importance, parse_size(cache), threads, name or "",
     )  # fmt: skip
     signers = [SigningKey.load(k) for k in keys]
+    factoring = None
+    if parts is not None:
+        routers = RouterSettings(steps=router_steps)
+        factoring = Factoring(parts, active or parts, scaling, router_texts, measured=texts, router=routers)
+    elif active is not None or router_texts:
+        raise UsageError("--active and --router-text belong to --factor.")
     picture = output.with_suffix(".bits.png") if plot and options.searches else None
     console = Console(stderr=True)
     columns = (
@@ -100,10 +131,19 @@ def experts(
                 console.print(what, highlight=False)
 
         watch = Watcher(stage, lambda n: bar.advance(task, n))
+        if factoring is not None:
+            folder = factored_folder(output)
+            cut = factor(checkpoint, folder, factoring, stage, lambda n: bar.advance(task, n))
+            checkpoint = folder
         told = export_experts(checkpoint, output, options, *signers, watch=watch, picture=picture)
+    if factoring is not None:
+        discard(checkpoint)
     if json_:
-        click.echo(as_json(told))
+        found = as_json(told)
+        click.echo(found if factoring is None else json.dumps(json.loads(found) | {"factored": cut.to_json()}, indent=1))
         return
+    for line in cut.lines() if factoring is not None else ():
+        click.echo(line)
     for warning in told.warnings:
         click.echo(warning, err=True)
     for line in lines(told):

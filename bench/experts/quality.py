@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +162,9 @@ def _factor(folder: Path, lm: Path | None, quick: bool, say: Callable[[str], Non
 
     say("stories260K, cut into 4 experts a layer")
     sample = lm / "tinystories_sample.txt"
-    how = Factoring(4, 2, measured=(sample,), **({"windows": 8, "router": RouterSettings(steps=10)} if quick else {}))
+    how = Factoring(4, 2, measured=(sample,))
+    if quick:
+        how = replace(how, windows=8, router=RouterSettings(steps=10))
     told = factor(
         lm / "stories260K.bin", folder / "factored", how, lambda what, steps: say(f"stories260K, {what}"), lambda n: None
     )

@@ -45,7 +45,9 @@ def random_checkpoint(family: str, folder: Path, seed: int = 0) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     kind = AutoModelForSeq2SeqLM if family == "switch_transformers" else AutoModelForCausalLM
     model = kind.from_config(CONFIG_MAPPING[family](**FAMILIES[family])).eval()

@@ -76,7 +76,7 @@ class Plan:
 
 
 def plan(shape: Shape, quick: bool) -> Plan:
-    ours: Options = {"policy": "value", "ahead": 2 * shape.top_k, "recall": RECALL}
+    ours: Options = {"ahead": 2 * shape.top_k, "recall": RECALL}
     demand: Options = {"policy": "lru", "warm": False}
     published: Options = {"policy": "edgemoe", "paths": True}
     many, few = (1, 1) if quick else (5, 3)
@@ -99,7 +99,7 @@ def plan(shape: Shape, quick: bool) -> Plan:
         Line("EdgeMoE's policy, packed", "paged", 0.25, runs=few, options=published),
         Line("on demand, no cache", "paged", 0.25, slots="floor", runs=few, options=demand),
         Line("on demand + look-ahead", "paged", 0.25, slots="floor", runs=few, options={**ours, "policy": "lru"}),
-        Line("cache, no look-ahead", "paged", 0.25, runs=few, options={"policy": "value"}),
+        Line("cache, no look-ahead", "paged", 0.25, runs=few),
         Line("on demand, no cache", "paged", 0.25, bits=8, slots="floor", runs=few, options=demand),
     ]
     if quick:

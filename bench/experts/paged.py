@@ -83,9 +83,11 @@ def run(job: Job) -> Outcome:
     records: Any = Mapped(model)
     if not job.options.get("mapped"):
         settings = PagerSettings(
-            policy=str(job.options.get("policy", "value")), ahead=bool(ahead or job.options.get("paths")), paths="off",
+            policy=str(job.options.get("policy", PagerSettings().policy)),
+            ahead=bool(ahead or job.options.get("paths")),
+            paths="off",
             warm=bool(job.options.get("warm", True)),
-        )  # fmt: skip
+        )
         pager = records = Pager.open(model, job.budget, settings)
     front = Front(records, g.experts, float(job.options.get("recall", 1.0)))
     net = build(model.config, model.resident_tensors(), Paging(front, g), job.model, ahead=ahead)

@@ -104,7 +104,7 @@ def _searched(told: object) -> dict[str, Cell]:
     searched = getattr(told, "searched", None)
     if searched is None:
         return {}
-    row: dict[str, Cell] = {"evaluations": searched.evaluations, "taken": searched.taken, "walk of EdgeMoE": searched.walk}
+    row: dict[str, Cell] = {"evaluations": searched.evaluations, "taken": searched.taken, "walk of EdgeMoE": str(searched.walk)}
     for o in searched.outcomes:
         row |= {
             f"{o.name}: evaluations": o.evaluations,

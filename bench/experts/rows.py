@@ -23,8 +23,8 @@ from bench.result import Cell
 
 __all__ = ["COLUMNS", "row", "rows"]
 
-COLUMNS = ["engine", "cap %", "bits", "tokens/s", "p50 ms", "p95 ms", "hit", "belady", "hit / belady", "memory %", "MB/token"]
-COLUMNS += ["stall ms", "bound ms", "time / bound", "peak / cap MB", "OOM", "note"]
+COLUMNS = ["engine", "cap %", "bits", "tokens/s", "p50 ms", "hit", "hit / belady", "memory %", "MB/token", "stall ms"]
+COLUMNS += ["time / bound", "peak MB", "OOM", "note"]  # the rest is in the JSON
 
 
 def rows(runs: list[Run], words: Words, plan: Plan) -> list[dict[str, Cell]]:
@@ -47,7 +47,6 @@ def row(line: Line, runs: list[Run], words: Words, plan: Plan, compute: float | 
     ended = [r.finished for r in runs if r.finished is not None]
     peak = max((f.peak for f in ended), default=0)
     out["peak MB"], out["OOM"] = _mb(peak), sum(f.killed for f in ended)
-    out["peak / cap MB"] = f"{peak / 1e6:.0f} / {runs[0].cap / 1e6:.0f}" if line.share is not None else f"{peak / 1e6:.0f}"
     out["anonymous MB"] = _mb(max((f.anonymous for f in ended), default=0))
     out["note"] = next((r.note for r in runs if r.note), "")
     good = [r for r in runs if r.outcome is not None]

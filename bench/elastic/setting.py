@@ -22,7 +22,7 @@ from refold.preprocess import Preprocess
 __all__ = ["FULL", "PREPROCESS", "QUICK", "SEARCHED", "UNIFORM", "Pictures", "Scale", "float_net"]
 
 UNIFORM = ((8, 8), (6, 6), (5, 5), (4, 4), (3, 3), (2, 4))
-SEARCHED = ((4, 4), (3, 3), (2, 4))  # each under the bytes and the bit operations of this uniform one
+SEARCHED = ((4, 4), (3, 3), (2, 4))  # each within the bytes of this uniform one
 TRAIN, SEARCH = 5000, 2000  # of the joined pictures: train5k first, then the test set
 FULL, QUICK = 160, 8  # steps; 160 of 128 pictures are four epochs of train5k, and some forty minutes in all on two cores
 LR = 3e-4  # from trained weights: 60 steps at 1e-3 cost 1.6 points at 8 bits, at 3e-4 half of that
@@ -49,7 +49,7 @@ class Scale:
             small = Training(steps, batch=32, lr=LR, seed=options.seed, checkpoint_every=4, calibration=64)
             return cls(small, pairs=12, rounds=1, generations=20, search=100, final=100, report=200, alone=((4, 4), (2, 4)))
         training = Training(steps, lr=LR, seed=options.seed, checkpoint_every=20)
-        return cls(training, pairs=180, rounds=2, generations=100, search=500, final=2000, report=8000, alone=UNIFORM)
+        return cls(training, pairs=180, rounds=2, generations=80, search=500, final=2000, report=8000, alone=UNIFORM)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,13 @@ def test_a_line_that_fits_nothing_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "bits"), [("residual", ["w4a4"]), ("inverted", ["w3a6"]), ("dense", ["w4a4"]), ("vit", ["w3a6"])]
+    ("family", "bits"),
+    [
+        ("residual", ["w4a4"]),
+        ("inverted", ["w3a6"]),
+        ("dense", ["w4a4"]),
+        pytest.param("vit", ["w3a6"], marks=pytest.mark.slow),
+    ],
 )
 def test_few_bits_end_to_end(family, bits, tmp_path, x):
     """The self-check has passed when this returns: bit-identity at 1 % and with the student included."""

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("name", "weights", "preprocess", "layers", "norms", "least"),
     [
-        ("resnet20", "resnet20_cifar10", "32x32,imagenet", 20, 19, 0.905),
+        pytest.param("resnet20", "resnet20_cifar10", "32x32,imagenet", 20, 19, 0.905, marks=pytest.mark.slow),
         ("resnet8", "resnet8_mlperftiny_cifar10", "32x32,pixels", 10, 7, 0.85),
     ],
 )

@@ -79,7 +79,9 @@ def test_tap_channels_follow_the_table(exported, x):
         assert infer(session(done.bundle.read(part), done.bundle.norms.tensors()), x[:2]).shape == (2, 2, channels)
 
 
-@pytest.mark.parametrize("target", [t for t in TARGETS if t != "ort-x86-avx2"])
+@pytest.mark.parametrize(
+    "target", [pytest.param(t, marks=[pytest.mark.slow] if t == "ort-arm64" else []) for t in TARGETS if t != "ort-x86-avx2"]
+)  # arm64's integers are vnni's
 def test_eight_bit_targets(target, tmp_path):
     net = export_nets.make("residual")
     done = export_model(net, tmp_path / "m.refold", export_nets.PREPROCESS, PICTURES, Options((target,)))

@@ -41,12 +41,13 @@ def _space(name: str) -> Space:
 
 
 def train_one(name: str, scale: Scale, work: Path) -> float:
-    """A finished training in `work / name`; one that was interrupted goes on where it was. Returns the seconds it took now.
+    """A finished training in `work / name`; one that was interrupted goes on where it was. Returns the seconds of all its parts.
 
     One alone is the same net at these bits only: the usual form, cross-entropy alone, as many steps, same pictures and order.
     """
     torch.set_num_threads(1)
-    started = time.monotonic()
+    clock = work / f"seconds-{name}.json"
+    started = time.monotonic() - (json.loads(clock.read_text()) if clock.is_file() else 0.0)
     run_folder, space, pictures = RunFolder(work / name), _space(name), Pictures(scale)
     training = replace(scale.training, teacher=name == ELASTIC)
     held = run_folder.checkpoint() if run_folder.started else None
@@ -62,7 +63,14 @@ def train_one(name: str, scale: Scale, work: Path) -> float:
     trainer = Trainer(net, training, None if name == ELASTIC else fixed_order(only))
     if held is not None:
         trainer.resume(held)
-    train(trainer, pictures.data, pictures.searching, PREPROCESS, run_folder)
+    if trainer.step == training.steps and clock.is_file():
+        return float(json.loads(clock.read_text()))
+
+    def on_step(step: int, losses: list[float]) -> None:
+        if step % training.checkpoint_every == 0 or step == training.steps:
+            write_atomically(clock, [json.dumps(time.monotonic() - started).encode()])
+
+    train(trainer, pictures.data, pictures.searching, PREPROCESS, run_folder, on_step)
     return time.monotonic() - started
 
 

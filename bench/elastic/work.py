@@ -41,7 +41,7 @@ def _space(name: str) -> Space:
 
 
 def train_one(name: str, scale: Scale, work: Path) -> float:
-    """A finished training in `work / name`; one that was interrupted goes on where it was. Returns the seconds of all its parts.
+    """A finished training in `work / name`; one that was interrupted goes on where it was. Returns the seconds of all parts.
 
     One alone is the same net at these bits only: the usual form, cross-entropy alone, as many steps, same pictures and order.
     """

@@ -11,14 +11,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import elastic_nets
+from elastic_nets import MODEL
 
 from export.capture import capture, program_of
 from export.elastic.folder import RunFolder
 from export.elastic.space import Space
 from export.elastic.supernet import Supernet
 from refold.cli import main
-
-MODEL = f"{Path(__file__).parent / 'elastic_nets.py'}:net"
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ SIZE, CLASSES = 16, 10
 PREPROCESS = Preprocess(SIZE, SIZE, 1 / 255, (0.3, 0.3, 0.3), (0.4, 0.4, 0.4))
 PREPROCESS_TEXT = "16x16,mean=0.3,std=0.4"
 
+MODEL = f"{Path(__file__)}:net"  # as the command line names it
+
 
 class Net(nn.Module):
     """Six integer layers, two of them around a shortcut; a pooled map before the classifier."""

@@ -7,7 +7,7 @@ import json
 import elastic_nets
 import numpy as np
 import pytest
-from conftest import MODEL
+from elastic_nets import MODEL
 
 from export.elastic.space import Configuration
 from refold.bundle import Bundle

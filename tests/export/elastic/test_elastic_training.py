@@ -13,7 +13,7 @@ import elastic_nets
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL
+from elastic_nets import MODEL
 from torch.nn import functional as F  # noqa: N812
 
 from export.capture import capture, program_of

@@ -29,7 +29,7 @@ def run(job: Job) -> Outcome:
 
     def step(word: int) -> F32:
         with torch.inference_mode():
-            out = net(input_ids=torch.tensor([[word]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = net(input_ids=torch.tensor([[word]]), cache=cache, use_cache=True, logits_to_keep=1)
         logits: F32 = out.logits[0, -1].float().numpy()
         return logits
 

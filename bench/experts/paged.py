@@ -120,7 +120,7 @@ def _stepping(net: Any, pager: Any, front: Front) -> Any:
         state["length"] += 1
         front.routing = [*front.routing[-KEPT:], []]
         with torch.inference_mode():
-            out = net(input_ids=torch.tensor([[word]]), past_key_values=state["cache"], use_cache=True, logits_to_keep=1)
+            out = net(input_ids=torch.tensor([[word]]), cache=state["cache"], use_cache=True, logits_to_keep=1)
         if pager is not None:
             pager.token()
         logits: F32 = out.logits[0, -1].numpy()

@@ -150,11 +150,11 @@ class Stream:
 
     def _begin(self, prompt: Sequence[int], state: dict[str, Any]) -> torch.Tensor:
         if not self._encodes:
-            state["past_key_values"] = DynamicCache(config=self._model.config)
+            state["cache"] = DynamicCache(config=self._model.config)
             return torch.empty(0)
         with torch.inference_mode():
             state["encoder_outputs"] = self._model.get_encoder()(input_ids=torch.tensor([list(prompt)]))
-        state["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        state["cache"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
         encoded: torch.Tensor = state["encoder_outputs"][0]
         return encoded
 

@@ -242,8 +242,8 @@ def generated(model: Any, windows: int, length: int, seed: int, step: Callable[[
         ids = torch.full((min(batch, windows - at), 1), int(first))
         held = None
         for _ in range(length - 1):
-            told = model(ids[:, -1:] if held is not None else ids, past_key_values=held, use_cache=True)
-            held = told.past_key_values
+            told = model(ids[:, -1:] if held is not None else ids, cache=held, use_cache=True)
+            held = told.cache
             drawn = torch.multinomial(told.logits[:, -1].float().softmax(-1), 1, generator=generator)
             ids = torch.cat([ids, drawn], 1)
         out.append(ids.numpy())

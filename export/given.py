@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from export.calibrate import Calibration
 from export.interpret import batches, run, simulated
 from export.ir import Graph
-from export.placement import Placement
-from export.quantise import StoredWeight, WeightCodes, dequantised_parameters, is_integer_layer
+from export.placement import Placement, is_integer_layer
+from export.quantise import StoredWeight, WeightCodes, dequantised_parameters
 from export.scales import Scale
 from refold.errors import ModelError
 

@@ -28,11 +28,11 @@ from export.given import Given, taken, with_constants
 from export.ir import Graph
 from export.operators import OPERATORS, Role
 from export.pictures import Pictures
+from export.placement import is_integer_layer
 from export.ptq import LayerSensitivity, compare
 from export.quantise import (
     IntegerModel,
     integer_model,
-    is_integer_layer,
     quantised_weights,
 )
 from export.rounding import Rounding, prepared, round_off

@@ -17,7 +17,7 @@ from export.scales import LEVELS, Scale
 from refold.errors import ModelError
 from refold.norms import ActivationScale, NormKind, NormSite, NormState, NormTable, SiteTensors
 
-__all__ = ["IntegerModel", "StoredWeight", "WeightCodes", "code_limit", "integer_model", "is_integer_layer", "quantise_weights"]
+__all__ = ["IntegerModel", "StoredWeight", "WeightCodes", "code_limit", "integer_model", "quantise_weights"]
 
 F32 = NDArray[np.float32]
 CLIPPED_BELOW = 7  # bits

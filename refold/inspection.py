@@ -29,12 +29,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         return _describe_paged(bundle)
     m = bundle.manifest
     return {
-        "path": str(bundle.path),
-        "digest": bundle.digest,
-        "format": m.format,
-        "name": m.name,
-        "made_by": m.made_by,
-        "bytes": bundle.size,
+        **_identity(bundle),
         "preprocess": {
             "width": m.preprocess.width,
             "height": m.preprocess.height,
@@ -70,12 +65,12 @@ def describe(bundle: Bundle) -> dict[str, Any]:
             {"name": s.name, "kind": s.kind.name.lower(), "channels": s.channels, "norm": s.has_norm}
             for s in bundle.norms.sites
         ],
-        "parts": [{"path": p.path, "bytes": p.size, "sha256": p.sha256} for p in m.parts],
+        "parts": _parts(bundle),
     }
 
 
-def _describe_paged(bundle: Bundle) -> dict[str, Any]:
-    m, e = bundle.manifest, bundle.manifest.experts
+def _identity(bundle: Bundle) -> dict[str, Any]:
+    m = bundle.manifest
     return {
         "path": str(bundle.path),
         "digest": bundle.digest,
@@ -83,6 +78,17 @@ def _describe_paged(bundle: Bundle) -> dict[str, Any]:
         "name": m.name,
         "made_by": m.made_by,
         "bytes": bundle.size,
+    }
+
+
+def _parts(bundle: Bundle) -> list[dict[str, Any]]:
+    return [{"path": p.path, "bytes": p.size, "sha256": p.sha256} for p in bundle.parts]
+
+
+def _describe_paged(bundle: Bundle) -> dict[str, Any]:
+    e = bundle.manifest.experts
+    return {
+        **_identity(bundle),
         "experts": {
             "family": e.family,
             "layers": e.layers,
@@ -95,7 +101,7 @@ def _describe_paged(bundle: Bundle) -> dict[str, Any]:
             "measured": dict(sorted(e.measured.items())),
         },
         "sites": [{"name": s.name, "kind": s.kind.name.lower(), "channels": s.channels} for s in bundle.norms.norms],
-        "parts": [{"path": p.path, "bytes": p.size, "sha256": p.sha256} for p in m.parts],
+        "parts": _parts(bundle),
     }
 
 

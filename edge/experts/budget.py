@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from edge.experts.buffers import stride
+from edge.experts.cache import memory_sizes
 from refold.errors import UsageError
 from refold.experts import ExpertIndex
 from refold.sizes import parse_size
@@ -86,11 +86,7 @@ def resolve(memory: int | str, model: Resident) -> int:
         return memory
     resident = sum(4 * math.prod(place[1]) for place in model.resident_places().values())
     size = choose(memory, resident).bytes
-    return min(size, _all(model.index)) if memory.strip().lower() == "auto" else size
-
-
-def _all(index: ExpertIndex) -> int:
-    return sum(stride(r.size) for r in index)
+    return min(size, int(memory_sizes(model.index).sum())) if memory.strip().lower() == "auto" else size
 
 
 def available(root: Path = Path("/")) -> list[Room]:

@@ -7,16 +7,17 @@ miss costs bytes in the same measure as an eviction frees them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.experts.buffers import stride
 from edge.experts.policies import F64, I64, Policy
 from refold.errors import UsageError
 from refold.experts import ExpertIndex
 
-__all__ = ["Cache", "check_budget", "floor", "hottest"]
+__all__ = ["Cache", "check_budget", "floor", "frequencies", "hottest", "memory_sizes"]
 
 
 class Cache:
@@ -78,18 +79,27 @@ class Cache:
         self.present[number] = self.coming[number] = False
         self.used -= int(self.sizes[number])
 
-    def reclaimable(self) -> int:
-        """Bytes free or held by records that may leave."""
-        may = self.present & ~self.coming & ~self.pinned & (self.held == 0)
-        return self.budget - self.used + int(self.sizes[may].sum())
+
+def memory_sizes(index: ExpertIndex) -> I64:
+    """int64 (count,): bytes that each record takes in memory, in the order of policies.Layout."""
+    return np.array([stride(index[key].size) for key in index.geometry.keys], np.int64)
 
 
-def floor(index: ExpertIndex, sizes: Mapping[tuple[int, int], int] | None = None) -> int:
-    """Least budget a model runs with: the largest top-k records of its worst layer and one more in flight."""
+def frequencies(index: ExpertIndex) -> F64:
+    """float64 (count,): shares of a layer's tokens that used each expert when it was exported; 0 where nothing was measured."""
+    return np.array([index.frequency.get(key, 0.0) for key in index.geometry.keys])
+
+
+def floor(index: ExpertIndex, sizes: I64 | None = None) -> int:
+    """Least budget a model runs with: the largest top-k records of its worst layer and one more in flight.
+
+    Args:
+        sizes: int64 (count,), bytes that each record takes; None: those of the file.
+    """
     g = index.geometry
-    told = sizes or {(r.layer, r.expert): r.size for r in index}
-    worst = max(sum(sorted((told[layer, e] for e in range(g.experts)), reverse=True)[: g.top_k]) for layer in g.layers)
-    return worst + max(told.values())
+    told = np.array([index[key].size for key in g.keys], np.int64) if sizes is None else sizes
+    worst = np.sort(told.reshape(len(g.layers), g.experts), axis=1)[:, -g.top_k :].sum(1).max()
+    return int(worst + told.max())
 
 
 def hottest(frequency: F64, sizes: I64, share: int, above: float) -> list[int]:

@@ -132,7 +132,8 @@ def replay(
     import numpy as np
 
     from edge.experts import replay as replays
-    from edge.experts.plan import check_trace, memory_sizes
+    from edge.experts.cache import frequencies, memory_sizes
+    from edge.experts.plan import check_trace
     from edge.experts.policies import POLICIES, kept_weights, make_policy, weights_file
     from edge.experts.trace import Trace
     from refold.atomic import write_atomically
@@ -148,9 +149,7 @@ def replay(
     if bundle is not None:
         index = PagedModel.open(bundle).index
         check_trace(routing, index)
-        sizes, weights = memory_sizes(index), kept_weights(bundle)
-        keys = [(layer, e) for layer in index.geometry.layers for e in range(index.geometry.experts)]
-        frequency = np.array([index.frequency.get(key, 0.0) for key in keys])
+        sizes, frequency, weights = memory_sizes(index), frequencies(index), kept_weights(bundle)
     elif memories:
         raise UsageError("--memory needs --bundle, which knows how large a record is.")
     for name in policies:

@@ -67,10 +67,5 @@ class Counters:
         return self.covered / self.asked if self.asked else 0.0
 
     @property
-    def disk_rate(self) -> float:
-        """Bytes per second while the disk was at work."""
-        return self.bytes_read / self.busy_seconds if self.busy_seconds else 0.0
-
-    @property
     def bytes_per_token(self) -> float:
         return self.bytes_read / self.tokens if self.tokens else 0.0

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.experts.buffers import Buffers, Slot, stride
-from edge.experts.cache import Cache, check_budget, floor, hottest
-from edge.experts.policies import I64, Layout, kept_weights, make_policy
+from edge.experts.buffers import Buffers, Slot
+from edge.experts.cache import Cache, check_budget, floor, frequencies, hottest, memory_sizes
+from edge.experts.policies import Layout, kept_weights, make_policy
 from edge.experts.raw import RawFile, RawReader
 from edge.experts.settings import PagerSettings
 from edge.experts.store import RecordStore, Ticket
@@ -73,12 +73,11 @@ class Memory:
         s, g = settings, index.geometry
         self.layout = Layout(g.layers, g.experts)
         self._position_of = {layer: p for p, layer in enumerate(g.layers)}
-        self._keys = [(layer, e) for layer in g.layers for e in range(g.experts)]
+        self._keys = g.keys
         self._records = [index[key] for key in self._keys]
-        sizes: I64 = np.array([stride(r.size) for r in self._records], np.int64)
-        self.floor = floor(index, dict(zip(self._keys, sizes.tolist(), strict=True)))
+        sizes, self._frequency = memory_sizes(index), frequencies(index)
+        self.floor = floor(index, sizes)
         check_budget(index, budget, self.floor, str(path))
-        self._frequency = np.array([index.frequency.get(key, 0.0) for key in self._keys])
         policy = make_policy(s.policy, self.layout, self._frequency, s.weights or kept_weights(path))
         pinned = hottest(self._frequency, sizes, min(int(budget * s.pin), budget - self.floor), s.pin_above)
         self.cache = Cache(sizes, budget, policy, pinned)

@@ -24,8 +24,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.experts.buffers import stride
-from edge.experts.cache import check_budget, floor
+from edge.experts.cache import check_budget, floor, frequencies, memory_sizes
 from edge.experts.policies import F64, I64, Layout, ValueWeights
 from edge.experts.raw import RawFile
 from edge.experts.replay import belady, replay
@@ -34,7 +33,7 @@ from refold.errors import InputError, StorageError, UsageError
 from refold.experts import ALIGNMENT, ExpertIndex
 from refold.sizes import parse_size
 
-__all__ = ["Plan", "check_trace", "measure_disk", "memory_sizes", "parse_rate", "plan"]
+__all__ = ["Plan", "check_trace", "measure_disk", "parse_rate", "plan"]
 
 MEASURE_SECONDS = 2.0
 THREADS = 2
@@ -73,12 +72,6 @@ class Plan:
     needed_hit_rate: float | None
 
 
-def memory_sizes(index: ExpertIndex) -> I64:
-    """int64 (count,): bytes that each record takes in memory, in the order of policies.Layout."""
-    g = index.geometry
-    return np.array([stride(index[layer, e].size) for layer in g.layers for e in range(g.experts)], np.int64)
-
-
 def plan(
     index: ExpertIndex,
     budget: int,
@@ -100,12 +93,9 @@ def plan(
     """
     if disk <= 0 or (compute is not None and compute <= 0):
         raise UsageError("A disk rate and a compute time are above 0.")
-    g, sizes = index.geometry, memory_sizes(index)
-    layout = Layout(g.layers, g.experts)
-    keys = [(layer, e) for layer in g.layers for e in range(g.experts)]
-    least = floor(index, dict(zip(keys, sizes.tolist(), strict=True)))
+    g, sizes, frequency = index.geometry, memory_sizes(index), frequencies(index)
+    layout, least = Layout(g.layers, g.experts), floor(index, sizes)
     check_budget(index, budget, least, name)
-    frequency = np.array([index.frequency.get(key, 0.0) for key in keys])
     best: float | None = None
     if trace is not None:
         check_trace(trace, index)

@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from edge.experts.cache import Cache
-from edge.experts.policies import F64, I64, POLICIES, Layout, Policy, ValueWeights, make_policy
+from edge.experts.policies import F64, I64, POLICIES, Policy, ValueWeights, make_policy
 from edge.experts.trace import Trace
 from refold.errors import UsageError
 
-__all__ = ["BELADY", "Outcome", "belady", "compare", "replay", "slots_to_bytes", "tune"]
+__all__ = ["BELADY", "Outcome", "belady", "compare", "replay", "tune"]
 
 BELADY = "belady"
 
@@ -203,8 +203,3 @@ def tune(
         if least == before:
             break
     return best
-
-
-def slots_to_bytes(slots: int, sizes: I64, layout: Layout) -> int:
-    """A budget that holds so many records of mean size per layer."""
-    return int(slots * len(layout.layers) * sizes.mean())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -69,6 +68,3 @@ class PagerSettings:
         if self.paths == "beside":
             return bundle.with_name(bundle.name + ".paths.npz")
         return Path(self.paths) / (bundle.name + ".paths.npz")
-
-    def with_policy(self, policy: str) -> PagerSettings:
-        return dataclasses.replace(self, policy=policy)

@@ -10,7 +10,7 @@ from export.elastic.genome import Genome, genome_of
 from export.elastic.judge import Judge
 from export.elastic.pairs import Pairs, measured_pairs
 from export.elastic.predictor import Predictor, Quality
-from export.elastic.search import Budget, Evolution, check_budgets, search
+from export.elastic.search import Budget, Evolution, check_budgets, search, within
 from export.elastic.space import Configuration, Form
 
 __all__ = ["Candidate", "Choice", "choose", "uniform_rivals"]
@@ -52,7 +52,7 @@ def uniform_rivals(judge: Judge, budgets: Sequence[Budget], forms: Sequence[Form
     for w in space.weight_bits:
         for a in space.activation_bits:
             c = space.uniform(layout, w, a, form)
-            if all(b.cost(c) <= b.most for b in budgets):
+            if within(budgets, c):
                 fits.append((w, a, c))
     front = [(w, a, c) for w, a, c in fits if not any(x >= w and y >= a and (x, y) != (w, a) for x, y, _ in fits)]
     return [(f"w{w}a{a}", c) for w, a, c in front]
@@ -105,8 +105,7 @@ def choose(
         seeds += fresh
 
     def fits(genome: Genome) -> bool:
-        configuration = genome.configuration(space, layout)
-        return all(b.cost(configuration) <= b.most for b in budgets) and (not forms or genome.form in forms)
+        return within(budgets, genome.configuration(space, layout)) and (not forms or genome.form in forms)
 
     inside = [g for g in taught if fits(g)]
     hope = dict(zip(inside, predictor(inside), strict=True)) if inside else {}

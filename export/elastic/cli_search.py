@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from export.elastic.choose import Candidate, Choice, choose
@@ -21,6 +21,7 @@ from export.elastic.latency import SAME_FOR_ALL, Latencies, measure_latency
 from export.elastic.plots import pareto, predicted_against_measured
 from export.elastic.search import Budget, Evolution
 from export.elastic.space import bit_operations, byte_count
+from export.progress import counted
 from export.targets import TARGETS, target_named
 from refold.atomic import write_atomically
 from refold.errors import UsageError
@@ -87,8 +88,7 @@ def search(
     times = _latencies(shop, target, console) if asked[2] else None
     budgets = _budgets(shop, asked, times)
     pairs_file = run / f"pairs-{folder.digest()[:12]}-{qmax}-{len(shop.judge.held)}.jsonl"
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as bar:
+    with Progress(*counted(), console=console, transient=True, disable=as_json or not console.is_terminal) as bar:
         task: TaskID = bar.add_task("search", total=None)
         choice = choose(
             shop.judge, budgets, pairs_file, pairs=pairs, finalists=finalists, evolution=evolution,

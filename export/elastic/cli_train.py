@@ -10,7 +10,7 @@ from typing import Any
 import click
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from export.capture import capture, load_model, program_of
@@ -24,6 +24,7 @@ from export.elastic.train import Trainer, calibration_index
 from export.elastic.train import train as train_all
 from export.pictures import class_names
 from export.preprocessing import parse_preprocess
+from export.progress import counted
 from refold.atomic import write_atomically
 from refold.errors import InputError, UsageError
 
@@ -172,5 +173,4 @@ def _measured(judge: Judge, space: Space, console: Console, as_json: bool) -> li
 
 
 def _bar(console: Console, as_json: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal)
+    return Progress(*counted(), console=console, transient=True, disable=as_json or not console.is_terminal)

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from export.ir import Graph, Node
-from export.placement import Placement
-from export.quantise import is_integer_layer
+from export.placement import Placement, is_integer_layer
 from refold.errors import ModelError
 
 __all__ = ["LayerPlace", "Layout", "ValuePlace", "layout_of"]

@@ -17,7 +17,7 @@ from export.elastic.layout import Layout
 from export.elastic.space import Configuration, Form, Space
 from refold.errors import UsageError
 
-__all__ = ["Budget", "Evolution", "check_budgets", "least", "search"]
+__all__ = ["Budget", "Evolution", "check_budgets", "least", "search", "within"]
 
 Predict = Callable[[Sequence[Genome]], NDArray[np.float32]]
 TRIES = 20  # draws before a child is narrowed instead
@@ -46,6 +46,11 @@ class Evolution:
     def __post_init__(self) -> None:
         if self.population < 8 or self.generations < 0 or not 0 < self.keep < 1 or not 0 < self.mutation <= 1:
             raise UsageError("A search has a population of at least 8; keep and mutation lie between 0 and 1.")
+
+
+def within(budgets: Sequence[Budget], configuration: Configuration) -> bool:
+    """Whether it costs no more than any of them allows."""
+    return all(b.cost(configuration) <= b.most for b in budgets)
 
 
 def least(space: Space, layout: Layout, forms: Sequence[Form], budget: Budget) -> tuple[float, Configuration]:
@@ -92,7 +97,7 @@ def check_budgets(space: Space, layout: Layout, budgets: Sequence[Budget], forms
                 code="budget",
             )
     narrowest = [least(space, layout, [form], budgets[0])[1] for form in forms] if budgets else []
-    if budgets and not any(all(b.cost(c) <= b.most for b in budgets) for c in narrowest):
+    if budgets and not any(within(budgets, c) for c in narrowest):
         told = " and ".join(f"{b.told(b.most)} ({b.name})" for b in budgets)
         raise UsageError(f"No configuration fits {told} at once: loosen one.", code="budget")
 
@@ -117,8 +122,7 @@ class _Search:
         return Genome(form, (w,) * len(self.layout.elastic_layers), (a,) * len(self.layout.elastic_values))
 
     def _fits(self, genome: Genome) -> bool:
-        configuration = genome.configuration(self.space, self.layout)
-        return all(b.cost(configuration) <= b.most for b in self.budgets)
+        return within(self.budgets, genome.configuration(self.space, self.layout))
 
     def run(self, seeds: Sequence[Genome], on_generation: Callable[[int, float], None]) -> list[Genome]:
         s = self.settings

@@ -16,8 +16,8 @@ from export.elastic.space import PINNED, ActivationForm, Configuration, Space, W
 from export.interpret import batches, run
 from export.ir import Graph, Node
 from export.operators import Norm
-from export.placement import Placement, place
-from export.quantise import integer_model, is_integer_layer, quantised_weights
+from export.placement import Placement, is_integer_layer, place
+from export.quantise import integer_model, quantised_weights
 from export.rules import apply_rules
 from export.scales import Scale
 from refold.errors import InputError

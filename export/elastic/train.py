@@ -54,7 +54,7 @@ class Trainer:
         for tensor in self.learned:
             tensor.requires_grad_(True)
         self.optimiser = torch.optim.Adam(self.learned, lr=training.lr)
-        self.float_parameters = float_parameters(supernet.captured)
+        self.float_parameters = float_parameters(supernet.captured) if training.teacher else None
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Takes over the optimiser; the supernet was restored from the checkpoint's state."""
@@ -95,7 +95,7 @@ class Trainer:
         return losses
 
     def _taught(self, x: torch.Tensor) -> torch.Tensor | None:
-        if not self.training.teacher:
+        if self.float_parameters is None:
             return None
         with torch.no_grad():
             return run_graph(self.supernet.captured, x, self.float_parameters)

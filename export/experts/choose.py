@@ -36,6 +36,13 @@ class Judge(search.Judge):
         """Announces that many losses."""
         self._stage(what, losses * len(self.windows.ids))
 
+    def passed(self, plan: Mapping[Key, int]) -> None:
+        """Runs the plan's pass, known loss or not: its routing is wanted."""
+        fresh = self.fresh
+        self.loss(plan)
+        if self.fresh == fresh:
+            self.measure.loss(plan)
+
     @property
     def resumed(self) -> int:
         """Losses that an earlier run had measured."""
@@ -53,9 +60,9 @@ def choose(judge: Judge, size: Mapping[int, int], options: Options) -> tuple[Sea
     """
     measure = judge.measure
     keys = measure.source.order
-    judge.stage("measuring the checkpoint and each width", 5)
+    judge.stage("measuring the checkpoint and each width", 1 + len(BITS))
     original = judge.loss(dict.fromkeys(keys, ORIGINAL))
-    measure.loss(dict.fromkeys(keys, search.MIDDLE))  # the routing is wanted, whether or not its loss is known
+    judge.passed(dict.fromkeys(keys, search.MIDDLE))
     frequency, used = measure.frequency(), {k for k in keys if measure.count(*k)}
     costs = Costs(keys, size, frequency)
     uniform = {b: judge.loss(costs.uniform(b)) for b in BITS}

@@ -8,20 +8,13 @@ from pathlib import Path
 import click
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, SpinnerColumn
 
 from export.experts.factor import Factoring, discard, factor, factored_folder
 from export.experts.factor_router import RouterSettings
-from export.experts.pipeline import MIXED, Options, Watcher, as_json, export_experts
+from export.experts.pipeline import MIXED, Options, Watcher, export_experts
 from export.experts.report import lines
+from export.progress import counted
 from refold.errors import UsageError
 from refold.signing import SigningKey
 from refold.sizes import parse_size
@@ -118,11 +111,7 @@ def experts(
         raise UsageError("--active and --router-text belong to --factor.")
     picture = output.with_suffix(".bits.png") if plot and options.searches else None
     console = Console(stderr=True)
-    columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True, disable=json_) as bar:
+    with Progress(SpinnerColumn(), *counted(), console=console, transient=True, disable=json_) as bar:
         task = bar.add_task("starting", total=None)
 
         def stage(what: str, steps: int) -> None:
@@ -139,8 +128,7 @@ def experts(
     if factoring is not None:
         discard(checkpoint)
     if json_:
-        found = as_json(told)
-        click.echo(found if factoring is None else json.dumps(json.loads(found) | {"factored": cut.to_json()}, indent=1))
+        click.echo(json.dumps(told.to_json() | ({"factored": cut.to_json()} if factoring is not None else {}), indent=1))
         return
     for line in cut.lines() if factoring is not None else ():
         click.echo(line)

@@ -8,7 +8,6 @@ A uniform width writes its records into what becomes the bundle; a mixture copie
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -221,7 +220,3 @@ def _mixed(run: _Run, windows: Windows) -> tuple[PagedWriter, dict[Key, int], di
             writer.append(layer, expert, bits, run.variants[bits].read(layer, expert))
             run.watch.step(1)
     return writer, plan, _measured(taken.loss, searched.original, windows), frequency, searched
-
-
-def as_json(told: Told) -> str:
-    return json.dumps(told.to_json(), indent=1)

@@ -78,7 +78,7 @@ class Source:
     @property
     def order(self) -> list[Key]:
         """(layer, expert) of every expert, in the order of the records."""
-        return [(layer, e) for layer in self.geometry.layers for e in range(self.geometry.experts)]
+        return self.geometry.keys
 
     def _pieces(self, layer: int, expert: int) -> Iterator[Iterator[tuple[str, Tensor]]]:
         """For each of the two matrices, the tensors that are stacked to it."""

@@ -14,15 +14,7 @@ import click
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, SpinnerColumn
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -39,6 +31,7 @@ from export.fixed_point.train import Trainer
 from export.pictures import Pictures, class_names, load_pictures
 from export.pipeline import MOST_PICTURES, Options, export_model
 from export.preprocessing import parse_preprocess
+from export.progress import counted
 from export.targets import TARGETS
 from refold.atomic import write_atomically
 from refold.errors import InputError, ModelError, StorageError, UsageError
@@ -215,10 +208,8 @@ def _labelled(pictures: Pictures, source: Path) -> tuple[Any, Any]:
 
 
 def _train(trainer: Trainer, checkpoint: Path, every: float, console: Console, quiet: bool) -> None:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
     saved = time.monotonic()
-    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
+    with Progress(SpinnerColumn(), *counted(), console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("training", total=trainer.steps, completed=trainer.state.step)
 
         def after(t: Trainer) -> None:

@@ -25,8 +25,8 @@ from export.fixed_point.number import FixedPoint
 from export.given import Given
 from export.ir import Graph
 from export.operators import Role
-from export.placement import Placement, place
-from export.quantise import IntegerModel, StoredWeight, WeightCodes, integer_model, is_integer_layer
+from export.placement import Placement, is_integer_layer, place
+from export.quantise import IntegerModel, StoredWeight, WeightCodes, integer_model
 from export.rules import apply_rules
 from export.scales import Scale
 from refold.errors import ModelError

@@ -22,8 +22,8 @@ from torch import Tensor
 from export.interpret import float_parameters, simulated
 from export.ir import Graph, Node
 from export.operators import evaluate
-from export.placement import Placement
-from export.quantise import WeightCodes, dequantised_parameters, is_integer_layer
+from export.placement import Placement, is_integer_layer
+from export.quantise import WeightCodes, dequantised_parameters
 from export.scales import Scale
 
 __all__ = ["PICTURES", "correct_bias"]

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from export.interpret import batches, float_parameters, run
 from export.ir import Graph, Node
-from export.placement import Placement
-from export.quantise import is_integer_layer
+from export.placement import Placement, is_integer_layer
 
 __all__ = ["equalise"]
 

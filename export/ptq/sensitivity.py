@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from export.interpret import batches, float_parameters, run
 from export.ir import Graph, Node
-from export.placement import Placement
-from export.quantise import is_integer_layer, quantise_weights
+from export.placement import Placement, is_integer_layer
+from export.quantise import quantise_weights
 from refold.packing import packed_size
 
 __all__ = ["BITS", "LayerSensitivity", "sensitivity"]

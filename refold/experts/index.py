@@ -42,6 +42,11 @@ class Geometry:
     group: int
 
     @property
+    def keys(self) -> list[tuple[int, int]]:
+        """(layer, expert) of every expert, in the order of the records."""
+        return [(layer, expert) for layer in self.layers for expert in range(self.experts)]
+
+    @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """(rows, columns) of an expert's two matrices."""
         return ((2 if self.gated else 1) * self.intermediate, self.hidden), (self.hidden, self.intermediate)
@@ -109,7 +114,7 @@ class ExpertIndex:
             records = {(r.layer, r.expert): r for r, _ in rows}
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise BundleError(f"The expert index of {path} is damaged: copy or export it again.", code="damaged") from e
-        wanted = {(layer, expert) for layer in geometry.layers for expert in range(geometry.experts)}
+        wanted = set(geometry.keys)
         if set(records) != wanted or len(rows) != len(wanted):
             raise BundleError(f"The expert index of {path} lacks experts or has some twice: export it again.", code="damaged")
         end = 0

@@ -18,8 +18,9 @@ from export.interpret import fake_quantise, float_parameters, run
 from export.operators import evaluate
 from export.pictures import Pictures
 from export.pipeline import Options, export_model, fresh_export, make_recipe
+from export.placement import is_integer_layer
 from export.ptq import LayerSensitivity, compare, correct_bias, equalise, mixed, sensitivity
-from export.quantise import dequantised_parameters, is_integer_layer
+from export.quantise import dequantised_parameters
 from export.rounding import prepared
 from refold.cli import main
 from refold.errors import UsageError

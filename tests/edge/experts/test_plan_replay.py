@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from expert_files import BASE, make_index, write_model
 
-from edge.experts.plan import measure_disk, memory_sizes, parse_rate, plan
+from edge.experts.cache import memory_sizes
+from edge.experts.plan import measure_disk, parse_rate, plan
 from edge.experts.policies import ValueWeights, kept_weights
 from edge.experts.replay import belady, compare, replay, tune
 from edge.experts.trace import Trace, TraceWriter

@@ -10,7 +10,6 @@ import sys
 import time
 
 import pytest
-import run_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,17 +22,6 @@ from edge.experts.model import Settings, load
 from edge.experts.trace import Trace
 from refold.cli import main
 from refold.errors import BundleError, InputError, StorageError, UsageError
-
-
-@pytest.fixture(scope="module")
-def paged(tmp_path_factory):
-    return run_models.write(tmp_path_factory.mktemp("m") / "m.refold", run_models.random_model("mixtral"))
-
-
-@pytest.fixture(scope="module")
-def running(paged):
-    with load(paged.path, Settings(memory=paged.index.total // 2)) as running:
-        yield running
 
 
 def write(running, prompt="Hello", **sampling):

@@ -29,11 +29,6 @@ WHO = Trust(KeyRing([KEY.public]), "home")
 BINARY = {"Content-Type": "application/octet-stream"}
 
 
-@pytest.fixture(scope="module")
-def paged(tmp_path_factory):
-    return run_models.write(tmp_path_factory.mktemp("m") / "m.refold", run_models.random_model("mixtral"))
-
-
 @pytest.fixture
 def running(paged):
     with load(paged.path, Settings(memory=paged.index.total)) as running:

@@ -14,25 +14,12 @@ import time
 
 import openai
 import pytest
-import run_models
 
 from edge.experts.generate import Sampling
-from edge.experts.model import Settings, load
 from edge.experts.serve import Server, ServeSettings
 from edge.experts.serve_openai import Stops
 from edge.experts.serve_turns import Full, Turns
 from refold.errors import NetworkError, StorageError, UsageError
-
-
-@pytest.fixture(scope="module")
-def paged(tmp_path_factory):
-    return run_models.write(tmp_path_factory.mktemp("m") / "m.refold", run_models.random_model("mixtral"))
-
-
-@pytest.fixture(scope="module")
-def running(paged):
-    with load(paged.path, Settings(memory=paged.index.total // 2)) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

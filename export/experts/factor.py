@@ -212,6 +212,7 @@ def _learn(checkpoint: Checkpoint, how: Factoring, stage: Stage, step: Step) -> 
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     stage("loading the dense model", 0)
     try:
         model = transformers.LlamaForCausalLM.from_pretrained(

@@ -1,4 +1,4 @@
-"""How the native kernel comes about: cache, missing and broken compilers, two processes at once, what others could have put there."""
+"""How the native kernel comes about: cache, missing and broken compilers, two processes at once, files that others put there."""
 
 from __future__ import annotations
 

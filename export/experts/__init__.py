@@ -10,6 +10,7 @@
     search.py       which expert gets how many bits: arithmetic
     choose.py       ... with real measurements
     report.py       what came of it: table, JSON, heat-map
+    factor*.py      a dense model cut into experts first
     cli.py          the command
 
 Only one expert is in memory at a time while quantising, and the resident part while measuring.

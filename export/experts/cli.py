@@ -70,6 +70,13 @@ def parse_share(text: str) -> float:
     help="Of the K experts' sum: as it is, or times N / K as FactorLLM has it.",
 )
 @click.option(
+    "--split",
+    type=click.Choice(["clusters", "slices"]),
+    default="clusters",
+    show_default=True,
+    help="An expert: neurons that are active together, or neighbours as in FactorLLM.",
+)
+@click.option(
     "--router-text",
     "router_texts",
     multiple=True,
@@ -85,8 +92,8 @@ def parse_share(text: str) -> float:
 def experts(
     checkpoint: Path, output: Path, bits: str | None, group: int | None, texts: tuple[Path, ...], tolerance: str | None,
     size: str | None, importance: str, windows: int, length: int, cache: str, parts: int | None, active: int | None,
-    scaling: str, router_texts: tuple[Path, ...], router_steps: int, plot: bool, name: str | None, keys: tuple[Path, ...],
-    threads: int, json_: bool,
+    scaling: str, split: str, router_texts: tuple[Path, ...], router_steps: int, plot: bool, name: str | None,
+    keys: tuple[Path, ...], threads: int, json_: bool,
 ) -> None:  # fmt: skip
     """Page the experts of CHECKPOINT, a Hugging Face folder with config.json and safetensors.
 
@@ -106,7 +113,7 @@ def experts(
     factoring = None
     if parts is not None:
         routers = RouterSettings(steps=router_steps)
-        factoring = Factoring(parts, active or parts, scaling, router_texts, measured=texts, router=routers)
+        factoring = Factoring(parts, active or parts, scaling, split, router_texts, measured=texts, router=routers)
     elif active is not None or router_texts:
         raise UsageError("--active and --router-text belong to --factor.")
     picture = output.with_suffix(".bits.png") if plot and options.searches else None

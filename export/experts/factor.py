@@ -1,6 +1,7 @@
 """`--factor N`: a dense Llama becomes a mixture of N experts a layer, so that it can be paged (FactorLLM, arXiv 2408.11855).
 
     factor_llama2c.py   llama2.c's files as a Llama checkpoint
+    factor_cluster.py   which neurons go together
     factor_router.py    the routers: what they learn, what the factored model loses
     factor.py           this: trains them, then writes the factored checkpoint tensor by tensor
 
@@ -32,23 +33,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.experts import factor_router
+from export.experts import factor_cluster, factor_router
 from export.experts.checkpoint import Checkpoint
 from export.experts.factor_llama2c import convert_llama2c, is_llama2c
 from export.experts.factor_router import RouterSettings, Shares
 from export.experts.tokens import windows_of
 from refold.atomic import write_atomically
-from refold.errors import InputError, ModelError, UsageError
+from refold.errors import InputError, ModelError, StorageError, UsageError
 from refold.experts import Resident, Tensor
 from refold.experts.tensors import packed
 
 __all__ = ["Factored", "Factoring", "discard", "factor", "factored_folder"]
 
 TINY = 2.0**-60  # times a router's rows
+PROFILED = 16  # windows from which neurons are grouped
 DONE = "factored.json"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
+Cut = tuple[F32, I64]  # a layer's router, and the order of its neurons
 Stage = Callable[[str, int], None]
 Step = Callable[[int], None]
 
@@ -58,6 +61,7 @@ class Factoring:
     """Attributes:
     experts: N, a divisor of the intermediate size. active: k of them that a token uses; N is lossless.
     scaling: "sum" of the k experts, or "paper": FactorLLM's N / k times that.
+    split: "clusters" of neurons that are active together, or "slices" as they lie.
     texts: what routers learn from; without any, text that the dense model writes itself. windows, length: how much of it.
     measured: text on which perplexities are told; without any, windows of the routers' text that they did not learn from.
     """
@@ -65,6 +69,7 @@ class Factoring:
     experts: int
     active: int
     scaling: str = "sum"
+    split: str = "clusters"
     texts: Sequence[Path] = ()
     windows: int = 64
     length: int = 256
@@ -78,6 +83,8 @@ class Factoring:
             raise UsageError(f"--active is 1 to {self.experts}, the number of experts, not {self.active}.")
         if self.scaling not in ("sum", "paper"):
             raise UsageError(f"--scaling is sum or paper, not {self.scaling!r}.")
+        if self.split not in ("clusters", "slices"):
+            raise UsageError(f"--split is clusters or slices, not {self.split!r}.")
         if self.windows < 4 or self.length < 8:
             raise UsageError("Routers learn from 4 windows of 8 tokens at least.")
 
@@ -137,7 +144,18 @@ def factor(source: Path, folder: Path, how: Factoring, stage: Stage, step: Step)
         InputError: not such a checkpoint, damaged, or no usable text. ModelError: another architecture, a width that N does
             not divide. StorageError: the disk.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return _factored(source, folder, how, stage, step)
+    except BaseException:
+        if not (folder / DONE).is_file():  # nothing in it is worth going on from
+            discard(folder)
+        raise
+
+
+def _factored(source: Path, folder: Path, how: Factoring, stage: Stage, step: Step) -> Factored:
+    if not folder.parent.is_dir():
+        raise StorageError(f"{folder.parent} does not exist: make it, or write elsewhere.")
+    folder.mkdir(exist_ok=True)
     dense = folder / "dense"
     if is_llama2c(source):
         dense.mkdir(exist_ok=True)
@@ -152,9 +170,9 @@ def factor(source: Path, folder: Path, how: Factoring, stage: Stage, step: Step)
     )
     if (known := _known(folder / DONE, key)) is not None:
         return known
-    routers, told = _learn(checkpoint, how, stage, step)
+    cuts, told = _learn(checkpoint, how, stage, step)
     stage("writing the factored checkpoint", checkpoint.config["num_hidden_layers"] + 1)
-    _write(checkpoint, folder, how, routers, step)
+    _write(checkpoint, folder, how, cuts, step)
     write_atomically(folder / DONE, [json.dumps({"key": key, "told": told.to_json()}).encode()])
     return told
 
@@ -208,7 +226,7 @@ def _check(checkpoint: Checkpoint, how: Factoring) -> None:
         )
 
 
-def _learn(checkpoint: Checkpoint, how: Factoring, stage: Stage, step: Step) -> tuple[list[F32], Factored]:
+def _learn(checkpoint: Checkpoint, how: Factoring, stage: Stage, step: Step) -> tuple[list[Cut], Factored]:
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -224,6 +242,13 @@ def _learn(checkpoint: Checkpoint, how: Factoring, stage: Stage, step: Step) -> 
     model.requires_grad_(False)
     ids, held, text = _texts(checkpoint, model, how, stage, step)
     seats = factor_router.seat(model, how.experts, how.router.seed)
+    orders = [torch.arange(s.gate_proj.out_features) for s in seats]
+    if how.split == "clusters" and how.active < how.experts:
+        stage("finding neurons that are active together", len(ids[:PROFILED]))
+        found = factor_cluster.profiles(model, seats, ids[:PROFILED], step)
+        orders = [factor_cluster.balanced(p, how.experts, how.router.seed) for p in found]
+        for s, order in zip(seats, orders, strict=True):
+            factor_cluster.reorder(s, order)
     counts = sorted({1, max(1, how.experts // 2), how.active, how.experts})
     stage("measuring before the routers are trained", len(held) * (len(counts) + 1))
     dense = math.exp(factor_router.loss_of(model, seats, held, None, step))
@@ -234,16 +259,16 @@ def _learn(checkpoint: Checkpoint, how: Factoring, stage: Stage, step: Step) -> 
     after, kept, shares = {how.experts: before[how.experts]}, untrained, list[Shares]()
     for k in [k for k in counts if k < how.experts]:
         stage(f"training routers for {k} of {how.experts}", len(seats) + len(held))
-        found = []
+        trained = []
         for s, start, lesson in zip(seats, untrained, lessons, strict=True):
-            found.append(factor_router.train(start, lesson, k, how.scale(k), how.router))
-            s.router = found[-1][0]
+            trained.append(factor_router.train(start, lesson, k, how.scale(k), how.router))
+            s.router = trained[-1][0]
             step(1)
         after[k] = math.exp(factor_router.loss_of(model, seats, held, k, step, how.scale(k)))
         if k == how.active:
-            kept, shares = [router for router, _ in found], [told for _, told in found]
+            kept, shares = [router for router, _ in trained], [told for _, told in trained]
     told = Factored(how.experts, how.active, text, held.shape[0] * (held.shape[1] - 1), dense, before, after, shares)
-    return [r.numpy() for r in kept], told
+    return [(r.numpy(), o.numpy()) for r, o in zip(kept, orders, strict=True)], told
 
 
 def _texts(checkpoint: Checkpoint, model: Any, how: Factoring, stage: Stage, step: Step) -> tuple[I64, I64, str]:
@@ -266,11 +291,11 @@ def _texts(checkpoint: Checkpoint, model: Any, how: Factoring, stage: Stage, ste
     return ids[:-rest], ids[-rest:], "windows its routers did not learn from"
 
 
-def _write(checkpoint: Checkpoint, folder: Path, how: Factoring, routers: Sequence[F32], step: Step) -> None:
+def _write(checkpoint: Checkpoint, folder: Path, how: Factoring, cuts: Sequence[Cut], step: Step) -> None:
     """A shard per layer and one for the rest: memory for one layer's feed-forward."""
-    layers = len(routers)
+    layers = len(cuts)
     shards = [[r for name in _rest(checkpoint) for r in [_as_is(checkpoint, name)]]]
-    shards += [list(_layer(checkpoint, i, how, routers[i])) for i in range(layers)]
+    shards += [list(_layer(checkpoint, i, how, cuts[i])) for i in range(layers)]
     where: dict[str, str] = {}
     for i, shard in enumerate(shards):
         name = SHARD.format(i + 1, len(shards))
@@ -291,9 +316,10 @@ def _as_is(checkpoint: Checkpoint, name: str) -> Resident:
     return Resident(name, checkpoint.dtype(name), checkpoint.shape(name), lambda: checkpoint.read(name).data)
 
 
-def _layer(checkpoint: Checkpoint, layer: int, how: Factoring, router: F32) -> Iterator[Resident]:
+def _layer(checkpoint: Checkpoint, layer: int, how: Factoring, cut: Cut) -> Iterator[Resident]:
     experts, times = how.experts, np.float32(how.active * how.scale(how.active))
     inner, hidden = int(checkpoint.config["intermediate_size"]) // experts, int(checkpoint.config["hidden_size"])
+    router, order = cut
     dense, moe = f"model.layers.{layer}.mlp.", f"model.layers.{layer}.block_sparse_moe."
 
     def read(name: str, shape: tuple[int, int]) -> F32:
@@ -303,11 +329,11 @@ def _layer(checkpoint: Checkpoint, layer: int, how: Factoring, router: F32) -> I
         return np.asarray(checkpoint.read(f"{dense}{name}_proj.weight").numpy(), np.float32)
 
     def first() -> bytes:
-        halves = [read(n, (experts * inner, hidden)).reshape(experts, inner, hidden) for n in ("gate", "up")]
+        halves = [read(n, (experts * inner, hidden))[order].reshape(experts, inner, hidden) for n in ("gate", "up")]
         return np.concatenate(halves, 1).tobytes()
 
     def second() -> bytes:
-        down = read("down", (hidden, experts * inner)).reshape(hidden, experts, inner).swapaxes(0, 1)
+        down = read("down", (hidden, experts * inner))[:, order].reshape(hidden, experts, inner).swapaxes(0, 1)
         return np.ascontiguousarray(down * times).tobytes()
 
     yield Resident(moe + "input_linear.weight", "F32", (experts, 2 * inner, hidden), first)

@@ -1,4 +1,4 @@
-"""How the native kernel comes about: cache, missing and broken compilers, two processes at once, what others put there."""
+"""How the native kernel comes about: cache, missing and broken compilers, two processes at once, files of somebody else."""
 
 from __future__ import annotations
 

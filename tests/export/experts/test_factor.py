@@ -13,10 +13,12 @@ import torch
 
 from export.experts import factor_router as routers
 from export.experts.factor import Factored, Factoring, factor
+from export.experts.factor_cluster import balanced, reorder
 from export.experts.factor_llama2c import convert_llama2c, tokenizer_json
 from export.experts.factor_router import RouterSettings
 from export.experts.source import Source
 from refold.errors import InputError, ModelError, UsageError
+from refold.experts import PagedModel
 
 transformers = pytest.importorskip("transformers")
 FEW = RouterSettings(steps=20)
@@ -44,8 +46,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return folder, tiny(folder)
 
 
-def how(active: int, experts: int = 4, scaling: str = "sum") -> Factoring:
-    return Factoring(experts, active, scaling, windows=8, length=16, router=FEW)
+def how(active: int, experts: int = 4, scaling: str = "sum", split: str = "slices") -> Factoring:
+    return Factoring(experts, active, scaling, split, windows=8, length=16, router=FEW)
 
 
 def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -71,10 +73,11 @@ def test_with_all_active_transformers_computes_the_dense_model(dense: tuple[Path
 
 
 @pytest.mark.parametrize(("scaling", "scale"), [("sum", 1.0), ("paper", 2.0)])
+@pytest.mark.parametrize("split", ["slices", "clusters"])
 def test_with_some_active_transformers_computes_the_formula(
-    dense: tuple[Path, Any], tmp_path: Path, scaling: str, scale: float
+    dense: tuple[Path, Any], tmp_path: Path, scaling: str, scale: float, split: str
 ) -> None:
-    factor(dense[0], tmp_path, how(2, scaling=scaling), quiet, quiet)
+    factor(dense[0], tmp_path, how(2, scaling=scaling, split=split), quiet, quiet)
     source = Source.open(tmp_path)
     ids = torch.arange(60).reshape(2, 30)
     model = transformers.LlamaForCausalLM.from_pretrained(dense[0], dtype=torch.float32).eval()
@@ -83,6 +86,7 @@ def test_with_some_active_transformers_computes_the_formula(
         name = f"model.layers.{layer}.block_sparse_moe.router.layer.weight"
         s.router = torch.from_numpy(source.checkpoint.read(name).numpy() * np.float32(2.0**60))
         s.active, s.scale = 2, scale
+        reorder(s, _order(source, layer, s))
     with torch.no_grad():
         wanted = model(ids).logits
     apart = (logits(tmp_path, ids) - wanted).abs().max() / wanted.abs().max()
@@ -90,6 +94,25 @@ def test_with_some_active_transformers_computes_the_formula(
     with torch.no_grad():
         assert float((wanted - dense[1](ids).logits).abs().max()) > 1e-2  # two of four are not the dense model
     assert (source.geometry.experts, source.geometry.top_k, source.geometry.intermediate) == (4, 2, 18)
+
+
+def _order(source: Source, layer: int, s: routers.FactoredMlp) -> torch.Tensor:
+    """Where each row of the written gates lay in the dense feed-forward."""
+    gates = np.concatenate([source.weights(layer, e)[0][:18] for e in range(4)])
+    at = {row.tobytes(): i for i, row in enumerate(s.gate_proj.weight.detach().numpy())}
+    order = torch.tensor([at[row.tobytes()] for row in gates])
+    assert sorted(order.tolist()) == list(range(72))
+    return order
+
+
+def test_neurons_that_are_active_together_become_one_expert() -> None:
+    rng = torch.Generator().manual_seed(3)
+    centres = torch.randn(4, 50, generator=rng)
+    kind = torch.arange(48) % 4
+    points = torch.nn.functional.normalize(centres[kind] + 0.1 * torch.randn(48, 50, generator=rng), dim=1)
+    groups = kind[balanced(points, 4, 0)].reshape(4, 12)
+    assert all(len(set(g.tolist())) == 1 for g in groups)
+    assert sorted(balanced(points[:, :1] * 0 + 1, 4, 0).tolist()) == list(range(48))  # alike, and still of equal sizes
 
 
 def test_it_is_not_done_twice_and_done_again_for_other_settings(dense: tuple[Path, Any], tmp_path: Path) -> None:
@@ -139,7 +162,7 @@ def test_both_losses_do_what_they_are_for() -> None:
     agreed = [routers.train(start, lesson, 2, 2.0, RouterSettings(steps=n))[1].agreed for n in (0, 200)]
     assert agreed[0] < 0.7 and agreed[1] > 0.9
     alone = RouterSettings(steps=100, prior=0.0, balance=1.0)
-    certain = 3 * torch.randn(4, 16)
+    certain = 0.5 * torch.randn(4, 16)
     after = routers.train(certain, lesson, 2, 2.0, alone)[0]
     sure = [float((x @ r.T).softmax(-1).amax(-1).mean()) for r in (certain, after)]
     assert sure[1] < sure[0] - 0.01  # the balance loss takes certainty from what is chosen; twice a softmax, it does so slowly
@@ -205,7 +228,8 @@ def test_a_broken_llama2c_file_is_told(tmp_path: Path, cut: int, said: str) -> N
 
 def test_what_cannot_be_cut_is_told(dense: tuple[Path, Any], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="72 cannot be cut into 5 equal experts; --factor may be 2, 3, 4"):
-        factor(dense[0], tmp_path, how(2, 5), quiet, quiet)
+        factor(dense[0], tmp_path / "out", how(2, 5), quiet, quiet)
+    assert not (tmp_path / "out").exists()
     for name, value, said in (
         ("model_type", "gpt2", "'gpt2'"),
         ("mlp_bias", True, "biases"),
@@ -233,3 +257,23 @@ def test_what_is_told_survives_its_file() -> None:
     told = Factored(4, 2, "t", 9, 1.5, {1: 3.0, 4: 1.5}, {1: 2.0, 4: 1.5}, [routers.Shares((0.5, 0.5), 0.9)])
     assert Factored.from_json(json.loads(json.dumps(told.to_json()))) == told
     assert "1 of 4 active: 3.000 with untrained routers, 2.000 with trained" in "\n".join(told.lines())
+
+
+def test_the_command_makes_a_bundle_and_tells_what_it_costs(dense: tuple[Path, Any], tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from export.experts.cli import experts
+
+    (tmp_path / "text").write_bytes(bytes(range(256)) * 8)
+    output = tmp_path / "m.refold"
+    asked = [str(dense[0]), "-o", str(output), "--factor", "4", "--active", "2", "--router-steps", "5"]
+    read = ["--router-text", str(tmp_path / "text"), "--text", str(tmp_path / "text"), "--window", "32"]
+    done = CliRunner().invoke(experts, [*asked, *read, "--bits", "8", "--json"], catch_exceptions=False)
+    told = json.loads(done.stdout)
+    assert set(told["factored"]["after"]) == {"1", "2", "4"} and told["factored"]["active"] == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.refold", "text"]
+    paged = PagedModel.open(output)
+    geometry = paged.index.geometry
+    assert (geometry.family, geometry.experts, geometry.top_k) == ("granitemoe", 4, 2)
+    with pytest.raises(UsageError, match="belong to --factor"):
+        CliRunner().invoke(experts, [str(dense[0]), "-o", str(output), "--active", "2"], catch_exceptions=False)

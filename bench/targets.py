@@ -10,6 +10,7 @@ Every net is measured in a process of its own: peak memory is that process's whe
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
 import tempfile
 import time
@@ -64,15 +65,20 @@ def run(options: Options) -> Result:
         bar.advance(task)
     columns = ["net", "target", "accuracy", "float", "same class", "steps apart", "ms", "model B", "swap ms", "identical"]
     columns += ["export s", "peak MB"]
-    return Result("targets", rows, claims(rows), columns, {"threads": 1, "batch": 1, "seed": options.seed}, options.quick)
+    return Result(
+        "targets",
+        rows,
+        claims(rows),
+        columns,
+        {"threads": 1, "export threads": os.cpu_count(), "batch": 1, "seed": options.seed},
+        options.quick,
+    )
 
 
 def measured(name: str, quick: bool, seed: int) -> list[dict[str, Cell]]:
     """The rows of one net, one for each target. Runs in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="refold-bench-") as folder:
-        started = time.perf_counter()
-        net = subject(name, Path(folder), targets=TARGETS)
-        seconds = time.perf_counter() - started
+        net = subject(name, Path(folder), targets=TARGETS, threads=os.cpu_count() or 1)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         frames, labels = _frames(net, 1000 if quick else LABELLED)
         x = net.bundle.preprocess.apply(frames)
@@ -82,8 +88,8 @@ def measured(name: str, quick: bool, seed: int) -> list[dict[str, Cell]]:
         truth = _float(net.module, x)
         times = _times(engines, net, 5 if quick else 7)
         shared: dict[str, Cell] = {
-            "net": name, "weights": net.net.weights, "pictures": len(x), "export s": round(seconds, 1), "peak MB": round(peak),
-            "float": _accuracy(truth, labels), **_apart(logits),
+            "net": name, "weights": net.net.weights, "pictures": len(x), "export s": round(net.seconds, 1),
+            "peak MB": round(peak), "float": _accuracy(truth, labels), **_apart(logits),
         }  # fmt: skip
         rows = []
         for target in TARGETS:

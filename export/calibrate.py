@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.interpret import Parameters, batches, float_parameters, run, simulated
+from export.interpret import BATCH, Parameters, batches, float_parameters, run, simulated, some
 from export.ir import Graph
 from export.placement import Placement
 from export.scales import COMPETING, LEVELS, OBSERVERS, Range, Scale, scale_of, squared_error
@@ -70,6 +70,8 @@ def calibrate(
     def widen(value: str, t: torch.Tensor) -> torch.Tensor:
         if value in wanted:
             ranges[value].widen(t.numpy())
+            if len(x) <= BATCH:  # its range is the whole one
+                ranges[value].count(t.numpy())
         return t
 
     def count(value: str, t: torch.Tensor) -> torch.Tensor:
@@ -88,9 +90,10 @@ def calibrate(
                 "and that the calibration set shows different things.",
                 code="calibration-uniform",
             )
-        progress("histograms")
-        for b in batches(x):
-            run(graph, b, parameters, count)
+        if len(x) > BATCH:
+            progress("histograms")
+            for b in batches(x):
+                run(graph, b, parameters, count)
 
     def observed(name: str, value: str) -> Scale:
         steps = levels.get(value, LEVELS)
@@ -119,10 +122,10 @@ def output_error(
     """Root mean square error of the simulated integer network's logits over the true ones' standard deviation.
 
     Args:
-        x, logits: inputs (N, 3, H, W) and the float network's answers (N, classes); at most 64 of them are run.
+        x, logits: inputs (N, 3, H, W) and the float network's answers (N, classes); at most 64 are run, of large ones eight.
         parameters: of the integer network.
     """
-    part = np.linspace(0, len(x) - 1, min(MEASURED, len(x))).astype(int)
+    part = some(x, MEASURED)
     own = simulated(scales)
     with torch.no_grad():
         got = np.concatenate([run(graph, b, parameters, own).numpy() for b in batches(x[part])])

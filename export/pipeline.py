@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 from export.bits import EIGHT, BitPlan
 from export.calibrate import Calibration
 from export.capture import capture
-from export.checks import F32, Evidence, agree, run_checks
+from export.checks import F32, Evidence, agree, run_checks, student_answers
 from export.given import Given, taken, with_constants
 from export.ir import Graph
 from export.operators import OPERATORS, Role
@@ -276,14 +276,15 @@ def export_model(
     x = preprocess.apply(pictures.images)
     manifest = _manifest(recipe, preprocess, options, classes, compare(recipe.truth, recipe.model, x))
     parts = {manifest.student: student, manifest.calibration: _calibration_part(pictures)}
-    evidence = Evidence(x, pictures.labels, recipe.calibration.float_logits, options.min_agreement)
+    truth = recipe.calibration.float_logits
+    evidence = Evidence(x, pictures.labels, truth, student_answers(student, x), options.min_agreement)
     checks: dict[str, dict[str, float]] = {}
     answers: dict[str, F32] = {}
     refused: dict[str, str] = {}
     for target in recipe.targets:
         progress(f"writing and checking {target.name}")
         try:
-            artefact, checks[target.name] = _checked(recipe, target, student, evidence, answers)
+            artefact, checks[target.name] = _checked(recipe, target, evidence, answers)
         except RefoldError as e:
             if EVERY_TARGET not in options.targets:
                 raise
@@ -312,14 +313,12 @@ def export_model(
 
 
 def _checked(
-    recipe: Recipe, target: TargetProfile, student: bytes, evidence: Evidence, answers: dict[str, F32]
+    recipe: Recipe, target: TargetProfile, evidence: Evidence, answers: dict[str, F32]
 ) -> tuple[Artefact, dict[str, float]]:
     """One target's files and check numbers. `answers` are the logits by target of those that passed; this one's are added."""
     runtime_of(target)
     artefact = write(target, recipe.model)
-    numbers, logits = run_checks(
-        target, artefact, recipe.model, student, evidence, lambda states: fresh_export(recipe, states, target)
-    )
+    numbers, logits = run_checks(target, artefact, recipe.model, evidence, lambda states: fresh_export(recipe, states, target))
     other = next((name for name in answers if TARGETS[name].runtime != target.runtime), None)
     if other is not None:
         least = min(runtime_of(t).tolerance.same for t in (target, TARGETS[other]))

@@ -43,7 +43,10 @@ class Range:
         self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
 
     def count(self, values: NDArray[np.float32]) -> None:
-        self.counts += np.histogram(values, BINS, (self.low, self.high))[0] if self.high > self.low else 0
+        if self.high <= self.low:
+            return
+        bins = (values.ravel("K") - np.float32(self.low)) * np.float32(BINS / (self.high - self.low))
+        self.counts += np.bincount(np.clip(bins, 0, BINS - 1).astype(np.int32), minlength=BINS)
 
     @property
     def edges(self) -> F64:

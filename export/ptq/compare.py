@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.interpret import float_parameters, run, simulated
+from export.interpret import float_parameters, run, simulated, some
 from export.ir import Graph
 from export.quantise import IntegerModel, dequantised_parameters
 
@@ -25,9 +25,9 @@ def compare(truth: Graph, model: IntegerModel, x: NDArray[np.float32]) -> dict[s
     Args:
         truth: the float graph after its rules.
         model: its integers; node for node the same graph.
-        x: calibration inputs, float32 (N, 3, H, W); at most 32 are used.
+        x: calibration inputs, float32 (N, 3, H, W); at most 32 are used, of large ones eight.
     """
-    batch = torch.from_numpy(x[np.linspace(0, len(x) - 1, min(len(x), PICTURES)).astype(int)])
+    batch = torch.from_numpy(x[some(x, PICTURES)])
     kept: dict[str, Tensor] = {}
     noise: dict[str, float] = {}
     own = simulated({a.tensor: model.scale_of(a.tensor) for a in model.table.activations})
@@ -48,7 +48,7 @@ def compare(truth: Graph, model: IntegerModel, x: NDArray[np.float32]) -> dict[s
 
 
 def _decibels(signal: Tensor, other: Tensor) -> float:
-    power, error = float(signal.double().pow(2).mean()), float((signal - other).double().pow(2).mean())
+    power, error = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in (signal, signal - other))
     if power == 0 or error <= power * 10 ** (-MOST / 10):
         return MOST
     return 10 * math.log10(power / error)

@@ -197,7 +197,7 @@ def test_targets_measures_both_runtimes(net: Subject, tmp_path: Path, monkeypatc
     options = Options(targets.TARGETS, "small", min_agreement=0.0)
     exported = export_model(net.module, tmp_path / "m.refold", net.bundle.preprocess, pictures, options)
     both = Subject("resnet20", net.net, net.module, exported)
-    monkeypatch.setattr(targets, "subject", lambda name, folder, targets: both)
+    monkeypatch.setattr(targets, "subject", lambda name, folder, targets, threads: both)
     frames = photographs(40, 32, seed=5)
     monkeypatch.setattr(targets, "_frames", lambda net, count: (frames, np.arange(40) % 6))
     monkeypatch.setattr(Subject, "frames", lambda self, count, seed=0: frames[:count])

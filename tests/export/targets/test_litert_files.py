@@ -261,7 +261,7 @@ def test_a_float_layer_and_targets_that_disagree_are_refused():
     lying = type(artefact)(artefact.model, artefact.taps, (*artefact.fused, "another"))
     assert runtime_of(LITERT).fusion(lying, model).unfused == ("another",)
     logits = np.eye(4, dtype=np.float32)
-    assert Evidence(x, None, logits).step == pytest.approx(1 / 255)
+    assert Evidence(x, None, logits, logits).step == pytest.approx(1 / 255)
     with pytest.raises(GateError, match=r"litert and ort choose the same class on only 50\.0%"):
         agree("litert", logits, "ort", logits[[0, 1, 3, 2]], 0.1)
     assert agree("litert", logits, "ort", logits[[0, 1, 3, 2]], 1.0) == {"argmax_ort": 1.0}

@@ -7,11 +7,13 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from bench.experts.cgroup import Caps, Finished, cap_bytes
 from bench.experts.checkpoint import Files
-from bench.experts.disk import evict, rate
+from bench.experts.disk import evict, rate, resident
 from bench.experts.job import Job, Outcome
 from bench.experts.lines import ALLOWANCE, Line, Plan
 from bench.experts.shape import Shape
@@ -110,7 +112,8 @@ class Runner:
             return group.run(command, environment, longest)
 
     def drop(self) -> None:
-        """No engine finds pages of its model in the cache, its own or charged to a group that is gone."""
+        """No engine finds pages of its model in the cache, its own or charged to a group that is gone; each finds its code."""
+        resident(_code())
         for path in (self.files.bundle, self.files.gguf, *self.files.safetensors.rglob("*.*")):
             if path.is_file():
                 evict(path)
@@ -119,6 +122,14 @@ class Runner:
         total = (128 << 20) if self.shape.name == "OLMoE" else (64 << 20)
         path = next((p for p in (self.files.bundle, self.files.gguf) if p.is_file()), None)
         return rate(path, self.shape.record(line.bits), total, seed=seed) if path else 0.0
+
+
+@cache
+def _code() -> tuple[Path, ...]:
+    """The shared libraries of all engines."""
+    roots = [find_spec(name) for name in ("torch", "numpy", "llama_cpp")]
+    folders = [Path(f) for spec in roots if spec is not None for f in spec.submodule_search_locations or ()]
+    return tuple(path for folder in folders for path in folder.rglob("*.so*") if path.is_file() and not path.is_symlink())
 
 
 def _owner(line: Line) -> str:

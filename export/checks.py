@@ -211,7 +211,7 @@ def _student(target: str, logits: F32, evidence: Evidence, tolerance: Tolerance)
     close = float((np.abs(got - logits) <= 2 * step).mean())
     noise = float(np.sqrt(np.mean((logits - evidence.float_logits) ** 2)))
     apart = float(np.sqrt(np.mean((got - logits) ** 2))) / max(noise, step)
-    alike = _same_class(logits, got, step) >= tolerance.argmax
+    alike = _same_class(logits, got, 2 * step) >= tolerance.argmax  # what may lie two steps apart may tie within two
     # A deep net spreads one rounding to every later value: two exact implementations of a ViT of twelve blocks end as two draws
     # of the same noise. They are one model while they choose alike and lie nearer to each other than to float.
     if not (alike and (close >= tolerance.steps or apart <= 1)) and apart > tolerance.noise:

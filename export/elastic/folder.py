@@ -49,7 +49,7 @@ class Training:
         lam: share of the teacher in a student's loss; subnets: trained in each step, high and low included.
         teacher: the float model teaches the highest subnet on the pictures it is right about.
         kurtosis, skewness: weights of the two terms of the weight distribution regularisation.
-        checkpoint_every: steps. calibration: pictures for first steps and norm statistics.
+        checkpoint_every: steps. calibration: pictures for first steps. statistics: most pictures for norm statistics.
     """
 
     steps: int
@@ -64,6 +64,7 @@ class Training:
     seed: int = 0
     checkpoint_every: int = 100
     calibration: int = 256
+    statistics: int = 2048
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 2 or self.checkpoint_every < 1 or self.calibration < 2:

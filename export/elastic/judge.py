@@ -14,7 +14,7 @@ from export.elastic.folder import Training
 from export.elastic.frozen import Frozen, freeze
 from export.elastic.space import Configuration
 from export.elastic.supernet import Supernet
-from export.elastic.train import calibration_index
+from export.elastic.train import statistics_index
 from export.interpret import float_parameters, run
 from refold.preprocess import Preprocess
 
@@ -45,7 +45,7 @@ class Judge:
         self.supernet, self.preprocess, self.qmax = supernet, preprocess, qmax
         rng = np.random.default_rng((training.seed, 5))
         held = np.sort(rng.permutation(split.held)[:pictures])
-        self.calibration = self._kept(_as_trained(data, training), calibration_index(split, training))
+        self.calibration = self._kept(_as_trained(data, training), statistics_index(split, training, pictures))
         self.held = self._kept(data, held)
 
     def _kept(self, data: Labelled, index: NDArray[np.int64]) -> Labelled:

@@ -26,7 +26,7 @@ from export.interpret import run as run_graph
 from refold.errors import ModelError
 from refold.preprocess import Preprocess
 
-__all__ = ["Trainer", "calibration_index", "fixed_order", "train"]
+__all__ = ["Trainer", "calibration_index", "fixed_order", "statistics_index", "train"]
 
 CLIP = 1.0  # of every gradient, by value
 OnStep = Callable[[int, list[float]], None]
@@ -34,8 +34,20 @@ Order = Callable[[np.random.Generator], list[Configuration]]
 
 
 def calibration_index(split: Split, training: Training) -> np.ndarray:
-    """The training pictures that first steps and norm statistics are taken from."""
-    return np.sort(np.random.default_rng((training.seed, 3)).permutation(split.train)[: training.calibration])
+    """The training pictures that first steps are taken from."""
+    return _drawn(split, training, training.calibration)
+
+
+def statistics_index(split: Split, training: Training, judged: int) -> np.ndarray:
+    """The training pictures that norm statistics are taken from: as many as are judged with them, up to `statistics`.
+
+    256 of them cost ResNet-20 half a point at 8 bits, 2,048 a tenth; where 500 pictures judge, that is less than their noise.
+    """
+    return _drawn(split, training, max(training.calibration, min(training.statistics, judged)))
+
+
+def _drawn(split: Split, training: Training, count: int) -> np.ndarray:
+    return np.sort(np.random.default_rng((training.seed, 3)).permutation(split.train)[:count])
 
 
 def fixed_order(configuration: Configuration) -> Order:

@@ -79,12 +79,22 @@ class Resident(Protocol):
     def resident_places(self) -> Mapping[str, Any]: ...
 
 
-def resolve(memory: int | str, model: Resident) -> int:
-    """Bytes for the experts of a bundle that is about to be loaded; "auto" leaves room for its other weights as float32 and
-    takes no more than all experts need. Raises as `choose`."""
+def resolve(memory: int | str, model: Resident, halves: bool = False) -> int:
+    """Bytes for the experts of a bundle that is about to be loaded; "auto" leaves room for its other weights and takes no more
+    than all experts need.
+
+    Args:
+        halves: 16-bit matrices stay in 16 bits, everything else is float32.
+
+    Raises:
+        As `choose`.
+    """
     if isinstance(memory, int):
         return memory
-    resident = sum(4 * math.prod(place[1]) for place in model.resident_places().values())
+    resident = sum(
+        (2 if halves and dtype in ("F16", "BF16") and len(shape) == 2 else 4) * math.prod(shape)
+        for dtype, shape, *_ in model.resident_places().values()
+    )
     size = choose(memory, resident).bytes
     return min(size, int(memory_sizes(model.index).sum())) if memory.strip().lower() == "auto" else size
 

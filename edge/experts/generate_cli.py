@@ -40,6 +40,13 @@ def running_options(command: Any) -> Any:
             show_default=True,
             help="When an expert's digest is checked: the first time it is read, every time, never.",
         ),
+        click.option(
+            "--resident",
+            type=click.Choice(["stored", "float32"]),
+            default="stored",
+            show_default=True,
+            help="Matrices that are no experts: in the checkpoint's 16 bits, or widened once.",
+        ),
     ):
         command = option(command)
     return command
@@ -80,6 +87,7 @@ def settings_of(flags: dict[str, Any]) -> Settings:
         lookahead=not flags["no_lookahead"],
         direct=not flags["buffered"],
         verify=flags["verify"],
+        resident=flags["resident"],
     )
 
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edge.experts import kernel
 from edge.experts.budget import resolve
 from edge.experts.counters import Counters
 from edge.experts.generate import Cancelled, Sampling, Stream, never
@@ -53,6 +54,8 @@ class Settings:
         lookahead: read ahead what the next layer will probably ask for.
         direct: read past the page cache where the file system permits it.
         verify: when a record's digest is checked: at its first reading, at every reading, never.
+        resident: matrices that are no experts: "stored" leaves those of 16 bits in 16 bits where the native kernel is,
+            "float32" widens them once. The same numbers; sums differ in their last bits.
 
     Raises:
         UsageError: out of range.
@@ -65,6 +68,7 @@ class Settings:
     lookahead: bool = True
     direct: bool = True
     verify: Literal["first", "always", "never"] = "first"
+    resident: Literal["stored", "float32"] = "stored"
 
     def __post_init__(self) -> None:
         if self.memory != "auto" and (not isinstance(self.memory, int) or self.memory < 1):
@@ -72,7 +76,13 @@ class Settings:
         for name in ("readers", "threads"):
             if not 1 <= getattr(self, name) <= 64:
                 raise UsageError(f"{name} is 1 to 64, not {getattr(self, name)}.")
+        if self.resident not in ("stored", "float32"):
+            raise UsageError(f"Resident matrices are stored or float32, not {self.resident!r}.")
         self.pager()
+
+    @property
+    def halves(self) -> bool:
+        return self.resident == "stored" and kernel.kernel().name.startswith("native")
 
     def pager(self) -> PagerSettings:
         return PagerSettings(
@@ -195,11 +205,12 @@ class Running:
         self.name = paged.bundle.manifest.name or paged.path.stem
         self.codec: Codec = codec(paged)
         torch.set_num_threads(settings.threads)
-        self.pager = Pager.open(paged, resolve(settings.memory, paged), settings.pager())
+        self.pager = Pager.open(paged, resolve(settings.memory, paged, settings.halves), settings.pager())
         try:
             paging = Paging(self.pager, paged.index.geometry)
             ahead = 2 * paged.index.geometry.top_k if settings.lookahead else 0
-            self.model = build(paged.config, paged.resident_tensors(progress), paging, str(paged.path), ahead=ahead)
+            tensors = paged.resident_tensors(progress)
+            self.model = build(paged.config, tensors, paging, str(paged.path), ahead=ahead, halves=settings.halves)
         except BaseException:
             self.pager.close()
             raise

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from edge.experts.implementation import NAME, Paging, SwitchExperts, register, take_seat
 from edge.experts.implementation_lookahead import Gate, look_ahead
+from edge.experts.model_halves import HalfLinear, keep_halves
 from refold.errors import BundleError, ModelError
 from refold.experts import Tensor
 
@@ -32,12 +33,14 @@ FAMILIES = {
     "granitemoe": AutoModelForCausalLM,
     "switch_transformers": AutoModelForSeq2SeqLM,
 }
+WIDE = ("switch_transformers",)  # its layers look at their weights' type
 BLOCK = re.compile(r"(?P<stack>.*?)(?:layers|block)\.(?P<number>\d+)\.")
 
 
 def build(
-    config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]], paging: Paging, path: str, *, ahead: int = 0
-) -> PreTrainedModel:
+    config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]], paging: Paging, path: str, *, ahead: int = 0,
+    halves: bool = False,
+) -> PreTrainedModel:  # fmt: skip
     """The model, in float32, ready for generation, its experts taken from `paging`.
 
     Args:
@@ -45,6 +48,7 @@ def build(
         tensors: of everything that is no expert, by the names of the model's state dict.
         path: of the bundle, for messages.
         ahead: experts to hint for the next layer; 0: none.
+        halves: leave 16-bit matrices in 16 bits (edge/experts/model_halves.py).
 
     Raises:
         ModelError: a family that is not supported.
@@ -57,10 +61,16 @@ def build(
     register()
     model = _shapes(dict(config), str(family), path)
     gates = _seat_all(model, paging, path)
+    halves &= family not in WIDE
+    tied = False
     for name, tensor in tensors:
+        if halves and keep_halves(model, name, tensor, {gate.router for gate in gates.values()}):
+            tied |= bool(model.config.tie_word_embeddings) and isinstance(model.get_output_embeddings(), HalfLinear)
+            continue
         _put(model, name, torch.from_numpy(np.array(tensor.numpy(), np.float32)), path)
     _fill_buffers(model)
-    model.tie_weights()
+    if not tied:
+        model.tie_weights()
     left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if left:
         raise BundleError(f"{path} lacks {left[0]} and {len(left) - 1} other tensors: export it again.", code="damaged")

@@ -26,7 +26,7 @@ from refold.experts.records import Matrix
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Kernel", "choose", "expert", "kernel", "linear", "name"]
+__all__ = ["Kernel", "choose", "expert", "half", "kernel", "linear", "name"]
 
 name: str
 _choosing = Lock()
@@ -39,6 +39,8 @@ class Kernel(Protocol):
     name: str
 
     def linear(self, matrix: Matrix, x: Tensor) -> Tensor: ...
+
+    def half(self, weight: Tensor, x: Tensor) -> Tensor: ...
 
     def expert(self, matrices: Sequence[Matrix], x: Tensor, gated: bool, activation: str) -> Tensor: ...
 
@@ -64,6 +66,21 @@ def expert(matrices: Sequence[Matrix], x: Tensor, gated: bool, activation: str) 
 def linear(matrix: Matrix, x: Tensor) -> Tensor:
     """float32 (n, rows) = `x` (n, columns) times the transpose of the matrix. Raises UsageError as `expert` does."""
     return kernel().linear(matrix, x)
+
+
+def half(weight: Tensor, x: Tensor) -> Tensor:
+    """The same with 16-bit weights that are no expert's: each is widened as it is multiplied, `x` is not rounded.
+
+    Args:
+        weight: float16 or bfloat16 (rows, columns), contiguous, on the CPU. x: float32 (n, columns).
+
+    Returns:
+        float32 (n, rows); natively, a token's does not depend on the tokens beside it.
+
+    Raises:
+        UsageError: shapes or types that do not fit.
+    """
+    return kernel().half(weight, x)
 
 
 def kernel() -> Kernel:

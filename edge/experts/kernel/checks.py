@@ -10,7 +10,7 @@ from torch import Tensor
 from refold.errors import UsageError
 from refold.experts.records import BITS, BLOCK, Matrix, padded
 
-__all__ = ["check_expert", "check_input", "check_matrix"]
+__all__ = ["check_expert", "check_half", "check_input", "check_matrix"]
 
 
 def check_matrix(m: Matrix) -> None:
@@ -44,3 +44,13 @@ def check_expert(matrices: Sequence[Matrix], gated: bool) -> tuple[Matrix, Matri
     if first.shape[0] != (2 if gated else 1) * second.shape[1] or first.shape[1] != second.shape[0]:
         raise UsageError(f"Matrices of shapes {first.shape} and {second.shape} are no expert.")
     return first, second
+
+
+def check_half(weight: Tensor) -> None:
+    """Raises UsageError: not float16 or bfloat16 (rows, columns), contiguous, on the CPU."""
+    fits = weight.dtype in (torch.float16, torch.bfloat16) and weight.dim() == 2 and weight.device.type == "cpu"
+    if not fits or not weight.is_contiguous():
+        raise UsageError(
+            f"A 16-bit matrix is float16 or bfloat16 (rows, columns) without gaps on the CPU, not {weight.dtype} "
+            f"{tuple(weight.shape)} on {weight.device.type}."
+        )

@@ -223,4 +223,60 @@ int refold_expert(const matrix *first, const matrix *second, int gated, int whic
     return !ready;
 }
 
+/* Sixteen weights of 16 bits as float32. */
+INLINE void widen16(const int brain, const uint16_t *w, float *to) {
+    if (!brain) {
+        HALVES(w, to);
+        HALVES(w + 8, to + 8);
+        return;
+    }
+    for (int i = 0; i < 16; i++) {
+        const uint32_t u = (uint32_t)w[i] << 16;
+        memcpy(to + i, &u, sizeof u);
+    }
+}
+
+/* One row of 16-bit weights times T tokens, in sixteen sums whose columns are fixed, added in a fixed tree. */
+INLINE void half_tile(const int brain, const int T, const uint16_t *w, int64_t columns, const float *x, float *out, int64_t rows) {
+    float sum[TOKENS][16] = {{0}}, v[16];
+    int64_t c = 0;
+    for (; c + 16 <= columns; c += 16) {
+        if (T == 1 && !(c & 31)) __builtin_prefetch((const char *)(w + c) + AHEAD);
+        widen16(brain, w + c, v);
+        for (int t = 0; t < T; t++)
+            for (int i = 0; i < 16; i++) sum[t][i] += v[i] * x[t * columns + c + i];
+    }
+    if (c < columns) {
+        uint16_t rest[16] = {0};
+        memcpy(rest, w + c, (columns - c) * sizeof *w);
+        widen16(brain, rest, v);
+        for (int t = 0; t < T; t++)
+            for (int i = 0; i < columns - c; i++) sum[t][i] += v[i] * x[t * columns + c + i];
+    }
+    for (int t = 0; t < T; t++) {
+        for (int n = 8; n; n /= 2)
+            for (int i = 0; i < n; i++) sum[t][i] += sum[t][i + n];
+        out[t * rows] = sum[t][0];
+    }
+}
+
+INLINE void half_product(const int brain, const uint16_t *w, int64_t rows, int64_t columns, const float *x, int64_t tokens,
+                         float *out) {
+    for (int64_t first = 0; first < tokens; first += CHUNK) {
+        const int64_t last = first + CHUNK < tokens ? first + CHUNK : tokens;
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t t = first;
+            for (; t + TOKENS <= last; t += TOKENS)
+                half_tile(brain, TOKENS, w + r * columns, columns, x + t * columns, out + t * rows + r, rows);
+            for (; t < last; t++) half_tile(brain, 1, w + r * columns, columns, x + t * columns, out + t * rows + r, rows);
+        }
+    }
+}
+
+/* out (tokens, rows) = x (tokens, columns) times the transpose of w (rows, columns), bfloat16 where `brain`, float16 otherwise. */
+void refold_half(const uint16_t *w, int brain, int64_t rows, int64_t columns, const float *x, int64_t tokens, float *out) {
+    if (brain) half_product(1, w, rows, columns, x, tokens, out);
+    else half_product(0, w, rows, columns, x, tokens, out);
+}
+
 const char *refold_kernel_name(void) { return NAME; }

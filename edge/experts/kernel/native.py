@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from edge.experts.kernel.build import UnavailableError, library
-from edge.experts.kernel.checks import check_expert, check_input, check_matrix
+from edge.experts.kernel.checks import check_expert, check_half, check_input, check_matrix
 from edge.experts.kernel.portable import PORTABLE, activated
 from refold.errors import RefoldError
 from refold.experts.records import BITS, Matrix, quantise
@@ -41,12 +41,15 @@ class Native:
             self._library = ctypes.CDLL(str(path))
             told = self._library.refold_kernel_name
             self._linear, self._expert = self._library.refold_linear, self._library.refold_expert
+            self._half = self._library.refold_half
         except (OSError, AttributeError) as e:
             raise UnavailableError(f"{path} does not load ({e}). Remove it, and it is made again.") from e
         matrix, pointer = ctypes.POINTER(_Matrix), ctypes.c_void_p
         told.restype = ctypes.c_char_p
         self._linear.argtypes = [matrix, pointer, ctypes.c_int64, pointer]
         self._expert.argtypes = [matrix, matrix, ctypes.c_int, ctypes.c_int, pointer, ctypes.c_int64, pointer]
+        self._half.argtypes = [pointer, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, pointer, ctypes.c_int64, pointer]
+        self._half.restype = None
         self.name = "native-" + told().decode()
         self._check()
 
@@ -57,6 +60,14 @@ class Native:
         out = torch.empty(n, matrix.shape[0])
         if n and self._linear(_view(matrix), x.data_ptr(), n, out.data_ptr()):
             raise _no_memory()
+        return out
+
+    def half(self, weight: Tensor, x: Tensor) -> Tensor:
+        check_half(weight)
+        x = check_input(x, weight.shape[1])
+        out = torch.empty(len(x), len(weight))
+        brain = weight.dtype == torch.bfloat16
+        self._half(weight.data_ptr(), brain, *weight.shape, x.data_ptr(), len(x), out.data_ptr())
         return out
 
     def expert(self, matrices: Sequence[Matrix], x: Tensor, gated: bool, activation: str) -> Tensor:
@@ -74,6 +85,13 @@ class Native:
         """A compiler may be broken: no wrong token is worth its speed."""
         rng = np.random.default_rng(0)
         x = torch.from_numpy(rng.standard_normal((5, 300), np.float32))
+        for dtype in (torch.float16, torch.bfloat16):
+            weight = torch.from_numpy(rng.standard_normal((3, 300), np.float32)).to(dtype)
+            ours, theirs = self.half(weight, x), PORTABLE.half(weight, x)
+            if not bool((ours - theirs).abs().max() <= APART * theirs.abs().max()):
+                raise UnavailableError(
+                    f"compiled for this machine it computes something else in {dtype}. Try another compiler."
+                )
         for bits in BITS:
             matrix = quantise(rng.standard_normal((3, 300), np.float32), bits, 64)
             ours, theirs = self.linear(matrix, x), PORTABLE.linear(matrix, x)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edge.experts.kernel.checks import check_expert, check_input, check_matrix
+from edge.experts.kernel.checks import check_expert, check_half, check_input, check_matrix
 from refold.errors import UsageError
 from refold.experts.records import BLOCK, CENTRE, Matrix, padded
 
@@ -98,6 +98,12 @@ class Portable:
     def linear(self, matrix: Matrix, x: Tensor) -> Tensor:
         check_matrix(matrix)
         return _linear(matrix, check_input(x, matrix.shape[1]))
+
+    @torch.no_grad()
+    def half(self, weight: Tensor, x: Tensor) -> Tensor:
+        """What the native one is checked with; no model runs on it."""
+        check_half(weight)
+        return check_input(x, weight.shape[1]) @ weight.float().T
 
     @torch.no_grad()
     def expert(self, matrices: Sequence[Matrix], x: Tensor, gated: bool, activation: str) -> Tensor:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from refold import NormKind, NormSite, NormState, NormTable
-from refold.experts import Geometry, encode, quantise, write_paged
+from refold.experts import Geometry, Tensor, encode, quantise, write_paged
 from refold.norms import SiteTensors
 
 COMMON = {
@@ -41,9 +41,9 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def random_model(family):
+def random_model(family, **more):
     """A transformers model in float32 with weights large enough that its greedy text is not one letter."""
-    config = CONFIG_MAPPING[family](**FAMILIES[family])
+    config = CONFIG_MAPPING[family](**FAMILIES[family], **more)
     torch.manual_seed(7)
     kind = AutoModelForSeq2SeqLM if family == "switch_transformers" else AutoModelForCausalLM
     model = kind.from_config(config).eval()
@@ -106,10 +106,20 @@ def geometry(model, experts, group=32):
     )
 
 
-def write(path, model, bits=8, *, group=32, **rest):
-    """A paged bundle of the model, its experts in `bits` bits."""
-    experts, resident = split(model)
+def _in(array, dtype):
+    stored = torch.from_numpy(array).to(dtype)
+    name = "BF16" if dtype == torch.bfloat16 else "F16"
+    return Tensor(name, tuple(stored.shape), stored.view(torch.int16).numpy().tobytes())
+
+
+def write(path, model, bits=8, *, group=32, dtype=None, **rest):
+    """A paged bundle of the model, its experts in `bits` bits, its other tensors as float32 or, matrices, in `dtype`."""
+    experts, resident = split(model.float())
     records = ((*key, bits, encode(*key, [quantise(m, bits, group) for m in pair])) for key, pair in experts.items())
     config = model.config.to_dict()
     rest = {"bytes_as_tokens": True, "norms": norm_table(resident)} | rest
+    if model.config.tie_word_embeddings and "lm_head.weight" in resident and config["model_type"] != "switch_transformers":
+        resident.pop("lm_head.weight")
+    if dtype is not None:
+        resident = {n: _in(t, dtype) if t.ndim == 2 else t for n, t in resident.items()}
     return write_paged(path, geometry(model, experts, group), records, config, resident, **rest)

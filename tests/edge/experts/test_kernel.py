@@ -123,6 +123,38 @@ def test_expert_is_its_formula(which: str, gated: bool, activation: str, bits: i
     assert torch.equal(got, torch.cat([KERNELS[which]().expert((first, second), r[None], gated, activation) for r in x]))
 
 
+@st.composite
+def halves(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+    """A 16-bit matrix and inputs."""
+    dtype = draw(st.sampled_from([torch.float16, torch.bfloat16]))
+    rows, columns, n = draw(st.integers(1, 9)), draw(st.integers(1, 200)), draw(st.integers(0, 21))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    weight = torch.from_numpy(rng.standard_normal((rows, columns), np.float32) * np.float32(10.0 ** draw(st.integers(-6, 2))))
+    return weight.to(dtype), torch.from_numpy(rng.standard_normal((n, columns), np.float32))
+
+
+@both
+@few
+@given(halves())
+def test_16_bit_weights_are_multiplied_exactly_and_each_token_alone(
+    which: str, product: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    weight, x = product
+    chosen = KERNELS[which]()
+    got, wide = chosen.half(weight, x), weight.double()
+    assert got.shape == (len(x), len(weight)) and got.dtype == torch.float32
+    assert bool(((got - x.double() @ wide.T).abs() <= 2e-6 * (x.double().abs() @ wide.abs().T) + 1e-30).all())
+    if which == "native":
+        assert all(torch.equal(chosen.half(weight, row[None])[0], own) for row, own in zip(x, got, strict=True))
+
+
+@both
+@pytest.mark.parametrize("weight", [torch.zeros(4, 8), torch.zeros(8, dtype=torch.float16), torch.zeros(8, 4).half().T])
+def test_what_is_no_16_bit_matrix_is_refused(which: str, weight: torch.Tensor) -> None:
+    with pytest.raises(UsageError, match="16-bit matrix is float16 or bfloat16"):
+        KERNELS[which]().half(weight, torch.zeros(1, 8))
+
+
 def test_both_kernels_agree_on_an_expert() -> None:
     for bits in (2, 4, 8):
         matrices = an_expert(256, 192, True, bits)

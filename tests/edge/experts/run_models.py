@@ -43,7 +43,7 @@ FAMILIES = {
 
 def random_model(family, **more):
     """A transformers model in float32 with weights large enough that its greedy text is not one letter."""
-    config = CONFIG_MAPPING[family](**FAMILIES[family], **more)
+    config = CONFIG_MAPPING[family](**(FAMILIES[family] | more))
     torch.manual_seed(7)
     kind = AutoModelForSeq2SeqLM if family == "switch_transformers" else AutoModelForCausalLM
     model = kind.from_config(config).eval()

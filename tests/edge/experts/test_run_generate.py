@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import run_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -230,8 +231,9 @@ def test_what_is_wrong_is_one_sentence_and_an_exit_code(paged, tmp_path, capfd, 
     assert not out.strip()
 
 
-def test_ctrl_c_ends_cleanly_with_what_there_is(paged):
-    process = refold(paged.path, "Hello", "--memory", "16KB", "--max-tokens", "240")
+def test_ctrl_c_ends_cleanly_with_what_there_is(tmp_path):
+    endless = run_models.write(tmp_path / "m.refold", run_models.random_model("mixtral", max_position_embeddings=16384))
+    process = refold(endless.path, "Hello", "--memory", "16KB", "--max-tokens", "16000")
     try:
         first = process.stdout.read(1)
         time.sleep(0.3)

@@ -119,6 +119,6 @@ def check_budget(index: ExpertIndex, budget: int, least: int, name: str) -> None
         g = index.geometry
         raise UsageError(
             f"{budget:,} bytes cannot hold the experts of {name}: one layer's top {g.top_k} and one in flight take {least:,}. "
-            f"Give --memory at least {-(-least // 10**6)}MB for experts, or export with fewer bits.",
+            f"Give --memory at least {-(-least // 1000)}KB for experts, or export with fewer bits.",
             code="budget",
         )

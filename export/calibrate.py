@@ -67,10 +67,12 @@ def calibrate(
     parameters = float_parameters(graph)
     ranges = {value: Range() for value in wanted}
 
+    once = len(x) <= BATCH  # the range of the only batch is the whole one
+
     def widen(value: str, t: torch.Tensor) -> torch.Tensor:
         if value in wanted:
             ranges[value].widen(t.numpy())
-            if len(x) <= BATCH:  # its range is the whole one
+            if once:
                 ranges[value].count(t.numpy())
         return t
 
@@ -90,7 +92,7 @@ def calibrate(
                 "and that the calibration set shows different things.",
                 code="calibration-uniform",
             )
-        if len(x) > BATCH:
+        if not once:
             progress("histograms")
             for b in batches(x):
                 run(graph, b, parameters, count)

@@ -51,13 +51,12 @@ def float_parameters(graph: Graph) -> Parameters:
 
 def fake_quantise(x: Tensor, scale: Scale) -> Tensor:
     """x rounded to codes and back; gradients pass where x is inside the range (straight-through estimator)."""
-    if not (
-        x.requires_grad and torch.is_grad_enabled()
-    ):  # the same numbers without the mask that gradients need: 2.6 times as fast
-        inverse = float(np.float32(1) / np.float32(scale.scale))
-        y = (x * inverse).round_().clamp_(-scale.zero_point, scale.levels - 1 - scale.zero_point)
-        return y.mul_(scale.scale)
-    return torch.fake_quantize_per_tensor_affine(x, scale.scale, scale.zero_point, 0, scale.levels - 1)
+    if x.requires_grad and torch.is_grad_enabled():
+        return torch.fake_quantize_per_tensor_affine(x, scale.scale, scale.zero_point, 0, scale.levels - 1)
+    # The same numbers without the mask that gradients need: 2.6 times as fast.
+    inverse = float(np.float32(1) / np.float32(scale.scale))
+    y = (x * inverse).round_().clamp_(-scale.zero_point, scale.levels - 1 - scale.zero_point)
+    return y.mul_(scale.scale)
 
 
 def simulated(scales: Mapping[str, Scale]) -> FakeQuantise:

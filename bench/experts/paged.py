@@ -90,8 +90,7 @@ def run(job: Job) -> Outcome:
         )
         pager = records = Pager.open(model, job.budget, settings)
     front = Front(records, g.experts, float(job.options.get("recall", 1.0)))
-    halves = kernel.kernel().name.startswith("native")
-    net = build(model.config, model.resident_tensors(), Paging(front, g), job.model, ahead=ahead, halves=halves)
+    net = build(model.config, model.resident_tensors(), Paging(front, g), job.model, ahead=ahead, halves=kernel.is_native())
     if pager is not None and job.options.get("everything"):
         for layer in g.layers:
             for _ in pager.waves(layer, range(g.experts)):

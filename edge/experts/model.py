@@ -82,7 +82,7 @@ class Settings:
 
     @property
     def halves(self) -> bool:
-        return self.resident == "stored" and kernel.kernel().name.startswith("native")
+        return self.resident == "stored" and kernel.is_native()
 
     def pager(self) -> PagerSettings:
         return PagerSettings(

@@ -62,14 +62,13 @@ def build(
     model = _shapes(dict(config), str(family), path)
     gates = _seat_all(model, paging, path)
     halves &= family not in WIDE
-    tied = False
+    routers = {gate.router for gate in gates.values()}
     for name, tensor in tensors:
-        if halves and keep_halves(model, name, tensor, {gate.router for gate in gates.values()}):
-            tied |= bool(model.config.tie_word_embeddings) and isinstance(model.get_output_embeddings(), HalfLinear)
+        if halves and keep_halves(model, name, tensor, routers):
             continue
         _put(model, name, torch.from_numpy(np.array(tensor.numpy(), np.float32)), path)
     _fill_buffers(model)
-    if not tied:
+    if not (model.config.tie_word_embeddings and isinstance(model.get_output_embeddings(), HalfLinear)):  # tied already
         model.tie_weights()
     left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if left:

@@ -140,8 +140,9 @@ class RecordStore:
 
     @property
     def idle(self) -> bool:
-        """Nothing is queued or under way."""
-        return not self._demand and not self._ahead and not self._flying
+        """Nothing is queued or under way. Takes the lock: without it a ticket may be seen between two of its places."""
+        with self._work:
+            return not self._demand and not self._ahead and not self._flying
 
     def _end(self, ticket: Ticket) -> None:
         ticket.done = True

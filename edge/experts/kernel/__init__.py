@@ -26,7 +26,7 @@ from refold.experts.records import Matrix
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Kernel", "choose", "expert", "half", "kernel", "linear", "name"]
+__all__ = ["Kernel", "choose", "expert", "half", "is_native", "kernel", "linear", "name"]
 
 name: str
 _choosing = Lock()
@@ -90,6 +90,11 @@ def kernel() -> Kernel:
         with _choosing:
             _in_use = _in_use or choose(os.environ.get("REFOLD_KERNEL", ""))
     return _in_use
+
+
+def is_native() -> bool:
+    """Whether the compiled kernel is in use."""
+    return kernel().name.startswith("native")
 
 
 def choose(forced: str) -> Kernel:

@@ -56,11 +56,6 @@ def until(condition):
         time.sleep(0.001)
 
 
-def idle(pager):
-    with pager._lock:  # the store's: without it a ticket may be seen between two of its places
-        return pager._store.idle
-
-
 def same(records, content, index, layer, experts):
     for e, record in zip(experts, records, strict=True):
         assert record.tobytes() == expected(content, index, layer, e)
@@ -134,7 +129,7 @@ def test_a_hit_was_there_before_and_not_by_read_ahead_of_the_same_token(model):
     pager, _ = over(model)
 
     def come():
-        until(lambda: idle(pager))
+        until(lambda: pager._store.idle)
 
     with pager:
         with pager.use(0, [0, 1]):
@@ -163,7 +158,7 @@ def test_a_hint_for_the_next_token_counts_for_that_token(model):
             pass
         pager.hint(0, [6])
         pager.token()
-        until(lambda: idle(pager))
+        until(lambda: pager._store.idle)
         with pager.use(0, [6, 0]):
             pass
         assert (pager.counters.covered, pager.counters.hits, pager.counters.ahead_useful) == (1, 1, 1)
@@ -188,7 +183,7 @@ def test_demand_never_waits_for_read_ahead_and_wrong_guesses_are_cancelled(model
         file.gate.set()
         thread.join(10)
         assert done.is_set()
-        until(lambda: idle(pager))
+        until(lambda: pager._store.idle)
         assert len(file.reads) == 1 + 2 * blocks  # one block of 1, then 2 and 7 whole; 3 never
         c = pager.counters
         assert (c.covered, c.late, c.misses, c.ahead_useful, c.ahead_wasted) == (1, 1, 1, 1, 2)
@@ -229,7 +224,7 @@ def test_a_disk_that_fails_and_comes_back(model):
     with pager:
         file.fail = {BASE + pager.index[2, 0].offset + 1: errno.EIO}
         pager.hint(2, [0])
-        until(lambda: idle(pager))  # a failed read-ahead is nobody's error yet
+        until(lambda: pager._store.idle)  # a failed read-ahead is nobody's error yet
         with pytest.raises(StorageError, match="Expert 0 of layer 2"), pager.use(2, [0, 1]):
             pass
         file.fail.clear()
@@ -284,7 +279,7 @@ def test_hot_experts_are_pinned_and_stay(model):
     budget = least(index) + 2 * index.largest
     pager, _ = over((index, content), budget, pin=0.5, warm=True, policy="lru")
     with pager:
-        until(lambda: idle(pager))
+        until(lambda: pager._store.idle)
         for _ in range(3):
             for layer in range(LAYERS):
                 for e in range(EXPERTS):
@@ -299,7 +294,7 @@ def test_warming_fills_memory_with_the_most_frequent(model):
     often = {(layer, e): 0.3 + 0.01 * e for layer in range(LAYERS) for e in range(EXPERTS)}
     pager, _ = over((type(index)(index.geometry, index.records, often), content), 9 * index.largest, warm=True)
     with pager:
-        until(lambda: idle(pager))
+        until(lambda: pager._store.idle)
         with pager.use(2, [7, 6]):
             pass
         assert pager.counters.hits == 2 and pager.counters.ahead_wasted == 0

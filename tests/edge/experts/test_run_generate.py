@@ -157,11 +157,6 @@ def test_a_disk_that_fails_in_mid_text_ends_it_with_a_sentence_and_no_wrong_toke
             assert "xpert" in e.value.message
 
 
-def idle(pager):
-    with pager._lock:
-        return pager._store.idle
-
-
 def test_after_a_failed_text_the_next_one_is_right(paged):
     with load(paged.path, Settings(memory=floor(paged.index))) as running:
         wanted = write(running, max_tokens=12).tokens
@@ -169,7 +164,7 @@ def test_after_a_failed_text_the_next_one_is_right(paged):
         file.fail.update({paged.records_at + r.offset: 5 for r in paged.index})
         with pytest.raises(StorageError):
             list(running.generate("Another prompt", Sampling(max_tokens=12)))
-        while not idle(running.pager):  # a read-ahead that is still failing is the next text's error too
+        while not running.pager._store.idle:  # a read-ahead that is still failing is the next text's error too
             time.sleep(0.001)
         file.fail.clear()
         assert write(running, max_tokens=12).tokens == wanted

@@ -9,7 +9,7 @@ demo: ## make .venv, install, and run the whole loop on this machine; then see d
 
 test: ## make .venv where missing and run the tests with coverage
 	@scripts/bootstrap dev
-	@.venv/bin/python -m pytest --cov --cov-report=term:skip-covered -m "not slow" $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered -m "not slow" $(ARGS)
 
 test-slow: ## the tests that take longer than a minute each
 	@scripts/bootstrap dev

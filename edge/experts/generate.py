@@ -1,7 +1,7 @@
 """Tokens, one after another: prompt in chunks, then one forward each, greedy or sampled.
 
-    stream = Stream(model, turn, stops)        a model, who lets a forward run, the ids that end a text
-    stream.tokens(prompt, sampling)            yields token ids until a stop, a limit, or the caller closes the iterator
+    stream = Stream(model, paging, turn, stops)    a model, its experts, who lets a forward run, the ids that end a text
+    stream.tokens(prompt, sampling)                yields token ids until a stop, a limit, or the caller closes the iterator
 
 The same prompt, sampling and weights give the same tokens, whatever the pager's budget: chunks depend on the model's shape
 alone, and every sum inside has a fixed order.
@@ -17,22 +17,15 @@ from typing import Any
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
+from edge.experts.implementation import Cancelled, Paging, never
 from refold.errors import InputError, ModelError, UsageError
 
-__all__ = ["Cancelled", "Sampling", "Stream"]
+__all__ = ["Sampling", "Stream"]
 
 Turn = Callable[[Callable[[], torch.Tensor]], torch.Tensor]
 MOST_TOKENS = 1 << 20  # where a model itself sets no limit
 CHUNK = 512  # tokens of a prompt at once: an expert is read once for all of them
 CHUNK_BYTES = 32 << 20  # of all experts' outputs for a chunk, float32
-
-
-class Cancelled(Exception):  # noqa: N818 - not an error: whoever asked has gone
-    """A generation was told to end."""
-
-
-def never() -> bool:
-    return False
 
 
 @dataclass(frozen=True)
@@ -67,12 +60,12 @@ class Stream:
     """Generates from one model, one request at a time.
 
     Args:
-        turn: calls a forward when no other runs, and returns what it returned.
+        paging: what its experts share. turn: calls a forward when no other runs, and returns what it returned.
         stops: token ids that end a text.
     """
 
-    def __init__(self, model: PreTrainedModel, turn: Turn, stops: frozenset[int]) -> None:
-        self._model, self._turn, self._stops = model, turn, stops
+    def __init__(self, model: PreTrainedModel, paging: Paging, turn: Turn, stops: frozenset[int]) -> None:
+        self._model, self._paging, self._turn, self._stops = model, paging, turn, stops
         config = model.config
         self.vocabulary = int(config.vocab_size)
         self.context: int | None = getattr(config, "max_position_embeddings", None)
@@ -106,7 +99,7 @@ class Stream:
         """Yields token ids as they come; the last may be a stop token.
 
         Args:
-            cancelled: asked before every forward.
+            cancelled: asked before every forward, and within one before every layer and expert.
 
         Raises:
             Cancelled: it said yes.
@@ -123,7 +116,7 @@ class Stream:
             generator.manual_seed(sampling.seed)
         state: dict[str, Any] = {}
         logits = torch.empty(0)
-        for piece in self._pieces(prompt, state):
+        for piece in self._pieces(prompt, state, cancelled):
             logits = self._forward(piece, state, cancelled)
         for made in range(limit):
             token = _choose(logits, sampling, generator)
@@ -138,10 +131,10 @@ class Stream:
         self._begin([0], state)
         _finite(self._step([0], state))
 
-    def _pieces(self, prompt: Sequence[int], state: dict[str, Any]) -> Iterator[Sequence[int]]:
+    def _pieces(self, prompt: Sequence[int], state: dict[str, Any], cancelled: Callable[[], bool]) -> Iterator[Sequence[int]]:
         """What is read before the first token is chosen; an encoder reads the whole prompt here."""
         if self._encodes:
-            self._turn(lambda: self._begin(prompt, state))
+            self._run(lambda: self._begin(prompt, state), cancelled)
             yield [int(self._model.config.decoder_start_token_id)]
             return
         self._begin(prompt, state)
@@ -159,9 +152,20 @@ class Stream:
         return encoded
 
     def _forward(self, ids: Sequence[int], state: dict[str, Any], cancelled: Callable[[], bool]) -> torch.Tensor:
+        return _finite(self._run(lambda: self._step(ids, state), cancelled))
+
+    def _run(self, step: Callable[[], torch.Tensor], cancelled: Callable[[], bool]) -> torch.Tensor:
         if cancelled():
             raise Cancelled
-        return _finite(self._turn(lambda: self._step(ids, state)))
+
+        def within() -> torch.Tensor:
+            self._paging.cancelled = cancelled
+            try:
+                return step()
+            finally:
+                self._paging.cancelled = never
+
+        return self._turn(within)
 
     def _step(self, ids: Sequence[int], state: dict[str, Any]) -> torch.Tensor:
         name, rest = ("decoder_input_ids", {}) if self._encodes else ("input_ids", {"logits_to_keep": 1})

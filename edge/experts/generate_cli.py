@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edge.experts.interrupt import Interrupt
 from refold.errors import InputError
 from refold.sizes import parse_size
 
@@ -99,8 +100,12 @@ def sampling_of(flags: dict[str, Any], max_tokens: int) -> Sampling:
 
 
 @contextmanager
-def loaded(bundle: Path, settings: Settings) -> Iterator[Running]:
-    """The model, with a bar while its resident part is read."""
+def loaded(bundle: Path, settings: Settings, interrupt: Interrupt | None = None) -> Iterator[Running]:
+    """The model, with a bar while its resident part is read.
+
+    Args:
+        interrupt: Ctrl-C ends the reading between two tensors; without it, wherever it comes.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
@@ -112,7 +117,13 @@ def loaded(bundle: Path, settings: Settings) -> Iterator[Running]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=paged.bundle.manifest.experts.resident_bytes)
-        running = Running(paged, settings, lambda n: bar.advance(task, n))
+
+        def came(n: int) -> None:
+            if interrupt is not None:
+                interrupt.check()
+            bar.advance(task, n)
+
+        running = Running(paged, settings, came)
     with running:
         yield running
 
@@ -133,14 +144,16 @@ def generate(bundle: Path, prompt: str, max_tokens: int, **flags: Any) -> None:
     text = _stdin() if prompt == "-" else prompt
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter is no reason to end
-    with loaded(bundle, settings) as running, _traced(running, flags["trace"]):
+    import edge.experts.model  # noqa: F401 - torch loads while Ctrl-C still ends at once
+
+    with Interrupt() as interrupt, loaded(bundle, settings, interrupt) as running, _traced(running, flags["trace"]):
         if flags["release"] is not None:
             from edge.experts.release import gains_of, given, trust
 
             who = trust(flags["data"], flags["keys"], flags["cohort"])
             running.put_gains(gains_of(running.paged.bundle, given(flags["release"], running.paged.bundle, who)))
         ids = running.codec.chat([{"role": "user", "content": text}]) if flags["chat"] else running.codec.encode(text)
-        writing = running.generate(ids, sampling)
+        writing = running.generate(ids, sampling, interrupt.is_set)
         show: Callable[[str], None] = (lambda text: None) if flags["as_json"] else _show
         try:
             for piece in writing:

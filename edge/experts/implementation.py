@@ -24,7 +24,7 @@ from edge.experts import kernel
 from refold.errors import ModelError
 from refold.experts import Geometry, decode
 
-__all__ = ["NAME", "Paging", "Records", "SwitchExperts", "paged_experts", "register", "take_seat"]
+__all__ = ["NAME", "Cancelled", "Paging", "Records", "SwitchExperts", "never", "paged_experts", "register", "take_seat"]
 
 NAME = "refold"
 SEAT = "refold_seat"
@@ -39,6 +39,14 @@ class Records(Protocol):
     def hint(self, layer: int, experts: Sequence[int]) -> None: ...
 
 
+class Cancelled(Exception):  # noqa: N818 - not an error: whoever asked has gone
+    """A generation was told to end."""
+
+
+def never() -> bool:
+    return False
+
+
 class Paging:
     """What the experts modules of one model share. Not thread-safe: one forward at a time.
 
@@ -47,11 +55,13 @@ class Paging:
 
     Attributes:
         ahead: called once a layer's reads have begun, to say what the next layer will want; see implementation_lookahead.py.
+        cancelled: asked before every layer and every expert; True ends the forward.
     """
 
     def __init__(self, pager: Records, geometry: Geometry) -> None:
         self.pager, self.geometry = pager, geometry
         self.ahead: Callable[[int], None] | None = None
+        self.cancelled: Callable[[], bool] = never
 
     def experts(self, layer: int, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """sum over j of weights[:, j] * expert(index[:, j])(x), in the order of j.
@@ -67,8 +77,10 @@ class Paging:
             float32 (n, hidden).
 
         Raises:
-            BundleError: a record is not what the index says. StorageError: the disk failed.
+            BundleError: a record is not what the index says. StorageError: the disk failed. Cancelled: see
+                the attribute.
         """
+        self._go_on()
         users: dict[int, tuple[list[int], list[int]]] = {}
         for row, chosen in enumerate(index.tolist()):
             for place, expert in enumerate(chosen):
@@ -84,12 +96,17 @@ class Paging:
                     ahead(layer)
                     ahead = None
                 for expert, record in zip(experts, records, strict=True):
+                    self._go_on()
                     rows, places = users[expert]
                     if len(x) == 1:
                         out[0, places[0]] = self._one(layer, expert, record, x)[0]
                     else:
                         out[rows, places] = self._one(layer, expert, record, x[rows])
         return _sum(out, weights)
+
+    def _go_on(self) -> None:
+        if self.cancelled():
+            raise Cancelled
 
     def _one(self, layer: int, expert: int, record: NDArray[np.uint8], x: torch.Tensor) -> torch.Tensor:
         g = self.geometry

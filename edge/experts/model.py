@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 from edge.experts import kernel
 from edge.experts.budget import resolve
 from edge.experts.counters import Counters
-from edge.experts.generate import Cancelled, Sampling, Stream, never
+from edge.experts.generate import Sampling, Stream
 from edge.experts.generate_text import Codec, codec
-from edge.experts.implementation import Paging
+from edge.experts.implementation import Cancelled, Paging, never
 from edge.experts.model_build import build
 from edge.experts.model_gains import Gains
 from edge.experts.pager import Pager, PagerSettings
@@ -215,7 +215,7 @@ class Running:
             self.pager.close()
             raise
         self._turn = threading.Lock()
-        self.stream = Stream(self.model, self._forward, self.codec.stops)
+        self.stream = Stream(self.model, paging, self._forward, self.codec.stops)
         self._gains = Gains(self.model, self._turn, self.stream.probe)
 
     def _forward(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -232,7 +232,7 @@ class Running:
 
         Args:
             prompt: text, or token ids.
-            cancelled: asked before each forward; True ends the text with `Cancelled`.
+            cancelled: asked before each forward and each expert; True ends the text with `Cancelled`.
 
         Raises:
             InputError: an empty prompt, or one that leaves no room in the model's context.

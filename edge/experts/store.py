@@ -109,12 +109,14 @@ class RecordStore:
         self._ahead: deque[Ticket] = deque()
         self._verified: set[tuple[int, int]] = set()
         self._flying, self._since, self._closing = 0, 0.0, False
+        self._open = 0
         self._threads = [threading.Thread(target=self._run, name=f"expert-reader-{i}", daemon=True) for i in range(threads)]
         for thread in self._threads:
             thread.start()
 
     def submit(self, record: Record, memory: NDArray[np.uint8], *, demand: bool) -> Ticket:
         ticket = Ticket(record, memory, demand)
+        self._open += 1
         (self._demand if demand else self._ahead).append(ticket)
         self._work.notify_all()
         return ticket
@@ -140,12 +142,13 @@ class RecordStore:
 
     @property
     def idle(self) -> bool:
-        """Nothing is queued or under way. Takes the lock: without it a ticket may be seen between two of its places."""
+        """Every ticket is done, its digest checked."""
         with self._work:
-            return not self._demand and not self._ahead and not self._flying
+            return not self._open
 
     def _end(self, ticket: Ticket) -> None:
         ticket.done = True
+        self._open -= 1
         self._finished(ticket)
 
     def _run(self) -> None:

@@ -116,6 +116,16 @@ def test_read_ahead_that_is_asked_for_becomes_demand(reading):
     assert reading.finished == [second, first] and second.ready
 
 
+def test_a_store_is_idle_once_digests_are_checked_too(reading, monkeypatch):
+    checking, go = threading.Event(), threading.Event()
+    monkeypatch.setattr(RecordStore, "_matches", staticmethod(lambda ticket: checking.set() or go.wait(10)))
+    ticket = reading.submit(0, 0)
+    assert checking.wait(10) and not reading.store.idle
+    go.set()
+    reading.wait(ticket)
+    assert reading.store.idle and ticket.ready
+
+
 @pytest.mark.parametrize("verify", ["first", "always", "never"])
 def test_a_bit_that_flips_once_is_read_again(model, verify):
     index, content = model

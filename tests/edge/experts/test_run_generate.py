@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from edge.experts.cache import floor
 from edge.experts.faulty import FaultyFile
-from edge.experts.generate import Cancelled, Sampling, _choose
+from edge.experts.generate import Sampling, _choose
 from edge.experts.generate_text import Bytes, Text
+from edge.experts.implementation import Cancelled
 from edge.experts.model import Settings, load
 from edge.experts.trace import Trace
 from refold.cli import main
@@ -97,6 +98,15 @@ def test_who_cancels_gets_no_further_token(running):
         for piece in writing:
             told.append(piece)
     assert len(told) == 3 and writing.reason == "failed" and list(writing) == []
+
+
+def test_who_cancels_within_a_prompt_waits_for_one_expert_not_for_the_prompt(running):
+    asked = []
+    before = running.pager.counters.tokens
+    with pytest.raises(Cancelled):
+        next(running.generate("Hello", Sampling(max_tokens=9), lambda: asked.append(1) or len(asked) > 4))
+    assert len(asked) == 5 and running.pager.counters.tokens == before
+    assert write(running, max_tokens=3).reason == "length"
 
 
 # text

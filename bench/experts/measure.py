@@ -56,8 +56,7 @@ class Runner:
         """Run `number` of a line: the words it begins with are another part of the trace each time."""
         length = self.plan.warm + self.plan.tokens
         first = number * length % (self.shape.tokens - length)
-        job = self.job(line, first, 1 if line.few else self.plan.warm, line.few or self.plan.tokens)
-        return self.measured(line, job)
+        return self.measured(line, self.job(line, first, *(line.few or (self.plan.warm, self.plan.tokens))))
 
     def job(self, line: Line, first: int, warm: int, tokens: int) -> Job:
         model = str(getattr(self.files, line.model))

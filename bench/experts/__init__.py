@@ -26,7 +26,7 @@ __all__ = ["plot", "run"]
 
 
 def run(options: Options) -> Result:
-    """Full: OLMoE's shape at 4 and 8 bits, 3 to 5 runs a line. Quick: a small shape, one run, each program once."""
+    """Full: OLMoE's shape at 4 and 8 bits, 1 to 5 runs a line. Quick: a small shape, one run, each program once."""
     from bench.experts.benchmark import run as measured
 
     return measured(options)

@@ -34,7 +34,7 @@ __all__ = ["run"]
 
 
 def run(options: Options) -> Result:
-    """Full: OLMoE's shape at 4 and 8 bits, 3 to 5 runs a line. Quick: a small shape, one run, each program once."""
+    """Full: OLMoE's shape at 4 and 8 bits, 1 to 5 runs a line. Quick: a small shape, one run, each program once."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that groups and gigabytes go, as after Ctrl-C
     shape = QUICK if options.quick else OLMOE
     words, whole = Words.of(shape), plan(shape, options.quick)

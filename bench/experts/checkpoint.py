@@ -34,13 +34,14 @@ class Words:
     shape: Shape
     trace: Routing
     frequency: dict[tuple[int, int], float]
+    seed: int = SEED
 
     @classmethod
     def of(cls, shape: Shape, seed: int = SEED) -> Words:
         whole = routing(shape.layers, shape.experts, shape.top_k, shape.tokens + CALIBRATION, seed)
         seen = whole[shape.tokens :]
         counts = Counter((layer, int(e)) for layer in range(shape.layers) for e in seen[:, layer].ravel())
-        return cls(shape, whole[: shape.tokens], {key: n / CALIBRATION for key, n in counts.items()})
+        return cls(shape, whole[: shape.tokens], {key: n / CALIBRATION for key, n in counts.items()}, seed)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def _hits(axis: Any, result: Result) -> None:
     replayed: Any = result.settings.get("replay", [])
     for policy in dict.fromkeys(str(r["policy"]) for r in replayed):
         points = sorted((number(r["slots"]), number(r["hit"])) for r in replayed if r["policy"] == policy)
-        style = "k--" if policy == "belady" else "-"
+        style = {"belady": "k--", "informed": "k:"}.get(policy, "-")
         axis.plot([p[0] for p in points], [p[1] for p in points], style, label=policy, linewidth=1.2)
     ours = [(number(r["slots"]), number(r["hit"])) for r in result.rows if r.get("engine") == OURS and r.get("slots")]
     axis.plot([p[0] for p in ours], [p[1] for p in ours], "o", color="black", label=f"{OURS}, measured")

@@ -1,15 +1,17 @@
-"""The words' trace through `edge.experts.replay`: every policy at every size, without a model, beside Belady's."""
+"""The words' trace through `edge.experts.replay`, without a model: every policy at every size, one that is told what the trace
+is drawn from, and Belady's."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from bench.experts.checkpoint import Words
+from bench.experts.informed import Informed, outlook
 from bench.experts.shape import Shape
-from bench.experts.trace import Routing
+from bench.experts.trace import Routing, Text
 from bench.result import Cell
 from edge.experts.policies import Layout
-from edge.experts.replay import belady, compare
+from edge.experts.replay import belady, compare, replay
 from edge.experts.trace import Trace
 
 __all__ = ["clairvoyant", "curves"]
@@ -35,9 +37,12 @@ def curves(words: Words, quick: bool) -> list[dict[str, Cell]]:
     told = as_trace(words.trace[: TOKENS // 4 if quick else TOKENS], shape)
     layout = Layout(told.layers, shape.experts)
     frequency = np.array([words.frequency.get((n // layout.experts, n % layout.experts), 0.0) for n in range(layout.count)])
+    known = outlook(Text(shape.layers, shape.experts, words.seed), len(told), shape.top_k)
     out: list[dict[str, Cell]] = []
     for share in SHARES:
         slots = max(int(share * shape.routed), shape.top_k + 1)
         for name, found in compare(told, sizes, slots, frequency=frequency, skip=SKIP).items():
             out.append({"policy": name, "slots": slots, "hit": round(found.hit_rate, 4)})
+        found = replay(told, sizes, slots, Informed(layout, known), skip=SKIP)
+        out.append({"policy": Informed.name, "slots": slots, "hit": round(found.hit_rate, 4)})
     return out

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PUBLIC", "SEED", "Locality", "belady", "lru", "overlap", "routing", "statistics"]
+__all__ = ["PUBLIC", "SEED", "Locality", "Text", "belady", "lru", "overlap", "routing", "statistics"]
 
 Routing = NDArray[np.int16]
+F64 = NDArray[np.float64]
 SEED = 20_260_929
 PUBLIC = {"overlap": 0.403, "LRU at 8 of 64": 0.278, "LRU at 24 of 64": 0.684, "Belady at 24 of 64": 0.841}
 
@@ -35,20 +36,46 @@ class Locality:
     static: float = 0.57
 
 
+class Text:
+    """What a trace is drawn from: `token` goes on by one, `outlook` says what may be known of later ones."""
+
+    def __init__(self, layers: int, experts: int, seed: int = SEED, how: Locality | None = None) -> None:
+        self.how = how = how or Locality()
+        self._draw = draw = np.random.default_rng(seed)
+        self._of_slow, self._of_fast = (
+            draw.standard_normal((layers, experts, how.width)) / np.sqrt(how.width) for _ in range(2)
+        )
+        self._static = how.static * draw.standard_normal((layers, experts))
+        self._slow, self._fast = draw.standard_normal(how.width), draw.standard_normal(how.width)
+        self._keep_slow, self._keep_fast = np.exp(-1 / how.slow_tokens), np.exp(-1 / how.fast_tokens)
+
+    def token(self) -> F64:
+        """float64 (layers, experts): scores of the next token."""
+        draw, width, s, f = self._draw, self.how.width, self._keep_slow, self._keep_fast
+        self._slow = s * self._slow + np.sqrt(1 - s**2) * draw.standard_normal(width)
+        self._fast = f * self._fast + np.sqrt(1 - f**2) * draw.standard_normal(width)
+        return self._mean(1.0, 1.0) + self.how.noise * draw.standard_normal(self._static.shape)
+
+    def outlook(self, ahead: int) -> tuple[F64, float]:
+        """Means (layers, experts) and spread of the scores `ahead` tokens from now (0 or more), to one who knows all that is
+        drawn, but for the noise of this token."""
+        s, f, how = self._keep_slow**ahead, self._keep_fast**ahead, self.how
+        spread = np.sqrt(how.noise**2 + (1 - s**2) * how.slow**2 + (1 - f**2) * how.fast**2)
+        return self._mean(s, f), float(spread)
+
+    def _mean(self, slow: float, fast: float) -> F64:
+        how = self.how
+        return np.asarray(
+            self._static + how.slow * (self._of_slow @ (slow * self._slow)) + how.fast * (self._of_fast @ (fast * self._fast))
+        )
+
+
 def routing(layers: int, experts: int, top_k: int, tokens: int, seed: int = SEED, how: Locality | None = None) -> Routing:
     """int16 (tokens, layers, top k): the experts of each token and layer, the one of highest score first."""
-    how, draw = how or Locality(), np.random.default_rng(seed)
-    of_slow, of_fast = (draw.standard_normal((layers, experts, how.width)) / np.sqrt(how.width) for _ in range(2))
-    static = how.static * draw.standard_normal((layers, experts))
-    slow, fast = draw.standard_normal(how.width), draw.standard_normal(how.width)
-    keep_slow, keep_fast = np.exp(-1 / how.slow_tokens), np.exp(-1 / how.fast_tokens)
+    text = Text(layers, experts, seed, how)
     out = np.empty((tokens, layers, top_k), np.int16)
     for t in range(tokens):
-        slow = keep_slow * slow + np.sqrt(1 - keep_slow**2) * draw.standard_normal(how.width)
-        fast = keep_fast * fast + np.sqrt(1 - keep_fast**2) * draw.standard_normal(how.width)
-        noise = how.noise * draw.standard_normal((layers, experts))
-        score = static + how.slow * (of_slow @ slow) + how.fast * (of_fast @ fast) + noise
-        out[t] = np.argsort(-score, axis=1)[:, :top_k]
+        out[t] = np.argsort(-text.token(), axis=1)[:, :top_k]
     return out
 
 

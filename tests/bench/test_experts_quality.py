@@ -10,12 +10,13 @@ import pytest
 from bench.experts import exact, quality
 from bench.experts.benchmark import _chosen, _noted
 from bench.experts.checkpoint import Words
+from bench.experts.informed import _chance
 from bench.experts.lines import OURS, plan
 from bench.experts.plots import plot
 from bench.experts.replayed import clairvoyant, curves
 from bench.experts.rows import COLUMNS
 from bench.experts.shape import QUICK, Shape
-from bench.experts.trace import belady, routing
+from bench.experts.trace import Text, belady, routing
 from bench.result import Options, Result
 from refold.errors import UsageError
 
@@ -73,7 +74,29 @@ def test_replay_puts_belady_on_top():
     found = curves(Words.of(TINY), quick=True)
     for slots in {r["slots"] for r in found}:
         at = {r["policy"]: r["hit"] for r in found if r["slots"] == slots}
-        assert {"belady", "value", "lru", "edgemoe"} <= set(at) and max(at.values()) == at["belady"]
+        assert {"belady", "informed", "value", "lru", "edgemoe"} <= set(at) and max(at.values()) == at["belady"]
+
+
+def test_who_is_told_what_a_trace_is_drawn_from_beats_every_policy_that_guesses():
+    """Larger than TINY: there, a token's luck hides the rest."""
+    found = curves(Words.of(QUICK), quick=True)
+    for slots in {r["slots"] for r in found}:
+        at = {r["policy"]: float(r["hit"]) for r in found if r["slots"] == slots}
+        belady, informed = at.pop("belady"), at.pop("informed")
+        assert max(at.values()) < informed < belady
+
+
+def test_chances_are_the_shares_of_what_comes():
+    """Of 2,000 tokens, those that gave an expert a chance of about p used it about that often."""
+    text, told, used = Text(2, 16, 7), [], []
+    for _ in range(2000):
+        told.append(_chance(*text.outlook(1), 4))
+        score = text.token()
+        used.append(score >= np.sort(score, axis=1)[:, -4:-3])
+    chance, share = np.array(told), np.array(used)
+    for low in np.arange(0.05, 0.9, 0.1):
+        there = (chance >= low) & (chance < low + 0.1)
+        assert there.sum() > 300 and abs(share[there].mean() - chance[there].mean()) < 0.05
 
 
 def test_the_clairvoyant_of_one_layer_is_ours():

@@ -49,21 +49,23 @@ def run(options: Options) -> Result:
         task = bar.add_task("trained models", total=sum(line.runs for line in chosen.lines) + 1)
         more, held = quality.measured(folder, options, lambda what: bar.update(task, description=what))
         bar.advance(task)
-        for bits in sorted({line.bits for line in chosen.lines}):
+        long = longrun.line_of(whole) if options.minutes and options.wants(longrun.NAME) else None
+        for bits in sorted({line.bits for line in (*chosen.lines, *([long] if long else []))}):
             part = replace(chosen, lines=tuple(line for line in chosen.lines if line.bits == bits))
             runner = Runner(shape, part, Files(folder, bits), caps)
-            if not journal.has_all(part.lines) or (bits == 4 and options.minutes):
+            last = long if long and long.bits == bits else None
+            if not journal.has_all(part.lines) or last:
                 _write(runner, words, bar)
                 bar.update(task, description=f"{bits} bits: the same experts in every engine?")
                 checked += verified(runner, words, {line.name: line for line in part.lines if line.share is None})
-                runner.learn_own(part.lines, lambda what: bar.update(task, description=what))
+                runner.learn_own((*part.lines, *([last] if last else [])), lambda what: bar.update(task, description=what))
             for run in _interleaved(runner, journal):
                 found.append(run)
                 bar.update(task, advance=1, description=run.line.title)
                 _log(run)
-            if bits == 4 and options.minutes:
+            if last:
                 bar.update(task, description=f"{options.minutes:g} minutes at 25 %")
-                told, of_it = longrun.measured(runner, options.minutes)
+                told, of_it = longrun.measured(runner, last, options.minutes)
                 checked.append(told)
                 extra += of_it
             own[bits] = runner.own
@@ -86,8 +88,9 @@ def _chosen(whole: Plan, options: Options) -> tuple[Plan, dict[str, str]]:
     if not options.quick:
         skipped["accelerate, disk"] = "bfloat16 experts of this shape are 12.9 GB, read whole for every token; see --quick"
     lines = [line for line in whole.lines if options.wants(line.name) and not (line.kind == "llama" and reason)]
-    if not lines and not any(options.wants(name) for name in quality.PARTS):
-        names = ", ".join([*_names(whole.lines), *quality.PARTS])
+    parts = [*quality.PARTS, *([longrun.NAME] if options.minutes else [])]
+    if not lines and not any(map(options.wants, parts)):
+        names = ", ".join([*_names(whole.lines), *parts])
         raise UsageError(f"No line is called like {', '.join(options.only)}; there are {names}.")
     return replace(whole, lines=tuple(lines)), skipped
 
@@ -127,7 +130,7 @@ def _write(runner: Runner, words: Words, bar: Progress) -> None:
 def _interleaved(runner: Runner, journal: Journal) -> Iterator[Run]:
     """Round after round, each beginning with another line, so that a machine whose speed drifts slows all alike."""
     lines = runner.plan.lines
-    for number in range(max(line.runs for line in lines)):
+    for number in range(max((line.runs for line in lines), default=0)):
         turn = [line for line in lines if line.runs > number]
         start = number * 5 % len(turn)
         for line in turn[start:] + turn[:start]:

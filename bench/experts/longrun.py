@@ -5,22 +5,24 @@ from __future__ import annotations
 import dataclasses
 
 from bench.experts.claims import of_long_run
-from bench.experts.lines import OURS
+from bench.experts.lines import OURS, Line, Plan
 from bench.experts.measure import Runner
 from bench.result import Cell, Claim
 
-__all__ = ["measured"]
+__all__ = ["NAME", "line_of", "measured"]
 
+NAME = "long run"
 FLAT = 512.0  # kB a minute; a leak of one record in ten minutes would be 350
 
 
-def measured(runner: Runner, minutes: float) -> tuple[dict[str, Cell], list[Claim]]:
-    line = next((line for line in runner.plan.lines if line.name == OURS and line.share == 0.25), None)
-    if line is None:
-        return {"engine": "long run", "note": f"skipped: no line {OURS} at 25 %"}, []
+def line_of(plan: Plan) -> Line:
+    return next(line for line in plan.lines if line.name == OURS and line.share == 0.25)
+
+
+def measured(runner: Runner, line: Line, minutes: float) -> tuple[dict[str, Cell], list[Claim]]:
     job = dataclasses.replace(runner.job(line, 0, runner.plan.warm, runner.plan.tokens), seconds=60 * minutes)
     run = runner.measured(line, job, longest=60 * minutes + 600)
-    row: dict[str, Cell] = {"engine": f"long run, {minutes:g} minutes", "cap %": 25.0, "bits": line.bits, "note": run.note}
+    row: dict[str, Cell] = {"engine": f"{NAME}, {minutes:g} minutes", "cap %": 25.0, "bits": line.bits, "note": run.note}
     slope, files = float("nan"), float("nan")
     if run.outcome is not None and run.finished is not None:
         out = run.outcome

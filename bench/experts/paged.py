@@ -22,7 +22,7 @@ __all__ = ["Front", "Mapped", "run"]
 
 U8 = NDArray[np.uint8]
 KEPT = 64  # tokens whose routing is noted
-REFRESH = 1024  # tokens after which a long run begins a new text: its cache of keys and values is no expert's memory
+REFRESH = 128  # tokens after which a long run begins a new text: at 1,024, keys and values of OLMoE's shape are 268 MB
 
 
 class Mapped:

@@ -57,7 +57,7 @@ def _hits(axis: Any, result: Result) -> None:
 
 
 def _time(axis: Any, result: Result) -> None:
-    rows = [r for r in result.rows if r.get("tokens/s") and r.get("bits") == 4 and r.get("cap %") in (None, 25.0)]
+    rows = [r for r in result.rows if r.get("bound ms") and r.get("bits") == 4 and r.get("cap %") in (None, 25.0)]
     names = [str(r["engine"]) for r in rows]
     whole = [1e3 / number(r["tokens/s"]) for r in rows]
     stall = [min(number(r["stall ms"]) if r.get("stall ms") is not None else 0.0, w) for r, w in zip(rows, whole, strict=True)]

@@ -111,7 +111,7 @@ def test_notes_and_pictures(tmp_path):
     row = _noted({"engine": "verify", "bits": 4, "top-k equal": 1.0})
     assert row["note"] == "top-k equal 1.0"
     speed = {"engine": OURS, "cap %": 25.0, "bits": 4, "tokens/s": 3.0, "cap MB": 900.0, "slots": 9, "hit": 0.5}
-    rows = [speed | {"stall ms": 100.0, "bound ms": 250.0}, row]
+    rows = [speed | {"stall ms": 100.0, "bound ms": 250.0}, speed | {"engine": "long run, 10 minutes"}, row]
     result = Result("experts", rows, [], COLUMNS, {"replay": curves(Words.of(TINY), quick=True)})
     plot(result, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000

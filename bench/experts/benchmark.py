@@ -45,6 +45,7 @@ def run(options: Options) -> Result:
     checked: list[dict[str, Cell]] = []
     extra: list[Claim] = []
     own: dict[int, dict[str, int]] = {}
+    ahead: int | None = None
     with _work(options) as folder, progress() as bar:
         task = bar.add_task("trained models", total=sum(line.runs for line in chosen.lines) + 1)
         more, held = quality.measured(folder, options, lambda what: bar.update(task, description=what))
@@ -68,14 +69,16 @@ def run(options: Options) -> Result:
                 told, of_it = longrun.measured(runner, last, options.minutes)
                 checked.append(told)
                 extra += of_it
-            own[bits] = runner.own
+            own[bits], ahead = runner.own, runner.read_ahead
             if not options.keep:
                 runner.files.remove()
     measured = rows(found, words, chosen)
     others = [_noted(r) for r in (*ablation(measured), *checked, *more)]
     others += [{"engine": name, "note": f"skipped: {why}"} for name, why in skipped.items()]
     every = [*measured, *others]
-    settings = _settings(shape, words, chosen, caps, own) | {"replay": curves(words, options.quick)}
+    settings = _settings(shape, words, chosen, caps, own) | {
+        "read-ahead KiB": ahead, "replay": curves(words, options.quick),
+    }  # fmt: skip
     journal.remove()
     return Result("experts", every, [*claims(measured), *extra, *held], COLUMNS, settings, options.quick)
 

@@ -6,11 +6,39 @@ import mmap
 import os
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["direct", "evict", "rate", "resident"]
+__all__ = ["READ_AHEAD", "direct", "evict", "rate", "read_ahead", "resident"]
+
+READ_AHEAD = 128  # KiB, Linux's default; servers' disks often have 4 to 8 MiB, which a mapping of experts pays for twenty times
+
+
+@contextmanager
+def read_ahead(folder: Path, kib: int = READ_AHEAD, devices: Path = Path("/sys/class/bdi")) -> Iterator[int | None]:
+    """Within, files opened on this folder's disk are read so far beyond a page that is not there; afterwards as far as before.
+
+    Returns:
+        KiB within: those asked for, or what the disk has where that may not be changed; None where it does not say.
+    """
+    number = folder.stat().st_dev
+    told = devices / f"{os.major(number)}:{os.minor(number)}" / "read_ahead_kb"
+    try:
+        before = int(told.read_text())
+    except (OSError, ValueError):
+        yield None
+        return
+    try:
+        told.write_text(str(kib))
+    except OSError:
+        yield before
+        return
+    try:
+        yield kib
+    finally:
+        told.write_text(str(before))
 
 
 def evict(path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.experts.cgroup import Caps, Finished, cap_bytes
 from bench.experts.checkpoint import Files
-from bench.experts.disk import evict, rate, resident
+from bench.experts.disk import evict, rate, read_ahead, resident
 from bench.experts.job import Job, Outcome
 from bench.experts.lines import ALLOWANCE, Line, Plan
 from bench.experts.shape import Shape
@@ -44,6 +44,7 @@ class Runner:
 
     Attributes:
         own: bytes an engine needs besides experts, by kind: anonymous memory, and its resident weights where those are mapped.
+        read_ahead: KiB that the kernel read beyond a page, last time.
     """
 
     shape: Shape
@@ -51,6 +52,7 @@ class Runner:
     files: Files
     caps: Caps
     own: dict[str, int] = field(default_factory=dict)
+    read_ahead: int | None = None
 
     def run(self, line: Line, number: int) -> Run:
         """Run `number` of a line: the words it begins with are another part of the trace each time."""
@@ -104,11 +106,12 @@ class Runner:
         command = [sys.executable, "-m", "bench.experts.child", job.to_json()]
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        if self.caps.reason:
-            return _alone(command, environment, longest)
-        with self.caps.group() as group:
-            group.limit(cap)
-            return group.run(command, environment, longest)
+        with read_ahead(self.files.folder) as self.read_ahead:
+            if self.caps.reason:
+                return _alone(command, environment, longest)
+            with self.caps.group() as group:
+                group.limit(cap)
+                return group.run(command, environment, longest)
 
     def drop(self) -> None:
         """No engine finds pages of its model in the cache, its own or charged to a group that is gone; each finds its code."""

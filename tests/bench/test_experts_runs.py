@@ -12,7 +12,7 @@ import pytest
 from bench.experts.cgroup import Caps, Finished, cap_bytes
 from bench.experts.checkpoint import Words
 from bench.experts.claims import ablation, claims, find, of_long_run
-from bench.experts.disk import evict, rate
+from bench.experts.disk import evict, rate, read_ahead
 from bench.experts.job import Job, Outcome, drive
 from bench.experts.journal import Journal
 from bench.experts.lines import ALLOWANCE, CAPS, LLAMA, OURS, RESIDENT, Line, Plan, plan
@@ -241,3 +241,16 @@ def test_a_journal_gives_runs_back_and_forgets_a_line_that_was_cut_off(tmp_path)
         assert other.known(line, 0) is None
     other.remove()
     assert not path.exists()
+
+
+def test_the_kernel_reads_ahead_as_by_default_and_afterwards_as_before(tmp_path):
+    number = tmp_path.stat().st_dev
+    told = tmp_path / f"{os.major(number)}:{os.minor(number)}" / "read_ahead_kb"
+    with read_ahead(tmp_path, devices=tmp_path) as held:
+        assert held is None
+    told.parent.mkdir()
+    told.write_text("8192\n")
+    with pytest.raises(ZeroDivisionError), read_ahead(tmp_path, devices=tmp_path) as held:
+        assert held == 128 and told.read_text() == "128"
+        raise ZeroDivisionError
+    assert told.read_text() == "8192"

@@ -7,7 +7,7 @@ demo: ## make .venv, install, and run the whole loop on this machine; then see d
 	@scripts/bootstrap demo
 	@.venv/bin/refold demo $(ARGS)
 
-test: ## make .venv where missing and run the tests with coverage
+test: ## make .venv where missing and run the tests with coverage, two files at a time
 	@scripts/bootstrap dev
 	@.venv/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered -m "not slow" $(ARGS)
 

@@ -50,23 +50,23 @@ def run(options: Options) -> Result:
         task = bar.add_task("trained models", total=sum(line.runs for line in chosen.lines) + 1)
         more, held = quality.measured(folder, options, lambda what: bar.update(task, description=what))
         bar.advance(task)
-        long = longrun.line_of(whole) if options.minutes and options.wants(longrun.NAME) else None
-        for bits in sorted({line.bits for line in (*chosen.lines, *([long] if long else []))}):
+        long = (longrun.line_of(whole),) if options.minutes and options.wants(longrun.NAME) else ()
+        for bits in sorted({line.bits for line in (*chosen.lines, *long)}):
             part = replace(chosen, lines=tuple(line for line in chosen.lines if line.bits == bits))
             runner = Runner(shape, part, Files(folder, bits), caps)
-            last = long if long and long.bits == bits else None
+            last = tuple(line for line in long if line.bits == bits)
             if not journal.has_all(part.lines) or last:
                 _write(runner, words, bar)
                 bar.update(task, description=f"{bits} bits: the same experts in every engine?")
                 checked += verified(runner, words, {line.name: line for line in part.lines if line.share is None})
-                runner.learn_own((*part.lines, *([last] if last else [])), lambda what: bar.update(task, description=what))
+                runner.learn_own((*part.lines, *last), lambda what: bar.update(task, description=what))
             for run in _interleaved(runner, journal):
                 found.append(run)
                 bar.update(task, advance=1, description=run.line.title)
                 _log(run)
-            if last:
+            for line in last:
                 bar.update(task, description=f"{options.minutes:g} minutes at 25 %")
-                told, of_it = longrun.measured(runner, last, options.minutes)
+                told, of_it = longrun.measured(runner, line, options.minutes)
                 checked.append(told)
                 extra += of_it
             own[bits], ahead = runner.own, runner.read_ahead

@@ -13,7 +13,7 @@ from pathlib import Path
 
 __all__ = ["READ_AHEAD", "direct", "evict", "rate", "read_ahead", "resident"]
 
-READ_AHEAD = 128  # KiB, Linux's default; servers' disks often have 4 to 8 MiB, which a mapping of experts pays for twenty times
+READ_AHEAD = 128  # KiB, Linux's default; with the 8 MiB of some servers a mapping reads its experts nine times
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def outlook(text: Text, tokens: int, top_k: int) -> Outlook:
     out = []
     for _ in range(tokens):
         text.token()
-        wait = 1 / (chance := _chance(*text.outlook(AHEAD), top_k))
+        wait = 1 / _chance(*text.outlook(AHEAD), top_k)
         for ahead in range(AHEAD - 1, 0, -1):
             chance = _chance(*text.outlook(ahead), top_k)
             wait = (1 - chance) * (1 + wait)

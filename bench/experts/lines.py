@@ -27,7 +27,7 @@ class Line:
             "fp32" (as many as would fit the share if they were decoded to float32, as EdgeMoE holds them).
         runs: how often. like: a line of the same cap whose total memory this one gets; "": what it needs itself.
         ceiling: the line without a cap whose time is this one's time to compute.
-        few: (tokens before the clock, timed ones) of an engine that would take too long with the plan's; None: the plan's.
+        short: (tokens before the clock, timed ones) of an engine that would take too long with the plan's; None: the plan's.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Line:
     options: Options = field(default_factory=dict)
     like: str = ""
     ceiling: str = RESIDENT
-    few: tuple[int, int] | None = None
+    short: tuple[int, int] | None = None
 
     @property
     def title(self) -> str:
@@ -80,7 +80,7 @@ def plan(shape: Shape, quick: bool) -> Plan:
     demand: Options = {"policy": "lru", "warm": False}
     published: Options = {"policy": "edgemoe", "paths": True}
     many, few, once = (1, 1, 1) if quick else (5, 3, 1)
-    kernel = None if quick else (4, 6)  # what the kernel pages takes up to ten seconds a token, and is steady after three
+    kernel = None if quick else (4, 6)  # what the kernel pages takes a second a token, or ten; steady after three
     lines = [
         Line(RESIDENT, "paged", None, slots="all", runs=few, options={"everything": True, "policy": "lru"}),
         Line(LLAMA_RESIDENT, "llama", None, runs=few, ceiling=LLAMA_RESIDENT),
@@ -89,12 +89,12 @@ def plan(shape: Shape, quick: bool) -> Plan:
         most = many if share == 0.25 else once  # where the bar is
         lines += [
             Line(OURS, "paged", share, runs=many, options=ours),
-            Line(LLAMA, "llama", share, runs=most, ceiling=LLAMA_RESIDENT, few=kernel),
-            Line("llama.cpp, refold's total", "llama", share, runs=once, like=OURS, ceiling=LLAMA_RESIDENT, few=kernel),
+            Line(LLAMA, "llama", share, runs=most, ceiling=LLAMA_RESIDENT, short=kernel),
+            Line("llama.cpp, refold's total", "llama", share, runs=once, like=OURS, ceiling=LLAMA_RESIDENT, short=kernel),
         ]
         if share == 0.25 or not quick:
             lines += [
-                Line("mmap, our kernels", "paged", share, runs=once, options={"mapped": True}, few=kernel),
+                Line("mmap, our kernels", "paged", share, runs=once, options={"mapped": True}, short=kernel),
                 Line("EdgeMoE (fp32 cache)", "paged", share, slots="fp32", runs=once, options=published),
             ]
     lines += [
@@ -105,12 +105,12 @@ def plan(shape: Shape, quick: bool) -> Plan:
         Line("on demand, no cache", "paged", 0.25, bits=8, slots="floor", runs=few, options=demand),
     ]
     if quick:
-        lines.append(Line("accelerate, disk", "accelerate", 0.25, few=(1, 3), options={"layers": shape.layers}))
+        lines.append(Line("accelerate, disk", "accelerate", 0.25, short=(1, 3), options={"layers": shape.layers}))
         return Plan(tuple(lines), warm=12, tokens=24)
     lines += [
         Line(RESIDENT, "paged", None, bits=8, slots="all", runs=1, options={"everything": True, "policy": "lru"}),
         Line(LLAMA_RESIDENT, "llama", None, bits=8, runs=1, ceiling=LLAMA_RESIDENT),
         Line(OURS, "paged", 0.25, bits=8, runs=few, options=ours),
-        Line(LLAMA, "llama", 0.25, bits=8, runs=once, ceiling=LLAMA_RESIDENT, few=kernel),
+        Line(LLAMA, "llama", 0.25, bits=8, runs=once, ceiling=LLAMA_RESIDENT, short=kernel),
     ]
     return Plan(tuple(lines), warm=16, tokens=32)

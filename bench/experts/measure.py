@@ -58,7 +58,7 @@ class Runner:
         """Run `number` of a line: the words it begins with are another part of the trace each time."""
         length = self.plan.warm + self.plan.tokens
         first = number * length % (self.shape.tokens - length)
-        return self.measured(line, self.job(line, first, *(line.few or (self.plan.warm, self.plan.tokens))))
+        return self.measured(line, self.job(line, first, *(line.short or (self.plan.warm, self.plan.tokens))))
 
     def job(self, line: Line, first: int, warm: int, tokens: int) -> Job:
         model = str(getattr(self.files, line.model))

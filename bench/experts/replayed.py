@@ -41,8 +41,7 @@ def curves(words: Words, quick: bool) -> list[dict[str, Cell]]:
     out: list[dict[str, Cell]] = []
     for share in SHARES:
         slots = max(int(share * shape.routed), shape.top_k + 1)
-        for name, found in compare(told, sizes, slots, frequency=frequency, skip=SKIP).items():
-            out.append({"policy": name, "slots": slots, "hit": round(found.hit_rate, 4)})
-        found = replay(told, sizes, slots, Informed(layout, known), skip=SKIP)
-        out.append({"policy": Informed.name, "slots": slots, "hit": round(found.hit_rate, 4)})
+        found = compare(told, sizes, slots, frequency=frequency, skip=SKIP)
+        found[Informed.name] = replay(told, sizes, slots, Informed(layout, known), skip=SKIP)
+        out += [{"policy": name, "slots": slots, "hit": round(of.hit_rate, 4)} for name, of in found.items()]
     return out

@@ -100,12 +100,8 @@ def sampling_of(flags: dict[str, Any], max_tokens: int) -> Sampling:
 
 
 @contextmanager
-def loaded(bundle: Path, settings: Settings, interrupt: Interrupt | None = None) -> Iterator[Running]:
-    """The model, with a bar while its resident part is read.
-
-    Args:
-        interrupt: Ctrl-C ends the reading between two tensors; without it, wherever it comes.
-    """
+def loaded(bundle: Path, settings: Settings) -> Iterator[Running]:
+    """The model, with a bar while its resident part is read; Ctrl-C ends that between two tensors."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
@@ -115,16 +111,17 @@ def loaded(bundle: Path, settings: Settings, interrupt: Interrupt | None = None)
     paged = PagedModel.open(bundle)
     columns = (TextColumn("Reading the resident part"), BarColumn(), DownloadColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    hidden = not console.is_terminal
+    with Interrupt() as interrupt, Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=paged.bundle.manifest.experts.resident_bytes)
 
         def came(n: int) -> None:
-            if interrupt is not None:
-                interrupt.check()
+            interrupt.check()
             bar.advance(task, n)
 
         running = Running(paged, settings, came)
     with running:
+        interrupt.check()
         yield running
 
 
@@ -144,9 +141,7 @@ def generate(bundle: Path, prompt: str, max_tokens: int, **flags: Any) -> None:
     text = _stdin() if prompt == "-" else prompt
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter is no reason to end
-    import edge.experts.model  # noqa: F401 - torch loads while Ctrl-C still ends at once
-
-    with Interrupt() as interrupt, loaded(bundle, settings, interrupt) as running, _traced(running, flags["trace"]):
+    with loaded(bundle, settings) as running, Interrupt() as interrupt, _traced(running, flags["trace"]):
         if flags["release"] is not None:
             from edge.experts.release import gains_of, given, trust
 

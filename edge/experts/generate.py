@@ -62,10 +62,18 @@ class Stream:
     Args:
         paging: what its experts share. turn: calls a forward when no other runs, and returns what it returned.
         stops: token ids that end a text.
+        threads: told the number of tokens before each forward, to divide the machine's cores.
     """
 
-    def __init__(self, model: PreTrainedModel, paging: Paging, turn: Turn, stops: frozenset[int]) -> None:
-        self._model, self._paging, self._turn, self._stops = model, paging, turn, stops
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        paging: Paging,
+        turn: Turn,
+        stops: frozenset[int],
+        threads: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
+        self._model, self._paging, self._turn, self._stops, self._threads = model, paging, turn, stops, threads
         config = model.config
         self.vocabulary = int(config.vocab_size)
         self.context: int | None = getattr(config, "max_position_embeddings", None)
@@ -168,6 +176,7 @@ class Stream:
         return self._turn(within)
 
     def _step(self, ids: Sequence[int], state: dict[str, Any]) -> torch.Tensor:
+        self._threads(len(ids))
         name, rest = ("decoder_input_ids", {}) if self._encodes else ("input_ids", {"logits_to_keep": 1})
         with torch.inference_mode():
             out = self._model(**{name: torch.tensor([list(ids)])}, **state, use_cache=True, **rest)

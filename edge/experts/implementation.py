@@ -90,18 +90,22 @@ class Paging:
         order = sorted(users, key=lambda e: -len(users[e][0]))
         out = x.new_zeros(index.shape[0], index.shape[1], x.shape[1])
         ahead = self.ahead
+
+        def one(known: tuple[int, NDArray[np.uint8]]) -> None:
+            self._go_on()
+            expert, record = known
+            rows, places = users[expert]
+            if len(x) == 1:
+                out[0, places[0]] = self._one(layer, expert, record, x)[0]
+            else:
+                out[rows, places] = self._one(layer, expert, record, x[rows])
+
         with closing(cast("Generator[Wave, None, None]", self.pager.waves(layer, order))) as waves:
             for experts, records in waves:
                 if ahead is not None:
                     ahead(layer)
                     ahead = None
-                for expert, record in zip(experts, records, strict=True):
-                    self._go_on()
-                    rows, places = users[expert]
-                    if len(x) == 1:
-                        out[0, places[0]] = self._one(layer, expert, record, x)[0]
-                    else:
-                        out[rows, places] = self._one(layer, expert, record, x[rows])
+                kernel.each(one, zip(experts, records, strict=True))
         return _sum(out, weights)
 
     def _go_on(self) -> None:

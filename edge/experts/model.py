@@ -35,6 +35,7 @@ from edge.experts.generate_text import Codec, codec
 from edge.experts.implementation import Cancelled, Paging, never
 from edge.experts.model_build import build
 from edge.experts.model_gains import Gains
+from edge.experts.model_halves import FEW
 from edge.experts.pager import Pager, PagerSettings
 from refold.bundle import silent
 from refold.errors import UsageError
@@ -50,7 +51,7 @@ class Settings:
     Attributes:
         memory: bytes for expert records, or "auto": from the cgroup and what the machine has free.
         policy: which record leaves the cache first; see edge/experts/policies.py.
-        readers: threads that read the disk. threads: of torch, for everything else.
+        readers: threads that read the disk. threads: that compute, in this process.
         lookahead: read ahead what the next layer will probably ask for.
         direct: read past the page cache where the file system permits it.
         verify: when a record's digest is checked: at its first reading, at every reading, never.
@@ -204,7 +205,8 @@ class Running:
         self.paged, self.settings = paged, settings
         self.name = paged.bundle.manifest.name or paged.path.stem
         self.codec: Codec = codec(paged)
-        torch.set_num_threads(settings.threads)
+        self._divide(1)
+        kernel.set_threads(settings.threads)
         self.pager = Pager.open(paged, resolve(settings.memory, paged, settings.halves), settings.pager())
         try:
             paging = Paging(self.pager, paged.index.geometry)
@@ -215,8 +217,12 @@ class Running:
             self.pager.close()
             raise
         self._turn = threading.Lock()
-        self.stream = Stream(self.model, paging, self._forward, self.codec.stops)
+        self.stream = Stream(self.model, paging, self._forward, self.codec.stops, self._divide)
         self._gains = Gains(self.model, self._turn, self.stream.probe)
+
+    def _divide(self, tokens: int) -> None:
+        """Cores for torch: OpenMP's threads go on spinning after each of its loops, where the kernel's own would compute."""
+        torch.set_num_threads(1 if tokens <= FEW and self.settings.halves else self.settings.threads)
 
     def _forward(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
         with self._turn:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from edge.experts import kernel
 from refold.experts import Tensor as Stored
 
-__all__ = ["HalfEmbedding", "HalfLinear", "keep_halves"]
+__all__ = ["FEW", "HalfEmbedding", "HalfLinear", "keep_halves"]
 
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 FEW = 8  # tokens; more of them pay for weights that are widened first

@@ -4,6 +4,7 @@
     build.py            compiles it on first use into a folder of the user's cache
     native.py           calls it on the record's own memory, with the interpreter's lock released
     portable.py         the same arithmetic in torch, where there is no C compiler
+    crew.py             threads that share the experts of a layer and the rows of a matrix
 
 Both quantise their input per block of 32 to int8, as llama.cpp's Q8_0 does, and multiply by the exact weights that
 `refold.experts.dequantise` gives. What one token yields does not depend on the tokens beside it or on which records are cached;
@@ -16,9 +17,9 @@ forces "native" or "torch".
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from threading import Lock
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from refold.errors import UsageError
 from refold.experts.records import Matrix
@@ -26,11 +27,16 @@ from refold.experts.records import Matrix
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Kernel", "choose", "expert", "half", "is_native", "kernel", "linear", "name"]
+    from edge.experts.kernel.crew import Crew
 
+__all__ = ["Kernel", "choose", "each", "expert", "half", "is_native", "kernel", "linear", "name", "set_threads"]
+
+T = TypeVar("T")
+SHARE = 1 << 19  # weights of one thread, a tenth of a millisecond: fewer do not pay for waking it
 name: str
 _choosing = Lock()
 _in_use: Kernel | None = None
+_crew: Crew | None = None
 
 
 class Kernel(Protocol):
@@ -80,7 +86,45 @@ def half(weight: Tensor, x: Tensor) -> Tensor:
     Raises:
         UsageError: shapes or types that do not fit.
     """
-    return kernel().half(weight, x)
+    chosen = kernel()
+    shares = min(_crew.threads, weight.numel() // SHARE) if _crew is not None and is_native() else 1
+    if shares < 2:
+        return chosen.half(weight, x)
+    import torch
+
+    parts: dict[int, Tensor] = {}
+
+    def one(known: tuple[int, Tensor]) -> None:
+        place, rows = known
+        parts[place] = chosen.half(rows, x)
+
+    each(one, enumerate(weight.chunk(shares)))
+    return torch.cat([parts[place] for place in range(len(parts))], 1)
+
+
+def set_threads(count: int) -> None:
+    """How many threads compute, in this process as with torch's own setting; 1 until told. The results are the same bits."""
+    global _crew
+    from edge.experts.kernel.crew import Crew
+
+    old = _crew
+    if old is None or old.threads != count:
+        _crew = Crew(count)
+        if old is not None:
+            old.close()
+
+
+def each(work: Callable[[T], None], items: Iterable[T]) -> None:
+    """`work` on every item, by all threads where the kernel is the compiled one: torch's divides its own work.
+
+    Raises:
+        Whatever `work` raised first.
+    """
+    if _crew is not None and is_native():
+        _crew.each(work, items)
+        return
+    for item in items:
+        work(item)
 
 
 def kernel() -> Kernel:

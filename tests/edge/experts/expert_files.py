@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,14 @@ import numpy as np
 from refold.experts import ExpertIndex, Geometry, Record, encode, quantise
 
 BASE = 2 * 4096
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Waits for what another thread does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.001)
 
 
 def make_index(bits=None, **shape):

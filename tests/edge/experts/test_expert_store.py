@@ -6,11 +6,10 @@ import errno
 import mmap
 import os
 import threading
-import time
 
 import numpy as np
 import pytest
-from expert_files import BASE, expected, make_index, write_model
+from expert_files import BASE, expected, make_index, until, write_model
 
 from edge.experts import raw
 from edge.experts.faulty import FaultyFile
@@ -65,13 +64,6 @@ def reading(model):
     yield made
     made.file.gate.set()
     made.store.close()
-
-
-def until(condition):
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def test_a_demand_read_overtakes_read_ahead_after_the_block_under_way(reading):

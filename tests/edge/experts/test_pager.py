@@ -6,13 +6,12 @@ import errno
 import subprocess
 import sys
 import threading
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
-from expert_files import BASE, expected, make_index, write_model
+from expert_files import BASE, expected, make_index, until, write_model
 
 from edge.experts.faulty import FaultyFile
 from edge.experts.pager import Pager, PagerSettings
@@ -47,13 +46,6 @@ def over(model, budget=None, **settings):
     file = FaultyFile(content)
     chosen = PagerSettings(**{"paths": "off", "warm": False, "block": 4096, "threads": 1} | settings)
     return Pager(Path("m.refold"), index, BASE, budget or index.total, chosen, file), file
-
-
-def until(condition):
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def same(records, content, index, layer, experts):

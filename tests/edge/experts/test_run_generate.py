@@ -12,9 +12,11 @@ import time
 import pytest
 import run_models
 import torch
+from expert_files import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge.experts import kernel
 from edge.experts.cache import floor
 from edge.experts.faulty import FaultyFile
 from edge.experts.generate import Sampling, _choose
@@ -31,6 +33,11 @@ def write(running, prompt="Hello", **sampling):
     pieces = list(writing)
     assert "".join(p.text for p in pieces) == writing.text
     return writing
+
+
+def cancelled_after(count):
+    asked = iter([False] * count)
+    return lambda: next(asked, True)
 
 
 # choosing
@@ -174,10 +181,22 @@ def test_after_a_failed_text_the_next_one_is_right(paged):
         file.fail.update({paged.records_at + r.offset: 5 for r in paged.index})
         with pytest.raises(StorageError):
             list(running.generate("Another prompt", Sampling(max_tokens=12)))
-        while not running.pager._store.idle:  # a read-ahead that is still failing is the next text's error too
-            time.sleep(0.001)
+        until(lambda: running.pager._store.idle)  # a read-ahead that is still failing is the next text's error too
         file.fail.clear()
         assert write(running, max_tokens=12).tokens == wanted
+
+
+def test_threads_that_compute_change_no_token_and_end_when_told_to(paged):
+    long = "A prompt of more than eight tokens"
+    texts = []
+    for threads in (1, 3):
+        with load(paged.path, Settings(memory=paged.index.total // 2, threads=threads)) as running:
+            texts.append([write(running, p, max_tokens=24).tokens for p in ("Hello", long)])
+            with pytest.raises(Cancelled):
+                list(running.generate(long, Sampling(max_tokens=24), cancelled_after(40)))
+            assert write(running, max_tokens=24).tokens == texts[0][0]
+    kernel.set_threads(1)
+    assert texts[0] == texts[1]
 
 
 def test_texts_that_take_turns_are_each_as_if_alone(running):

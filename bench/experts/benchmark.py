@@ -45,7 +45,6 @@ def run(options: Options) -> Result:
     checked: list[dict[str, Cell]] = []
     extra: list[Claim] = []
     own: dict[int, dict[str, int]] = {}
-    ahead: int | None = None
     with _work(options) as folder, progress() as bar:
         task = bar.add_task("trained models", total=sum(line.runs for line in chosen.lines) + 1)
         more, held = quality.measured(folder, options, lambda what: bar.update(task, description=what))
@@ -69,7 +68,7 @@ def run(options: Options) -> Result:
                 told, of_it = longrun.measured(runner, line, options.minutes)
                 checked.append(told)
                 extra += of_it
-            own[bits], ahead = runner.own, runner.read_ahead
+            own[bits] = runner.own
             if not options.keep:
                 runner.files.remove()
     measured = rows(found, words, chosen)
@@ -77,7 +76,8 @@ def run(options: Options) -> Result:
     others += [{"engine": name, "note": f"skipped: {why}"} for name, why in skipped.items()]
     every = [*measured, *others]
     settings = _settings(shape, words, chosen, caps, own) | {
-        "read-ahead KiB": ahead, "replay": curves(words, options.quick),
+        "read-ahead KiB": next((run.read_ahead for run in found if run.read_ahead), None),
+        "replay": curves(words, options.quick),
     }  # fmt: skip
     journal.remove()
     return Result("experts", every, [*claims(measured), *extra, *held], COLUMNS, settings, options.quick)

@@ -27,7 +27,8 @@ LONGEST = 900.0  # seconds a run may take
 
 @dataclass(frozen=True)
 class Run:
-    """One run. outcome: None where the process failed, and `note` says how. rate: bytes per second of the disk around it."""
+    """One run. outcome: None where the process failed, and `note` says how. rate: bytes per second of the disk around it.
+    read_ahead: KiB that the kernel read beyond a page; None where the disk does not say."""
 
     line: Line
     first: int
@@ -36,6 +37,7 @@ class Run:
     finished: Finished | None
     outcome: Outcome | None
     note: str = ""
+    read_ahead: int | None = None
 
 
 @dataclass
@@ -72,7 +74,7 @@ class Runner:
         finished = self.child(job, None if line.share is None else cap, longest)
         after = self._rate(line, 2 * job.first + 1)
         outcome, note = _outcome(finished)
-        return Run(line, job.first, cap, (before + after) / 2, finished, outcome, note)
+        return Run(line, job.first, cap, (before + after) / 2, finished, outcome, note, self.read_ahead)
 
     def cap(self, line: Line) -> int:
         """Bytes; 0: none."""

@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.experts.job import F32, Job, Outcome, drive
+from bench.experts.job import F32, TEXT, Job, Outcome, drive
 from refold.experts.paged import PagedModel
 
 __all__ = ["Front", "Mapped", "run"]
 
 U8 = NDArray[np.uint8]
 KEPT = 64  # tokens whose routing is noted
-REFRESH = 128  # tokens after which a long run begins a new text: at 1,024, keys and values of OLMoE's shape are 268 MB
 
 
 class Mapped:
@@ -68,7 +67,8 @@ class Front:
 
 def run(job: Job) -> Outcome:
     """Options: mapped (page cache instead of the pager); policy, ahead (experts hinted for the next layer), recall, paths (read
-    ahead along paths), warm (the most frequent experts first); everything (read all before the clock starts); routing."""
+    ahead along paths), warm (the most frequent experts first); threads (that compute); everything (read all before the clock
+    starts); routing."""
     import torch
 
     from edge.experts import kernel
@@ -76,7 +76,8 @@ def run(job: Job) -> Outcome:
     from edge.experts.model_build import build
     from edge.experts.pager import Pager, PagerSettings
 
-    torch.set_num_threads(int(job.options.get("threads", 1)))
+    torch.set_num_threads(1)
+    kernel.set_threads(int(job.options.get("threads", 1)))
     started = time.perf_counter()
     model = PagedModel.open(job.model)
     g, ahead, pager = model.index.geometry, int(job.options.get("ahead", 0)), None
@@ -115,7 +116,7 @@ def _stepping(net: Any, pager: Any, front: Front) -> Any:
     state = {"cache": DynamicCache(config=net.config), "length": 0}
 
     def step(word: int) -> F32:
-        if state["length"] == REFRESH:
+        if state["length"] == TEXT:
             state["cache"], state["length"] = DynamicCache(config=net.config), 0
         state["length"] += 1
         front.routing = [*front.routing[-KEPT:], []]

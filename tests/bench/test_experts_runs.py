@@ -13,7 +13,7 @@ from bench.experts.cgroup import Caps, Finished, cap_bytes
 from bench.experts.checkpoint import Words
 from bench.experts.claims import ablation, claims, find, of_long_run
 from bench.experts.disk import evict, rate, read_ahead
-from bench.experts.job import Job, Outcome, drive
+from bench.experts.job import TEXT, Job, Outcome, drive
 from bench.experts.journal import Journal
 from bench.experts.lines import ALLOWANCE, CAPS, LLAMA, OURS, RESIDENT, Line, Plan, plan
 from bench.experts.measure import Run, _outcome
@@ -122,9 +122,12 @@ def test_the_loop_times_words_of_the_trace_and_counts_right_successors(tmp_path)
     assert Job.from_json(job.to_json()) == job
 
 
-def test_a_long_run_goes_on_and_watches_memory():
+def test_a_long_run_goes_on_and_watches_memory_at_the_same_place_of_every_text():
     out = drive(Job("x", "m", 0, 0, 1, seconds=0.3), lambda w: np.zeros(4, np.float32), 4, 0)
-    assert len(out.times) > 1 and out.memory[0][1] > 1000 and out.memory[0][2] > 0
+    assert out.memory[0][1] > 1000 and out.memory[0][2] > 0
+    assert len(out.memory) == len(out.times) // TEXT > 3
+    seconds = np.cumsum(out.times)[TEXT - 1 :: TEXT]
+    assert all(told >= sum_of_steps - 0.06 for (told, _, _), sum_of_steps in zip(out.memory, seconds, strict=True))
 
 
 def test_slopes_of_a_long_run():
@@ -144,7 +147,7 @@ GOOD = Finished(0, "", "", peak=5_000_000, anonymous=4_000_000, killed=0)
 def _run(line, seconds, read=0, hits=-1, slots=0, stall=-1.0, first=0):
     details = {"covered": 0, "wasted bytes": 0}
     out = Outcome([seconds] * 8, 8, read * 8, 1.0, STATUS, hits, 32 - hits if hits >= 0 else -1, stall, 0, slots, details)
-    return Run(line, first, 6_000_000 if line.share else 0, 1e6, GOOD, out)
+    return Run(line, first, 6_000_000 if line.share else 0, 1e6, GOOD, out, read_ahead=128)
 
 
 def test_rows_and_claims_from_runs():
@@ -234,7 +237,8 @@ def test_a_journal_gives_runs_back_and_forgets_a_line_that_was_cut_off(tmp_path)
     again = Journal(path, TINY, whole, "abc", resume=True)
     assert again.known(line, 1) is None
     back = again.known(line, 0)
-    assert back is not None and back.outcome == run.outcome and back.finished == run.finished and back.rate == run.rate
+    assert back is not None and back.outcome == run.outcome and back.finished == run.finished
+    assert (back.rate, back.read_ahead) == (run.rate, 128)
     again.note(run, 1)
     assert Journal(path, TINY, whole, "abc", resume=True).has_all(whole.lines)
     for other in (Journal(path, TINY, whole, "another commit", resume=True), Journal(path, TINY, whole, "abc", resume=False)):

@@ -103,10 +103,10 @@ class OrtRuntime:
             serving = ServingState(states, activations)
             try:
                 session = self._picture_session(serving)
+                wanted = self._open(serving).run(None, {self.input_name: self.bundle.preprocess.apply(trial)})[0]
             except BundleError as e:
                 log.warning("Pictures take the way through floats: %s", e.detail or e)
                 return None
-            wanted = self._open(serving).run(None, {self.input_name: self.bundle.preprocess.apply(trial)})[0]
             if session is not None and not np.array_equal(session.run_all(trial), wanted):
                 log.warning("Pictures take the way through floats: the short way is not exact here.")
                 return None

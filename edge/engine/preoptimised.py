@@ -65,7 +65,8 @@ class Graph:
         if self._fits(table, activations):
             some = {name: value for name, value in tensors.items() if name in self.wanted}
             return open_session(self.optimised, some, session_options(threads, optimise=False))
-        return open_session(self.original, tensors | self.packed(), session_options(threads))
+        original = OnnxGraph(self.original).without_idle_clips(tensors)
+        return open_session(original, tensors | self.packed(), session_options(threads))
 
     def open_codes(
         self,

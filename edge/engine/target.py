@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from edge.engine.cuda import gpu_present
-from edge.engine.trt_api import load_tensorrt
+from edge.engine.trt_api import load_tensorrt, tensorrt_installed
 from refold.bundle import Bundle
 from refold.errors import BundleError
 
@@ -52,7 +52,7 @@ def runtime_name(target: str) -> str:
 
 
 def _installed(runtime: str) -> bool:
-    return find_spec(RUNTIMES[runtime][0]) is not None
+    return tensorrt_installed() if runtime == "tensorrt" else find_spec(RUNTIMES[runtime][0]) is not None
 
 
 def require(target: str) -> None:

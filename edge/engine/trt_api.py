@@ -5,12 +5,15 @@ TensorRT itself satisfies these protocols; there is no adapter between. Names an
 
     STRONGLY_TYPED             since 10: types come from the file's Q and DQ, and no precision flags are given
     REFIT_INDIVIDUAL           since 10: with mark_weights_refittable; before, REFIT makes every weight exchangeable
+
+TensorRT for RTX (the package `tensorrt_rtx`, GPUs of workstations) has the same API and is taken where the other is not.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,12 +21,16 @@ from numpy.typing import NDArray
 
 from refold.errors import BundleError
 
-__all__ = ["Config", "Context", "CudaEngine", "Network", "Parser", "PlanBuilder", "TensorRt", "WeightSetter", "load_tensorrt"]
+__all__ = [
+    "Config", "Context", "CudaEngine", "Network", "Parser", "PlanBuilder", "TensorRt", "WeightSetter", "load_tensorrt",
+    "tensorrt_installed",
+]  # fmt: skip
 
 F32 = NDArray[np.float32]
+PACKAGES = ("tensorrt", "tensorrt_rtx")
 INSTALL = (
     "On a Jetson it comes with JetPack (apt install python3-libnvinfer, virtual environments with --system-site-packages); "
-    "elsewhere pip install tensorrt-cu12"
+    "elsewhere pip install tensorrt-cu12, or tensorrt-rtx for an RTX GPU"
 )
 
 
@@ -98,17 +105,21 @@ class TensorRt(Protocol):
     IScaleLayer: Any
 
 
+def tensorrt_installed() -> bool:
+    """Whether one of the packages is there; it may still be one that cannot build."""
+    return any(find_spec(package) is not None for package in PACKAGES)
+
+
 def load_tensorrt() -> TensorRt:
-    """Raises BundleError saying what to install."""
-    try:
-        found: Any = importlib.import_module("tensorrt")
-    except ImportError as e:
-        raise BundleError(
-            f"This target needs TensorRT, which is not installed. {INSTALL}.", code="no-runtime", detail=str(e)
-        ) from e
-    if not all(hasattr(found, name) for name in ("Builder", "OnnxParser", "Refitter")):
-        raise BundleError(
-            f"The TensorRT that is installed only runs engines and cannot build one (a lean or dispatch runtime). {INSTALL}.",
-            code="no-runtime",
-        )
-    return found  # type: ignore[no-any-return]
+    """The first of `PACKAGES` that builds engines. Raises BundleError saying what to install."""
+    problem, told = "This target needs TensorRT, which is not installed", list[str]()
+    for package in PACKAGES:
+        try:
+            found: Any = importlib.import_module(package)
+        except ImportError as e:
+            told.append(str(e))
+            continue
+        if all(hasattr(found, name) for name in ("Builder", "OnnxParser", "Refitter")):
+            return found  # type: ignore[no-any-return]
+        problem = "The TensorRT that is installed only runs engines and cannot build one (a lean or dispatch runtime)"
+    raise BundleError(f"{problem}. {INSTALL}.", code="no-runtime", detail="; ".join(told))

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edge.engine.trt_api import F32, Config, CudaEngine, Network, TensorRt
+from edge.engine.trt_api import F32, Config, CudaEngine, Network, PlanBuilder, TensorRt
 from refold.atomic import write_atomically
 from refold.errors import BundleError, StorageError
 from refold.tensorrt import BuildRecipe
 
-__all__ = ["build_plan", "keep_plan", "kept_plan", "refit", "refittable_weights"]
+__all__ = ["build_plan", "keep_plan", "kept_plan", "parsed", "refit", "refittable_weights"]
 
 log = logging.getLogger(__name__)
 DIGEST = 32
@@ -37,19 +38,33 @@ def build_plan(trt: TensorRt, logger: Any, model: bytes, recipe: BuildRecipe, *,
         BundleError: TensorRT does not take the file, or a norm's vectors cannot be marked.
     """
     builder = trt.Builder(logger)
+    with parsed(trt, logger, builder, model, recipe, refittable=refittable) as (network, config):
+        plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise _refused(trt, "build", "see TensorRT's own messages above")
+    return bytes(plan)
+
+
+@contextmanager
+def parsed(
+    trt: TensorRt, logger: Any, builder: PlanBuilder, model: bytes, recipe: BuildRecipe, *, refittable: bool = True
+) -> Iterator[tuple[Network, Config]]:
+    """The network of a file with its norms named and marked, ready to be built. Needs no GPU; network and config hold only
+    within, because the parser owns the weights.
+
+    Args and errors: as `build_plan`'s.
+    """
     config = builder.create_builder_config()
     network = builder.create_network(_typing(trt, config, recipe))
-    parser = trt.OnnxParser(network, logger)  # owns the weights until the plan is built
+    parser = trt.OnnxParser(network, logger)
     if not parser.parse(model):
         told = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
         raise _refused(trt, "parse", told)
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, recipe.workspace_bytes)
     if refittable:
         _mark(trt, network, config, recipe)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise _refused(trt, "build", "see TensorRT's own messages above")
-    return bytes(plan)
+    yield network, config
+    del parser
 
 
 def _typing(trt: TensorRt, config: Config, recipe: BuildRecipe) -> int:

@@ -31,7 +31,9 @@ def running_options(command: Any) -> Any:
         click.option("--memory", default="auto", show_default=True, help="For experts, as 512MB; auto: what is free."),
         click.option("--policy", default="value", show_default=True, help="Which experts leave memory first."),
         click.option("--readers", type=int, default=2, show_default=True, help="Threads that read the disk."),
-        click.option("--threads", type=int, default=1, show_default=True, help="Threads that compute; leave the readers a core."),
+        click.option(
+            "--threads", type=int, default=1, show_default=True, help="Threads that compute; leave the readers a core."
+        ),
         click.option("--no-lookahead", is_flag=True, help="Read experts only when a layer asks for them."),
         click.option("--buffered", is_flag=True, help="Read through the page cache."),
         click.option(

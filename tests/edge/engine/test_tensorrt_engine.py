@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import threading
 from dataclasses import replace
-from importlib.util import find_spec
 
 import export_nets
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from trt_double import Gpu, TensorRtDouble
 
-from edge.engine import EngineFactory, EngineSlot, choose_target
+from edge.engine import EngineFactory, EngineSlot, choose_target, trt_api
 from edge.engine import cuda as cuda_module
 from edge.engine import target as target_module
 from edge.engine import tensorrt as engine_module
@@ -338,8 +337,8 @@ def test_it_is_never_chosen_without_the_package_and_a_gpu(bundle, monkeypatch):
     assert said.value.code == "no-gpu"
 
 
-@pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed here")
-def test_naming_it_without_the_package_says_what_to_install(bundle):
+def test_naming_it_without_the_package_says_what_to_install(bundle, monkeypatch):
+    monkeypatch.setattr(trt_api, "PACKAGES", ("no_such_tensorrt",))
     with pytest.raises(
         BundleError, match=r"TensorRT, which is not installed\. On a Jetson .* pip install tensorrt-cu12"
     ) as said:
@@ -348,15 +347,13 @@ def test_naming_it_without_the_package_says_what_to_install(bundle):
 
 
 def test_a_runtime_that_only_runs_engines_is_not_enough(monkeypatch):
-    from edge.engine import trt_api
-
     monkeypatch.setattr(trt_api.importlib, "import_module", lambda name: object())
     with pytest.raises(BundleError, match="lean or dispatch"):
         trt_api.load_tensorrt()
 
 
 def _why_not() -> str:
-    if find_spec("tensorrt") is None:
+    if not trt_api.tensorrt_installed():
         return "TensorRT is not installed here: nothing of this target has run on a GPU"
     return "" if cuda_module.gpu_present() else "no NVIDIA GPU here: nothing of this target has run on one"
 

@@ -82,13 +82,13 @@ def ablation(rows: Sequence[Row]) -> list[dict[str, Cell]]:
     return out
 
 
-def of_long_run(seen: Sequence[Sequence[float]]) -> tuple[float, int]:
-    """Of (seconds, kB, descriptors), the first fifth left out: (kB a minute of resident memory by least squares, growth of file
-    descriptors)."""
+def of_long_run(seen: Sequence[Sequence[float]]) -> tuple[float, float, int]:
+    """Of (seconds, kB anonymous, kB resident, descriptors), the first fifth left out: (kB a minute of anonymous and of resident
+    memory by least squares, growth of file descriptors)."""
     import numpy as np
 
     rest = np.array(seen[len(seen) // 5 :], np.float64)
     if len(rest) < 2:
-        return float("nan"), 0
-    slope = float(np.polyfit(rest[:, 0] / 60, rest[:, 1], 1)[0])
-    return round(slope, 1), int(rest[:, 2].max() - rest[0, 2])
+        return float("nan"), float("nan"), 0
+    anonymous, resident = (round(float(np.polyfit(rest[:, 0] / 60, rest[:, i], 1)[0]), 1) for i in (1, 2))
+    return anonymous, resident, int(rest[:, 3].max() - rest[0, 3])

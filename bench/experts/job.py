@@ -63,8 +63,8 @@ class Outcome:
         load_seconds: until the first token could start. status: kB by /proc/self/status at the end.
         hits, misses, stall: of the pager; -1 where the kernel pages. cached: bytes of records in memory at the end.
         slots: records that fit the budget. details: an engine's own.
-        memory: (seconds, kB resident, file descriptors) through a long run, always as many words into a text: its keys and
-            values grow and go.
+        memory: (seconds, kB anonymous, kB resident, file descriptors) through a long run, always as many words into a text:
+            its keys and values grow and go. Resident counts libraries' pages too, which the kernel takes and gives back.
     """
 
     times: list[float]
@@ -78,7 +78,7 @@ class Outcome:
     cached: int = 0
     slots: int = 0
     details: dict[str, float | int | str] = field(default_factory=dict)
-    memory: list[tuple[float, int, int]] = field(default_factory=list)
+    memory: list[tuple[float, int, int, int]] = field(default_factory=list)
     routing: list[list[list[int]]] = field(default_factory=list)
 
     def to_json(self) -> str:
@@ -116,7 +116,7 @@ def drive(job: Job, step: Step, words: int, load_seconds: float, started: Callab
             kept.append(np.array(logits, np.float32))
     at += job.warm
     started()
-    read, right, times, seen = device_bytes(), 0, list[float](), list[tuple[float, int, int]]()
+    read, right, times, seen = device_bytes(), 0, list[float](), list[tuple[float, int, int, int]]()
     begun = time.perf_counter()
     while len(times) < job.tokens or time.perf_counter() - begun < job.seconds:
         word = at % words
@@ -129,7 +129,8 @@ def drive(job: Job, step: Step, words: int, load_seconds: float, started: Callab
             kept.append(np.array(logits, np.float32))
         at += 1
         if job.seconds and len(times) % TEXT == 0:
-            seen.append((round(now - begun, 1), memory()["VmRSS"], len(list(Path("/proc/self/fd").iterdir()))))
+            kb, files = memory(), len(list(Path("/proc/self/fd").iterdir()))
+            seen.append((round(now - begun, 1), kb["RssAnon"], kb["VmRSS"], files))
     if job.keep:
         np.save(job.keep, np.stack(kept))
     return Outcome(times, right, device_bytes() - read, load_seconds, memory(), memory=seen)

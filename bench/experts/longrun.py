@@ -26,15 +26,16 @@ def measured(runner: Runner, line: Line, minutes: float) -> tuple[dict[str, Cell
     slope, files = float("nan"), float("nan")
     if run.outcome is not None and run.finished is not None:
         out = run.outcome
-        slope, files = of_long_run(out.memory)
+        slope, resident, files = of_long_run(out.memory)
         row |= {
             "tokens/s": round(len(out.times) / sum(out.times), 3), "tokens": len(out.times), "kB/minute": slope,
+            "resident kB/minute": resident, "kB at": " ".join(f"{kb}" for _, kb, _, _ in out.memory),
             "files grown": files, "right %": round(100 * out.right / len(out.times), 2), "OOM": run.finished.killed,
             "hit": round(out.hits / max(1, out.hits + out.misses), 4), "peak MB": round(run.finished.peak / 1e6, 1),
             "cap MB": round(run.cap / 1e6, 1),
         }  # fmt: skip
     text = f"{minutes:g} minutes at 25 %"
     return row, [
-        Claim("experts.long.memory", f"{text}: growth of resident memory", slope, "≤", FLAT, 0.0, " kB/minute"),
+        Claim("experts.long.memory", f"{text}: growth of anonymous memory", slope, "≤", FLAT, 0.0, " kB/minute"),
         Claim("experts.long.files", f"{text}: open files grown by", files, "≤", 0),
     ]

@@ -1,4 +1,4 @@
-.PHONY: help demo test test-slow check fresh-code bench clean
+.PHONY: help demo test test-slow ort-versions check fresh-code bench clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -14,6 +14,10 @@ test: ## make .venv where missing and run the tests with coverage, two files at 
 test-slow: ## the tests that take longer than a minute each
 	@scripts/bootstrap dev
 	@.venv/bin/python -m pytest -m slow $(ARGS)
+
+ort-versions: ## the engine tests with every minor version of ONNX Runtime that devices may have
+	@scripts/bootstrap dev
+	@scripts/ort-versions $(ARGS)
 
 check: ## lint, types, and freshness of the generated code
 	@scripts/bootstrap dev

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
+import export_nets
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from edge.engine import EngineFactory
 from edge.engine.onnx_graph import OnnxGraph
 from edge.engine.session import open_session, session_options
+from edge.serving import ServingState
+from export.pictures import Pictures
+from export.pipeline import Options, export_model
+from refold.errors import BundleError
+from refold.norms import ActivationScale
 
 F32 = NDArray[np.float32]
+BROKEN = {f"1.{minor}.{patch}" for minor in range(21, 31) for patch in range(6)}  # see scripts/ort-versions
 
 
 def model(low: float | None, high: float | None, codes: type[np.generic] = np.uint8, readers: int = 1) -> bytes:
@@ -88,3 +100,25 @@ def test_a_clip_that_others_read_or_whose_scale_is_not_told_stays() -> None:
 def test_what_is_not_touched_is_the_same_file() -> None:
     whole = onnx.load_from_string(OnnxGraph(model(0.0, 6.0)).without_idle_clips({}))
     assert whole == onnx.load_from_string(model(0.0, 6.0))
+
+
+def test_a_relu6_net_starts_and_takes_scales_that_reach_a_little_beyond_its_clips(tmp_path: Path) -> None:
+    made = export_nets.make("inverted")
+    options = Options(("ort-x86-avx2",), "inverted", observer="minmax", min_agreement=0)
+    pictures = Pictures(export_nets.pictures(24), None)
+    bundle = export_model(made, tmp_path / "m.refold", export_nets.PREPROCESS, pictures, options).bundle
+    factory = EngineFactory(bundle)
+    wider = tuple(replace(a, scale=float(np.float32(6.0095 / 255))) for a in bundle.norms.activations if is_clipped(a))
+    x = bundle.preprocess.apply(export_nets.pictures(4, seed=3))
+    ours = factory.build(ServingState({}, wider)).run(x)
+    content = bundle.read(bundle.target("ort-x86-avx2").model)
+    try:
+        fresh = open_session(content, bundle.norms.tensors({}, wider) | bundle.packed_weights(), session_options())
+    except BundleError:
+        assert ort.__version__ in BROKEN
+    else:
+        assert len(wider) > 2 and np.array_equal(ours, fresh.run(None, {"input": x})[0])
+
+
+def is_clipped(a: ActivationScale) -> bool:
+    return a.zero_point == 0 and abs(a.scale * 255 - 6) < 0.01

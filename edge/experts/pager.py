@@ -38,6 +38,8 @@ from refold.experts import ExpertIndex
 
 __all__ = ["Paged", "Pager", "PagerSettings"]
 
+HISTORY = 512  # tokens whose numbers are kept: a longer one is memory that grows for hours
+
 
 class Paged(Protocol):
     """What `refold.experts.paged.PagedModel` tells a pager."""
@@ -77,7 +79,7 @@ class Pager(Memory):
         self._token, self._position = 0, -1
         self._hits = self._covered = self._late = self._misses = self._useful = 0
         self._mark = (0, 0, 0, 0.0)
-        self.history: deque[TokenRecord] = deque(maxlen=65536)
+        self.history: deque[TokenRecord] = deque(maxlen=HISTORY)
         self._trace: TraceWriter | None = None
         self.paths = PathTable.load(s.paths_file(path), index, order=s.path_order) if s.ahead else None
         pinned = int(self.cache.sizes[self.cache.pinned].sum())

@@ -322,6 +322,14 @@ def test_threads_share_a_pager(mixed):
         assert pager.counters.resident_bytes <= pager.budget and not pager.cache.held.any()
 
 
+def test_what_is_kept_of_tokens_has_an_end(model):
+    pager, _ = over(model)
+    with pager:
+        for _ in range(600):
+            pager.token()
+        assert len(pager.history) == 512 and pager.counters.tokens == 600
+
+
 def test_neither_threads_nor_descriptors_nor_memory_are_left(mixed):
     path, index, _ = mixed
     threads = threading.active_count()

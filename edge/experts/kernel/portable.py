@@ -67,7 +67,7 @@ def as_int8(x: Tensor, group: int) -> Tensor:
     wide = functional.pad(x, (0, padded(columns, group) - columns)).reshape(n, padded(columns, group) // BLOCK, BLOCK)
     most = wide.abs().amax(2, keepdim=True)
     some = most > 1e-30
-    inverse = torch.where(some, 127.0 / most, 0.0)
+    inverse = torch.where(some, torch.tensor(127.0) / most, 0.0)  # a number before the stroke: torch multiplies by 1 / most
     scale = torch.where(torch.isfinite(most), torch.where(some, most / 127.0, 0.0), torch.nan)
     return (torch.round(wide * inverse) * scale).flatten(1)
 

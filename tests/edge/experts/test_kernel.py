@@ -71,6 +71,16 @@ def test_product_is_the_oracles_to_float32_rounding(which: str, product: tuple[M
     assert (apart <= 1e-6 * size + 1e-30).all()
 
 
+def test_int8_input_is_divided_as_the_native_kernel_divides() -> None:
+    """To torch a number over a tensor is that number times 1 / tensor, whose last bit is another one time in four: values
+    on the edge between two codes tell."""
+    most = np.random.default_rng(0).uniform(0.1, 10, (2_000, 1)).astype(np.float32)
+    inverse = np.float32(127) / most
+    edges = (np.arange(31, dtype=np.float32) + np.float32(0.5)) / inverse
+    x = np.concatenate([most, edges], 1)
+    assert np.array_equal(as_int8(torch.from_numpy(x), 32).numpy(), np.rint(x * inverse) * (most / np.float32(127)))
+
+
 @few
 @given(products())
 def test_int8_input_is_within_half_a_step_of_the_float_input(product: tuple[Matrix, torch.Tensor]) -> None:

@@ -108,10 +108,11 @@ def set_threads(count: int) -> None:
     from edge.experts.kernel.crew import Crew
 
     old = _crew
-    if old is None or old.threads != count:
-        _crew = Crew(count)
-        if old is not None:
-            old.close()
+    if count == (1 if old is None else old.threads):
+        return
+    _crew = Crew(count) if count > 1 else None
+    if old is not None:
+        old.close()
 
 
 def each(work: Callable[[T], None], items: Iterable[T]) -> None:

@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 class Crew:
     """Args:
-    threads: that work at a time, the caller's among them; 1: nobody else.
+    threads: that work at a time, the caller's among them; 2 or more.
     """
 
-    def __init__(self, threads: int = 1) -> None:
+    def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._helpers = ThreadPoolExecutor(threads - 1, "refold-compute") if threads > 1 else None
+        self._helpers = ThreadPoolExecutor(threads - 1, "refold-compute")
 
     def each(self, work: Callable[[T], None], items: Iterable[T]) -> None:
         """`work` on every item, each done once, in no order. Returns when nobody works any more.
@@ -29,12 +29,7 @@ class Crew:
         Raises:
             Whatever `work` raised first; items that nobody had begun are left out then.
         """
-        todo = list(items)
-        if self._helpers is None or len(todo) < 2:
-            for item in todo:
-                work(item)
-            return
-        todo.reverse()
+        todo = list(items)[::-1]
         taking, inference = Lock(), torch.is_inference_mode_enabled()
 
         def labour() -> None:
@@ -63,5 +58,4 @@ class Crew:
             raise failed
 
     def close(self) -> None:
-        if self._helpers is not None:
-            self._helpers.shutdown()
+        self._helpers.shutdown()

@@ -1,4 +1,4 @@
-"""Published baselines on one fp32 network, no cloud: source, BN-1, α-BN, Tent, EATA, and the supervised bound.
+"""Published baselines on one fp32 network, no cloud: source, BN-1, α-BN, Tent, EATA, and the supervised bound (ROID: roid.py).
 
 Implemented from the papers and the notes in the repository's specification; settings are each paper's CIFAR-10-C ones unless a
 row says otherwise. All of them see the batch they are about to predict, which favours them over a device that gets one frame at
@@ -44,13 +44,21 @@ class AlphaBN(Source):
 class Tent(BatchMethod):
     """Wang et al. 2021: batch statistics, and gamma and beta follow the gradient of the batch's mean entropy.
 
-    `alpha` below 1 mixes the source's statistics in, as α-BN does; the paper has none of that.
+    `alpha` below 1 mixes the source's statistics in, as α-BN does; the paper has none of that. `optimiser` is "adam" (the
+    paper's on CIFAR) or "sgd" (momentum 0.9, its optimiser on ImageNet).
     """
 
-    def __init__(self, net: nn.Module, *, lr: float = 1e-3, batch: int = 200, alpha: float = 1.0) -> None:
+    def __init__(
+        self, net: nn.Module, *, lr: float = 1e-3, batch: int = 200, alpha: float = 1.0, optimiser: str = "adam"
+    ) -> None:
         self.net = adaptable(net, Statistics.BATCH if alpha == 1 else Statistics.MIXED, alpha)
         self.batch = batch
-        self.optimiser = torch.optim.Adam(affine_parameters(self.net), lr=lr, betas=(0.9, 0.999))
+        parameters = affine_parameters(self.net)
+        self.optimiser: torch.optim.Optimizer
+        if optimiser == "sgd":
+            self.optimiser = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+        else:
+            self.optimiser = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999))
 
     def step(self, x: Tensor, labels: Tensor) -> Tensor:
         logits: Tensor = self.net(x)
@@ -97,8 +105,9 @@ class EATA(Tent):
         margin: float = 0.4,
         redundancy: float = 0.4,
         fisher: float = 1.0,
+        optimiser: str = "adam",
     ) -> None:
-        super().__init__(net, lr=lr, batch=batch, alpha=alpha)
+        super().__init__(net, lr=lr, batch=batch, alpha=alpha, optimiser=optimiser)
         self.margin, self.redundancy, self.fisher_weight = margin, redundancy, fisher
         self.anchor = [p.detach().clone() for p in affine_parameters(self.net)]
         self.fisher = fisher_information(self.net, clean)

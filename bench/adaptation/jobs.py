@@ -24,7 +24,7 @@ __all__ = ["Job", "Piece", "run_jobs"]
 
 ROOT = Path(__file__).resolve().parents[2]
 BASELINE_SOURCES = (
-    *(f"bench/adaptation/{name}.py" for name in ("baselines", "cema", "method", "nets")),
+    *(f"bench/adaptation/{name}.py" for name in ("baselines", "cema", "method", "nets", "roid", "views")),
     "bench/corrupt",
     "demo/models.py",
 )

@@ -52,7 +52,7 @@ def build(rows: list[Row], pieces: list[Piece], settings: dict[str, object], *, 
 
 
 def claims(rows: Iterable[Row], pieces: Iterable[Piece]) -> list[Claim]:
-    """The claims of issue 2, "Shows" 5. A number that was not measured is NaN and holds nothing."""
+    """Refold against the best baseline row of each protocol. A number that was not measured is NaN and holds nothing."""
     pieces = list(pieces)
     kinds = {r.name: r.kind for r in rows}
 
@@ -60,25 +60,25 @@ def claims(rows: Iterable[Row], pieces: Iterable[Piece]) -> list[Claim]:
         found = [p for p in pieces if p.row == row and p.protocol == protocol]
         return {p.stream: p.last_quarter if last_quarter else p.accuracy for p in found}
 
-    def shifted_mean(row: str, protocol: str) -> float:
-        values = [v for s, v in accuracy(row, protocol).items() if s != "clean"]
+    def shifted_mean(row: str, protocol: str, *, last_quarter: bool = False) -> float:
+        values = [v for s, v in accuracy(row, protocol, last_quarter=last_quarter).items() if s != "clean"]
         return mean(values) if values else NOT_RUN
 
     out = []
-    for protocol, title in (("reset", "reset for each corruption"), ("continual", "continual")):
-        ours = shifted_mean("refold", protocol)
-        others = [v for r, k in kinds.items() if k == "baseline" and not math.isnan(v := shifted_mean(r, protocol))]
-        out.append(
-            Claim(
-                f"adaptation.{protocol}.gain",
-                f"Refold int8 above the best baseline of any precision, {title}, mean accuracy",
-                round(ours - max(others), 2) if others else NOT_RUN,
-                "≥",
-                1.5,
-                4.0,
-                " points",
-            )
-        )
+    for protocol, title, late, bar in (
+        ("reset", "reset for each corruption, mean accuracy", False, 1.5),
+        ("continual", "continual, mean accuracy", False, 1.5),
+        ("long", "long streams, last quarter", True, 3.0),
+    ):
+        means = {r: shifted_mean(r, protocol, last_quarter=late) for r, k in kinds.items() if k == "baseline"}
+        measured = {r: m for r, m in means.items() if not math.isnan(m)}
+        best = max(measured, key=lambda r: measured[r]) if measured else ""
+        if protocol == "long" and not measured:
+            continue
+        ours = shifted_mean("refold", protocol, last_quarter=late)
+        text = f"Refold int8 above the best baseline of any precision ({best or 'none was run'}), {title}"
+        gain = round(ours - measured[best], 2) if measured else NOT_RUN
+        out.append(Claim(f"adaptation.{protocol}.gain", text, gain, "≥", bar, 4.0, " points"))
     overlay, distilled, labels = (
         accuracy(row, "long", last_quarter=True) for row in ("refold-overlay", "refold", "refold-labels")
     )

@@ -8,33 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from adaptation_nets import small_net
 from torch import nn
 
 from bench.adaptation.baselines import EATA, AlphaBN, Source, SupervisedOracle, Tent, fisher_information
 from bench.adaptation.cema import CEMA, PAPER, RELEASED, Cloud, UploadRule
 from bench.adaptation.nets import AdaptableNorm, Statistics, adaptable, affine_parameters, entropy, norms, to_input
 from refold.errors import ModelError
-
-
-def small_net(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 16, 3, 2, 1, bias=False),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(16, 10),
-    )
-    for norm in (net[1], net[4]):
-        norm.running_mean.normal_(0, 0.3)
-        norm.running_var.uniform_(0.5, 2)
-        norm.weight.data.uniform_(0.5, 1.5)
-    net[8].weight.data *= 6
-    return net.eval()
 
 
 @pytest.fixture

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from bench import adaptation
 from bench.__main__ import BENCHES, main
-from bench.adaptation import best_of_families
 from bench.adaptation.jobs import Job, Piece, run_jobs
 from bench.adaptation.report import build, claims, plot
 from bench.adaptation.rows import ROWS
@@ -82,9 +83,30 @@ def test_rows_that_did_not_run_make_no_claim_true() -> None:
     assert not {c.id: c for c in claims(rows(), no_room)}["adaptation.long.distillation"].holds
 
 
-def test_the_best_row_of_a_family_goes_on() -> None:
-    best = [r.name for r in best_of_families(rows(), pieces())]
-    assert "tent-tuned" in best and "tent" not in best and "source" in best
+def test_every_protocol_is_judged_by_its_own_best_baseline() -> None:
+    """A baseline that is best on long streams alone counts there, whatever it did elsewhere."""
+    late = [piece("tent", "long", "fog", 60, last_quarter=65.5)]
+    found = {c.id: c for c in claims(rows(), [p for p in pieces() if (p.row, p.protocol) != ("tent", "long")] + late)}
+    assert found["adaptation.reset.gain"].value == 2.0 and "tent-tuned" in found["adaptation.reset.gain"].text
+    assert found["adaptation.long.gain"].value == 0.5 and not found["adaptation.long.gain"].holds
+    assert "(tent)" in found["adaptation.long.gain"].text
+
+
+def test_every_baseline_goes_through_every_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Job] = []
+
+    def run_all(jobs: Iterable[Job], **how: object) -> list[Piece]:
+        ran.extend(jobs := list(jobs))
+        return [piece(j.row, j.protocol, s, 50) for j in jobs for s in j.streams]
+
+    monkeypatch.setattr(adaptation, "run_jobs", run_all)
+    result = adaptation.run(Options())
+    baselines = {r.name for r in ROWS if r.kind == "baseline" and r.family != adaptation.CEMA}
+    for protocol in ("reset", "continual", "long"):
+        assert {str(r["row"]) for r in result.rows if r["protocol"] == protocol} >= baselines
+    assert not [j for j in ran if j.row == "source" and j.protocol == "continual"]  # stateless: reset says it already
+    assert {j.frames for j in ran if j.protocol == "long"} == {10_000}
+    assert len({j.row for j in ran if j.protocol == "long" and "cema" in j.row}) == 1
 
 
 def test_table_and_picture(tmp_path: Path) -> None:

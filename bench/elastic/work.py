@@ -84,7 +84,8 @@ def measure_pairs(scale: Scale, work: Path) -> None:
 
 @dataclass(frozen=True)
 class Searched:
-    """The best configuration within the bytes of a uniform one; how good the predictor was on pairs it never saw."""
+    """The best configuration within the bytes and bit operations of a uniform one; how good the predictor was on pairs it never
+    saw."""
 
     found: Configuration
     quality: dict[str, object]
@@ -105,7 +106,10 @@ def search_one(w: int, a: int, scale: Scale, work: Path) -> Searched:
 def _search(w: int, a: int, pictures: Pictures, net: Supernet, pairs: Path) -> Choice:
     scale, layout = pictures.scale, net.layout
     like = net.space.uniform(layout, w, a)
-    budgets = [Budget("bytes", lambda c: byte_count(layout, c), byte_count(layout, like))]
+    budgets = [
+        Budget("bytes", lambda c: byte_count(layout, c), byte_count(layout, like)),
+        Budget("bit operations", lambda c: bit_operations(layout, c), bit_operations(layout, like)),
+    ]
     evolution = Evolution(generations=scale.generations, seed=scale.training.seed)
     quick, thorough = (pictures.judge(net, pictures.searching, count) for count in (scale.search, scale.final))
     return choose(quick, budgets, pairs, pairs=scale.pairs, rounds=scale.rounds, evolution=evolution, final=thorough)

@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from bench.experts import longrun, quality
 from bench.experts.cgroup import Caps
-from bench.experts.checkpoint import Files, Words, check_space, sizes, write_bundle, write_folder, write_gguf
+from bench.experts.checkpoint import Files, Words, check_space, sizes, write_bundle, write_folder, write_gguf, write_paths
 from bench.experts.claims import ablation, claims
 from bench.experts.journal import Journal
 from bench.experts.lines import ALLOWANCE, RECALL, Line, Plan, plan
@@ -128,6 +128,8 @@ def _write(runner: Runner, words: Words, bar: Progress) -> None:
             task = bar.add_task(f"writing {path.name}", total=shape.routed * (3 if path is files.gguf else 1))
             write(path, words, bits, lambda _, task=task: bar.advance(task))
             bar.remove_task(task)
+    if any(line.options.get("learnt") for line in runner.plan.lines):
+        write_paths(files, words)
 
 
 def _interleaved(runner: Runner, journal: Journal) -> Iterator[Run]:

@@ -16,12 +16,14 @@ from bench.experts.disk import evict
 from bench.experts.shape import Shape
 from bench.experts.trace import SEED, Routing, routing
 from bench.experts.weights import expert, resident, resident_names
+from edge.experts.paths import PathTable
 from refold.errors import StorageError
 from refold.experts import Matrix, dequantise, encode
+from refold.experts.paged import PagedModel
 from refold.experts.tensors import Resident, packed
 from refold.experts.write import write_paged
 
-__all__ = ["Files", "Words", "check_space", "sizes", "write_bundle", "write_folder", "write_gguf"]
+__all__ = ["Files", "Words", "check_space", "sizes", "write_bundle", "write_folder", "write_gguf", "write_paths"]
 
 Told = Callable[[int], None]
 CALIBRATION = 512  # tokens behind the words, of the same text: what an export would count frequencies on
@@ -29,11 +31,13 @@ CALIBRATION = 512  # tokens behind the words, of the same text: what an export w
 
 @dataclass(frozen=True)
 class Words:
-    """The trace that the words follow, and the frequencies (share of a layer's tokens) of tokens that no engine is given."""
+    """The trace that the words follow. calibration: the routing of tokens that no engine is given. frequency: each expert's
+    share of these."""
 
     shape: Shape
     trace: Routing
     frequency: dict[tuple[int, int], float]
+    calibration: Routing
     seed: int = SEED
 
     @classmethod
@@ -41,7 +45,7 @@ class Words:
         whole = routing(shape.layers, shape.experts, shape.top_k, shape.tokens + CALIBRATION, seed)
         seen = whole[shape.tokens :]
         counts = Counter((layer, int(e)) for layer in range(shape.layers) for e in seen[:, layer].ravel())
-        return cls(shape, whole[: shape.tokens], {key: n / CALIBRATION for key, n in counts.items()}, seed)
+        return cls(shape, whole[: shape.tokens], {key: n / CALIBRATION for key, n in counts.items()}, seen, seed)
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,13 @@ class Files:
     def safetensors(self) -> Path:
         return self.folder / "routed-bf16"
 
+    @property
+    def paths(self) -> Path:
+        """Where a pager whose paths lie "beside" looks for its table."""
+        return self.bundle.with_name(self.bundle.name + ".paths.npz")
+
     def remove(self) -> None:
-        for path in (self.bundle, self.gguf, self.bundle.with_name(self.bundle.name + ".paths.npz")):
+        for path in (self.bundle, self.gguf, self.paths):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.safetensors, ignore_errors=True)
 
@@ -97,6 +106,15 @@ def write_bundle(path: Path, words: Words, bits: int, told: Told = lambda n: Non
 
     write_paged(path, shape.geometry, records(), shape.config(), _resident(words), name="routed", frequency=words.frequency)
     evict(path)
+
+
+def write_paths(files: Files, words: Words) -> None:
+    """The path table of a device that has run before: learnt from the calibration tokens. Raises StorageError."""
+    table = PathTable(files.paths, PagedModel.open(files.bundle).index)
+    for token in words.calibration.astype(np.int64):
+        for position, experts in enumerate(token):
+            table.learn(position, experts)
+    table.write(table.dump())
 
 
 def _resident(words: Words) -> list[Resident]:

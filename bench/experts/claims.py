@@ -1,15 +1,16 @@
-"""Issue 4, "Shows": each bar as a claim."""
+"""Each bar of the experts benchmark as a claim."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from bench.experts.lines import CAPS, LLAMA, OURS
+from bench.experts.lines import CAPS, LLAMA, LLAMA_RESIDENT, OURS, RESIDENT
 from bench.result import Cell, Claim, number
 
 __all__ = ["ablation", "claims", "find", "of_long_run"]
 
 Row = Mapping[str, Cell]
+KEPT = 1.02  # heaps grow in steps: what "own" was measured from is another run
 
 
 def find(rows: Sequence[Row], name: str, share: float | None, bits: int = 4) -> Row:
@@ -34,10 +35,24 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
             out.append(Claim(f"{key}.speed.total", text, _ratio(ours, same), "≥", 1.0, 1.5))
         out += [
             Claim(f"{key}.hit", f"{at}: strict hit rate ÷ Belady's", number(ours.get("hit / belady")), "≥", 0.85, 0.9),
-            Claim(f"{key}.bound", f"{at}: time a token ÷ bound", number(ours.get("time / bound")), "≤", 1.5, 1.25),
-            Claim(f"{key}.peak", f"{at}: peak memory ÷ cap", _share(ours), "≤", 1.0),
+            Claim(
+                f"{key}.compute", f"{at}: time a token ÷ with all in memory", number(ours.get("time / compute")), "≤", 1.5, 1.25
+            ),
+            Claim(
+                f"{key}.promise",
+                f"{at}: memory that experts took ÷ --memory, worst run",
+                number(ours.get("promise")),
+                "≤",
+                KEPT,
+            ),
             Claim(f"{key}.oom", f"{at}: killed for memory", number(ours.get("OOM")), "≤", 0),
         ]
+    resident = find(rows, RESIDENT, None), find(rows, f"{RESIDENT}, two threads", None)
+    peers = [r for name in (LLAMA_RESIDENT, f"{LLAMA_RESIDENT}, repacked") if (r := find(rows, name, None))]
+    if peers and any(resident):
+        ours = max((r for r in resident if r), key=_rate)
+        text = "all in memory: tokens/s ÷ llama.cpp's best, mapped or repacked"
+        out.append(Claim("experts.memory.speed", text, _ratio(ours, max(peers, key=_rate)), "≥", 1.0))
     eight, theirs = find(rows, OURS, 0.25, 8), find(rows, LLAMA, 0.25, 8)
     if eight and theirs:
         out.append(
@@ -46,14 +61,13 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     return out
 
 
+def _rate(row: Row) -> float:
+    return number(row.get("tokens/s"))
+
+
 def _ratio(ours: Row, theirs: Row) -> float:
     below = number(theirs.get("tokens/s"))
     return round(number(ours.get("tokens/s")) / below, 3) if below else float("nan")
-
-
-def _share(row: Row) -> float:
-    cap = number(row.get("cap MB"))
-    return round(number(row.get("peak MB")) / cap, 4) if cap else float("nan")
 
 
 def ablation(rows: Sequence[Row]) -> list[dict[str, Cell]]:

@@ -61,7 +61,7 @@ class Journal:
             line, int(str(told["first"])), int(str(told["cap"])), float(str(told["rate"])),
             None if finished is None else Finished(**finished),  # type: ignore[arg-type]
             None if outcome is None else Outcome(**outcome),  # type: ignore[arg-type]
-            str(told["note"]), told["read-ahead"],  # type: ignore[arg-type]
+            str(told["note"]), told["read-ahead"], int(str(told["own"])),  # type: ignore[arg-type]
         )  # fmt: skip
 
     def note(self, run: Run, number: int) -> None:
@@ -69,7 +69,8 @@ class Journal:
         finished = None if run.finished is None else asdict(run.finished) | {"output": "", "errors": ""}
         told = {
             "title": run.line.title, "number": number, "first": run.first, "cap": run.cap, "rate": run.rate, "note": run.note,
-            "read-ahead": run.read_ahead, "finished": finished, "outcome": None if run.outcome is None else asdict(run.outcome),
+            "read-ahead": run.read_ahead, "own": run.own, "finished": finished,
+            "outcome": None if run.outcome is None else asdict(run.outcome),
         }  # fmt: skip
         with self.path.open("a") as f:
             f.write(json.dumps(told) + "\n")

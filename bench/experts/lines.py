@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from bench.experts.shape import Shape
 from edge.experts.buffers import stride
 
-__all__ = ["ALLOWANCE", "CAPS", "LLAMA", "OURS", "RECALL", "Line", "Plan", "plan"]
+__all__ = ["ALLOWANCE", "CAPS", "LLAMA", "LLAMA_RESIDENT", "OURS", "RECALL", "RESIDENT", "Line", "Plan", "plan"]
 
 OURS, LLAMA, RESIDENT, LLAMA_RESIDENT = "refold", "llama.cpp", "refold, all in memory", "llama.cpp, all in memory"
 CAPS = (0.5, 0.25, 0.125)
-RECALL = 0.8  # of guesses: published look-ahead is right for 72 to 87 % (specs: moe.md §4.5)
+RECALL = 0.8  # of guesses: published look-ahead is right for 72 to 87 % (docs/benchmarks.md)
 ALLOWANCE = {"OLMoE": 64 << 20, "quick": 16 << 20}  # page tables, libraries' pages, what a heap grows by
 Options = Mapping[str, float | int | str | bool]
 
@@ -79,12 +79,13 @@ def plan(shape: Shape, quick: bool) -> Plan:
     ours: Options = {"ahead": 2 * shape.top_k, "recall": RECALL}
     everything: Options = {"everything": True, "policy": "lru"}
     demand: Options = {"policy": "lru", "warm": False}
-    published: Options = {"policy": "edgemoe", "paths": True}
+    published: Options = {"policy": "edgemoe", "paths": True, "learnt": True}
     many, few, once = (1, 1, 1) if quick else (5, 3, 1)
     kernel = None if quick else (8, 16)  # what the kernel pages takes a second a token; steady after three
     lines = [
         Line(RESIDENT, "paged", None, slots="all", runs=few, options=everything),
         Line(LLAMA_RESIDENT, "llama", None, runs=few, ceiling=LLAMA_RESIDENT),
+        Line(f"{LLAMA_RESIDENT}, repacked", "llama", None, runs=few, options={"repack": True}, ceiling=LLAMA_RESIDENT),
         Line(f"{RESIDENT}, two threads", "paged", None, slots="all", runs=few, options={**everything, "threads": 2}),
     ]
     for share in CAPS:

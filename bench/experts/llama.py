@@ -1,4 +1,4 @@
-"""llama.cpp as a peer, through llama-cpp-python's ctypes: mmap, no repacking, CPU alone.
+"""llama.cpp as a peer, through llama-cpp-python's ctypes: mmap, CPU alone; repacked where everything is in memory.
 
 The high-level class hides what matters here (extra buffer types, the callback that sees the routing), so the C functions are
 called. The package is searched on the import path, then in the folder REFOLD_LLAMA_CPP names (made by
@@ -44,15 +44,18 @@ def _library() -> Any:
 
 
 def run(job: Job) -> Outcome:
-    """Options: threads (2), routing: 1 to keep each token's experts (slower: never while timing)."""
+    """Options: threads (2), repack (weights rearranged for the processor's kernels when loaded: no mapping then), routing: 1 to
+    keep each token's experts (slower: never while timing)."""
     c = _library()
     started = time.perf_counter()
     quiet = c.llama_log_callback(lambda level, text, data: None)
     c.llama_log_set(quiet, None)
     c.llama_backend_init()
     settings = c.llama_model_default_params()
-    settings.n_gpu_layers, settings.use_extra_bufts = 0, False
-    settings.load_mode, settings.lazy_mode = c.LLAMA_LOAD_MODE_MMAP, c.LLAMA_LAZY_MODE_OFF
+    repack = bool(job.options.get("repack"))
+    settings.n_gpu_layers, settings.use_extra_bufts = 0, repack
+    settings.load_mode = c.LLAMA_LOAD_MODE_NONE if repack else c.LLAMA_LOAD_MODE_MMAP
+    settings.lazy_mode = c.LLAMA_LAZY_MODE_OFF
     model = c.llama_model_load_from_file(job.model.encode(), settings)
     if not model:
         raise UsageError(f"llama.cpp cannot load {job.model}.")

@@ -28,7 +28,8 @@ LONGEST = 900.0  # seconds a run may take
 @dataclass(frozen=True)
 class Run:
     """One run. outcome: None where the process failed, and `note` says how. rate: bytes per second of the disk around it.
-    read_ahead: KiB that the kernel read beyond a page; None where the disk does not say."""
+    read_ahead: KiB that the kernel read beyond a page; None where the disk does not say. own: bytes of anonymous memory that
+    such an engine takes besides experts, measured in a run of its own without a cap."""
 
     line: Line
     first: int
@@ -38,6 +39,7 @@ class Run:
     outcome: Outcome | None
     note: str = ""
     read_ahead: int | None = None
+    own: int = 0
 
 
 @dataclass
@@ -74,7 +76,8 @@ class Runner:
         finished = self.child(job, None if line.share is None else cap, longest)
         after = self._rate(line, 2 * job.first + 1)
         outcome, note = _outcome(finished)
-        return Run(line, job.first, cap, (before + after) / 2, finished, outcome, note, self.read_ahead)
+        own = self.own.get(_owner(line), 0)
+        return Run(line, job.first, cap, (before + after) / 2, finished, outcome, note, self.read_ahead, own)
 
     def cap(self, line: Line) -> int:
         """Bytes; 0: none."""

@@ -45,7 +45,7 @@ class Front:
     """What the model sees of a pager: it notes the routing, and makes hints wrong on purpose.
 
     In a routing-controlled model nothing changes a router's dimensions of the residual stream before it runs, so that looking
-    ahead would always be right. On real models it is right for 72 to 87 % (specs: moe.md §4.5), so each hinted expert is
+    ahead would always be right. On real models it is right for 72 to 87 % (docs/benchmarks.md), so each hinted expert is
     exchanged for another one with the probability 1 - recall.
     """
 
@@ -67,8 +67,8 @@ class Front:
 
 def run(job: Job) -> Outcome:
     """Options: mapped (page cache instead of the pager); policy, ahead (experts hinted for the next layer), recall, paths (read
-    ahead along paths), warm (the most frequent experts first); threads (that compute); everything (read all before the clock
-    starts); routing."""
+    ahead along paths), learnt (with a path table that has seen the calibration tokens), warm (the most frequent experts
+    first); threads (that compute); everything (read all before the clock starts); routing."""
     import torch
 
     from edge.experts import kernel
@@ -86,10 +86,12 @@ def run(job: Job) -> Outcome:
         settings = PagerSettings(
             policy=str(job.options.get("policy", PagerSettings().policy)),
             ahead=bool(ahead or job.options.get("paths")),
-            paths="off",
+            paths="beside" if job.options.get("learnt") else "off",
             warm=bool(job.options.get("warm", True)),
         )
         pager = records = Pager.open(model, job.budget, settings)
+        if pager.paths is not None:
+            pager.paths.file = None  # every run begins with what the calibration tokens taught, and none leaves more behind
     front = Front(records, g.experts, float(job.options.get("recall", 1.0)))
     net = build(model.config, model.resident_tensors(), Paging(front, g), job.model, ahead=ahead, halves=kernel.is_native())
     if pager is not None and job.options.get("everything"):

@@ -57,15 +57,15 @@ def _hits(axis: Any, result: Result) -> None:
 
 
 def _time(axis: Any, result: Result) -> None:
-    rows = [r for r in result.rows if r.get("bound ms") and r.get("bits") == 4 and r.get("cap %") in (None, 25.0)]
+    rows = [r for r in result.rows if r.get("compute ms") and r.get("bits") == 4 and r.get("cap %") in (None, 25.0)]
     names = [str(r["engine"]) for r in rows]
     whole = [1e3 / number(r["tokens/s"]) for r in rows]
     stall = [min(number(r["stall ms"]) if r.get("stall ms") is not None else 0.0, w) for r, w in zip(rows, whole, strict=True)]
     axis.barh(names, [w - s for w, s in zip(whole, stall, strict=True)], label="computing")
     axis.barh(names, stall, left=[w - s for w, s in zip(whole, stall, strict=True)], label="waiting for the disk")
     for i, r in enumerate(rows):
-        axis.plot([number(r["bound ms"])] * 2, [i - 0.4, i + 0.4], color="black", linewidth=1.2)
-    axis.set(xlabel="ms a token; black: bound", title="where the time goes, 25 % and all in memory")
+        axis.plot([number(r["compute ms"])] * 2, [i - 0.4, i + 0.4], color="black", linewidth=1.2)
+    axis.set(xlabel="ms a token; black: with all in memory", title="where the time goes, 25 % and all in memory")
     axis.invert_yaxis()
     axis.tick_params(labelsize=7)
     if rows:

@@ -3,8 +3,11 @@
 hit         resident before its layer asked, and not by read-ahead of the same token; of what was asked for
 belady      the same of the policy that knows the future, with as many slots, on the words of the same runs
 memory %    bytes that did not come from the disk, of the bytes of the experts used: for every engine, the kernel's cache too
-bound       max(time to compute, bytes read / the disk's rate around the run), a token;  time / bound is at least 1
-compute     the time of the same kernels with all experts in memory
+compute     the time of the same engine with all experts in memory, and time / compute what paging costs beside it
+reading     bytes read / the disk's rate around the run, a token: no bound, because a virtual disk's host may have in its own
+            memory what the random reads of the rate did not find there
+promise     anonymous memory of the process beyond what it takes besides experts ("own", measured without a cap), over the
+            bytes for experts that it was given (--memory)
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from bench.result import Cell
 __all__ = ["COLUMNS", "row", "rows"]
 
 COLUMNS = ["engine", "cap %", "bits", "tokens/s", "p50 ms", "hit", "hit / belady", "memory %", "MB/token", "stall ms"]
-COLUMNS += ["time / bound", "peak MB", "OOM", "note"]  # the rest is in the JSON
+COLUMNS += ["time / compute", "promise", "peak MB", "OOM", "note"]  # the rest is in the JSON
 
 
 def rows(runs: list[Run], words: Words, plan: Plan) -> list[dict[str, Cell]]:
@@ -65,8 +68,8 @@ def row(line: Line, runs: list[Run], words: Words, plan: Plan, compute: float | 
         "MB/token": middle(lambda r: _read(r) / 1e6),
         "memory %": middle(lambda r: 100 * (1 - _read(r) / (asked / plan.tokens * shape.record(line.bits)))),
         "disk MB/s": middle(lambda r: r.rate / 1e6),
-        "bound ms": middle(lambda r: 1e3 * _bound(r, compute)),
-        "time / bound": middle(lambda r: sum(_times(r)) / len(_times(r)) / _bound(r, compute)),
+        "reading ms": middle(lambda r: 1e3 * _read(r) / r.rate if r.rate else 0.0),
+        "time / compute": middle(lambda r: sum(_times(r)) / len(_times(r)) / (compute or _computing(r))),
         "compute ms": middle(lambda r: 1e3 * (compute or _computing(r))),
         "load s": middle(lambda r: _of(r).load_seconds),
         "VmHWM MB": middle(lambda r: _of(r).status["VmHWM"] * 1.024e-3),
@@ -74,6 +77,7 @@ def row(line: Line, runs: list[Run], words: Words, plan: Plan, compute: float | 
     }  # fmt: skip
     if line.kind == "paged" and line.budget(shape) and line.share is not None:
         out |= {
+            "promise": max(_promise(r, line.budget(shape)) for r in good), "own MB": _mb(good[0].own),
             "hit": middle(_hit), "stall ms": middle(lambda r: 1e3 * _of(r).stall / len(_times(r))),
             "belady": middle(lambda r: _belady(r, words, plan)),
             "hit / belady": middle(lambda r: _hit(r) / _belady(r, words, plan)),
@@ -108,8 +112,8 @@ def _computing(run: Run) -> float:
     return (sum(_times(run)) - max(0.0, _of(run).stall)) / len(_times(run))
 
 
-def _bound(run: Run, compute: float | None) -> float:
-    return max(compute or _computing(run), _read(run) / run.rate if run.rate else 0.0)
+def _promise(run: Run, budget: int) -> float:
+    return round((1024 * _of(run).status["RssAnon"] - run.own) / budget, 4)
 
 
 def _belady(run: Run, words: Words, plan: Plan) -> float:

@@ -33,6 +33,8 @@ class Settings:
         lookback_momentum: how fast the lookback follows the gradients' diversity.
         resolution: fewest and most bins of the push-down's histogram.
         tolerance: nats of divergence a push-down may cost; 0 is the paper's "not > 0".
+        progress: standard errors by which the mean loss must rise before switches grow more eager; None: as published, one
+            step's loss against a mean (`export.fixed_point.precision.next_strategy`).
         unit_gradients: divide each tensor's gradient by its norm.
         quantise_gradients: round gradients stochastically to the weight's format before that.
         activation_word: bits of every activation an engine holds as codes, its fraction chosen by what passes through; None:
@@ -70,6 +72,7 @@ class Settings:
     lookback_momentum: float = 0.33
     resolution: tuple[int, int] = (50, 150)
     tolerance: float = 1e-3
+    progress: float | None = None
     unit_gradients: bool = True
     quantise_gradients: bool = True
     activation_word: int | None = None
@@ -94,6 +97,8 @@ class Settings:
             value = getattr(self, name)
             self._need(math.isfinite(value) and value >= 0, name, "0 or more")
         self._need(self.momentum < 1, "momentum", "under 1")
+        finite = self.progress is None or (math.isfinite(self.progress) and self.progress >= 0)
+        self._need(finite, "progress", "0 or more, or none")
         for name in ("lookback", "resolution"):
             low, high = getattr(self, name)
             self._need(1 <= low <= high, name, "two numbers from 1 on, the smaller first")
@@ -129,7 +134,7 @@ class Settings:
 
 KINDS = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "int | None": "a whole number or none",
-    "tuple[int, int]": "two whole numbers",
+    "float | None": "a number or none", "tuple[int, int]": "two whole numbers",
 }  # fmt: skip
 
 
@@ -138,8 +143,8 @@ def _fits(value: Any, kind: str) -> bool:
         return isinstance(value, tuple) and len(value) == 2 and all(_fits(v, "int") for v in value)
     if kind == "bool" or isinstance(value, bool):
         return kind == "bool" and isinstance(value, bool)
-    if kind == "float":
-        return isinstance(value, (int, float))
+    if kind.startswith("float"):
+        return isinstance(value, (int, float)) or (value is None and kind == "float | None")
     return isinstance(value, int) or (value is None and kind == "int | None")
 
 
@@ -164,6 +169,7 @@ def for_integers(longest: int = 8, **changed: Any) -> Settings:
         "buffer": None,
         "resolution": (20, 50),
         "tolerance": 0.05,
+        "progress": 2.0,
         "activation_word": 8,
         "vector_word": 16,
         "stochastic_activations": False,

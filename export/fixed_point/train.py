@@ -237,7 +237,7 @@ class Trainer:
         if not due:
             return
         mean = sum(w.lookback for w in self.watches.values()) / len(self.watches)
-        state.strategy = next_strategy(state.strategy, state.losses, loss, mean)
+        state.strategy = next_strategy(state.strategy, state.losses, loss, mean, s.progress)
         for name in due:
             watch = self.watches[name]
             diversity = gradient_diversity(watch.count, float(watch.total.norm()))

@@ -39,8 +39,11 @@ def test_mixed_bits_are_judged_at_equal_bytes():
 
 
 def test_factor_claims():
-    held = {c.id: c.holds for c in quality.factor_claims(3.5, {1: 9.0, 2: 5.0, 4: 3.5}, {1: 8.0, 2: 5.1, 4: 3.5}, 4)}
+    before, after = {1: 9.0, 2: 5.0, 4: 3.5}, {1: 8.0, 2: 5.1, 4: 3.5}
+    held = {c.id: c.holds for c in quality.factor_claims(1.00002, before, after, 4)}
     assert held == {"experts.factor.whole": True, "experts.factor.1": True, "experts.factor.2": False}
+    for wrong in (1.01, 0.99):  # better than the dense model is another model too
+        assert not quality.factor_claims(wrong, before, after, 4)[0].holds
 
 
 def test_random_checkpoints_are_every_family(tmp_path):
@@ -111,7 +114,7 @@ def test_notes_and_pictures(tmp_path):
     row = _noted({"engine": "verify", "bits": 4, "top-k equal": 1.0})
     assert row["note"] == "top-k equal 1.0"
     speed = {"engine": OURS, "cap %": 25.0, "bits": 4, "tokens/s": 3.0, "cap MB": 900.0, "slots": 9, "hit": 0.5}
-    rows = [speed | {"stall ms": 100.0, "bound ms": 250.0}, speed | {"engine": "long run, 10 minutes"}, row]
+    rows = [speed | {"stall ms": 100.0, "compute ms": 250.0}, speed | {"engine": "long run, 10 minutes"}, row]
     result = Result("experts", rows, [], COLUMNS, {"replay": curves(Words.of(TINY), quick=True)})
     plot(result, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000

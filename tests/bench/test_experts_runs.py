@@ -15,7 +15,7 @@ from bench.experts.claims import ablation, claims, find, of_long_run
 from bench.experts.disk import evict, rate, read_ahead
 from bench.experts.job import TEXT, Job, Outcome, drive
 from bench.experts.journal import Journal
-from bench.experts.lines import ALLOWANCE, CAPS, LLAMA, OURS, RESIDENT, Line, Plan, plan
+from bench.experts.lines import ALLOWANCE, CAPS, LLAMA, LLAMA_RESIDENT, OURS, RESIDENT, Line, Plan, plan
 from bench.experts.measure import Run, _outcome
 from bench.experts.rows import rows
 from bench.experts.shape import OLMOE, QUICK, Shape
@@ -145,10 +145,10 @@ STATUS = {"VmHWM": 1000, "VmRSS": 900, "RssAnon": 500, "RssFile": 400}
 GOOD = Finished(0, "", "", peak=5_000_000, anonymous=4_000_000, killed=0)
 
 
-def _run(line, seconds, read=0, hits=-1, slots=0, stall=-1.0, first=0):
+def _run(line, seconds, read=0, hits=-1, slots=0, stall=-1.0, first=0, own=0):
     details = {"covered": 0, "wasted bytes": 0}
     out = Outcome([seconds] * 8, 8, read * 8, 1.0, STATUS, hits, 32 - hits if hits >= 0 else -1, stall, 0, slots, details)
-    return Run(line, first, 6_000_000 if line.share else 0, 1e6, GOOD, out, read_ahead=128)
+    return Run(line, first, 6_000_000 if line.share else 0, 1e6, GOOD, out, read_ahead=128, own=own)
 
 
 def test_rows_and_claims_from_runs():
@@ -156,20 +156,26 @@ def test_rows_and_claims_from_runs():
     ours = Line(OURS, "paged", 0.25, options={"ahead": 4})
     theirs = Line(LLAMA, "llama", 0.25)
     runs = [_run(Line(RESIDENT, "paged", None, slots="all"), 0.010)]
-    runs += [_run(ours, t, read=10_000, hits=12, slots=9, stall=0.04, first=i) for i, t in enumerate((0.012, 0.015, 0.04))]
+    budget = ours.budget(TINY)
+    own = 1024 * STATUS["RssAnon"] - budget // 2
+    runs += [
+        _run(ours, t, read=10_000, hits=12, slots=9, stall=0.04, first=i, own=own - i * budget // 4)
+        for i, t in enumerate((0.012, 0.015, 0.04))
+    ]
     runs += [_run(theirs, 0.03, read=30_000)]
     found = rows(runs, words, PLAN)
     assert [r["engine"] for r in found] == [RESIDENT, OURS, LLAMA]
     row = find(found, OURS, 0.25)
     assert row["tokens/s"] == pytest.approx(1 / 0.015, rel=1e-3), "the median run"
-    assert row["compute ms"] == 10 and row["bound ms"] == 10, "10 kB at 1 MB/s take as long as computing"
-    assert row["time / bound"] == pytest.approx(1.5) and row["hit"] == 0.375
+    assert row["compute ms"] == 10 and row["reading ms"] == 10, "10 kB at 1 MB/s take as long as computing"
+    assert row["time / compute"] == pytest.approx(1.5) and row["hit"] == 0.375
+    assert row["promise"] == pytest.approx(1.0, abs=1e-3), "the worst run, not the median"
     assert 0 < float(row["belady"]) <= 1
     assert row["MB/token"] == 0.01 and row["peak MB"] == 5 and row["OOM"] == 0 and row["stall ms"] == 5
-    assert find(found, LLAMA, 0.25)["bound ms"] == 30
+    assert find(found, LLAMA, 0.25)["reading ms"] == 30
     held = {c.id: c for c in claims(found)}
     assert held["experts.25.speed"].value == pytest.approx(2, rel=1e-3) and held["experts.25.speed"].holds
-    assert held["experts.25.bound"].holds and held["experts.25.peak"].value == pytest.approx(5 / 6, abs=1e-3)
+    assert held["experts.25.compute"].holds and held["experts.25.promise"].holds
     assert not any("12.5" in key for key in held), "nothing is claimed of caps that were not run"
 
 
@@ -180,7 +186,24 @@ def test_a_killed_run_holds_no_claim():
     found = rows([dead, _run(Line(LLAMA, "llama", 0.25), 0.03)], Words.of(TINY), PLAN)
     assert found[0]["note"] == "killed: out of memory" and found[0]["OOM"] == 1
     held = {c.id: c.holds for c in claims(found)}
-    assert not held["experts.25.speed"] and not held["experts.25.oom"] and not held["experts.25.bound"]
+    assert not held["experts.25.speed"] and not held["experts.25.oom"] and not held["experts.25.compute"]
+    assert not held["experts.25.promise"]
+
+
+def test_memory_over_what_was_given_is_told():
+    """The kernel's cap is no evidence for the promise: what the process took beside its own is."""
+    line = Line(OURS, "paged", 0.25, options={"ahead": 4})
+    own = 1024 * STATUS["RssAnon"] - 2 * line.budget(TINY)
+    found = rows([_run(line, 0.01, hits=12, slots=9, own=own)], Words.of(TINY), PLAN)
+    claim = {c.id: c for c in claims(found)}["experts.25.promise"]
+    assert claim.value == pytest.approx(2.0, abs=1e-3) and not claim.holds
+
+
+def test_everything_in_memory_is_compared_with_the_best_of_llama_cpp():
+    runs = [_run(Line(RESIDENT, "paged", None, slots="all"), 0.02), _run(Line(LLAMA_RESIDENT, "llama", None), 0.02)]
+    runs += [_run(Line(f"{LLAMA_RESIDENT}, repacked", "llama", None), 0.01)]
+    claim = {c.id: c for c in claims(rows(runs, Words.of(TINY), PLAN))}["experts.memory.speed"]
+    assert claim.value == pytest.approx(0.5) and not claim.holds
 
 
 def test_what_a_child_says_is_read():

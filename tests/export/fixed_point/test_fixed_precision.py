@@ -59,6 +59,17 @@ def test_push_up_in_short_words_still_holds_the_largest_weight(fl, wl, diversity
     assert got.highest + got.step >= largest
 
 
+@pytest.mark.parametrize("count", [25, 36, 49])
+@given(word=st.integers(4, 8), fraction=st.integers(2, 9))
+def test_a_push_up_of_a_short_word_does_not_undo_a_push_down(count, word, fraction):
+    """Independent gradients have diversity sqrt(count); measured by 32 bits they ask for more than any short word has."""
+    largest = (2 ** (word - 1) - 1) * 2.0**-fraction  # the word's own
+    kept = push_up(FixedPoint(word, fraction, narrow=True), math.sqrt(count), Strategy.MIN, largest, OURS)
+    assert (kept.word, kept.fraction) == (word, fraction)
+    eager = push_up(FixedPoint(word, fraction, narrow=True), math.sqrt(count), Strategy.MAX, largest, OURS)
+    assert kept.word <= eager.word <= 8 and (eager.word > word or word == 8)
+
+
 @given(st.integers(1, 100), st.floats(0, 100))
 def test_gradient_diversity_is_at_least_one(count, norm):
     assert gradient_diversity(count, min(norm, count)) >= 1
@@ -85,6 +96,22 @@ def test_the_strategy_grows_eager_while_nothing_falls():
     assert next_strategy(Strategy.MEAN, flat, 1.2, 3.0) is Strategy.MAX
     assert next_strategy(Strategy.MAX, flat, 1.2, 3.0) is Strategy.MAX
     assert next_strategy(Strategy.MIN, [9.0, 9.0, 1.0], 2.0, 1.0) is Strategy.MEAN  # only the last step counts
+
+
+def test_noise_around_a_falling_loss_is_progress():
+    """One step's loss lies above the mean half of the time: judged by means and their errors, only a rise is none."""
+    noise = torch.randn(400, generator=torch.Generator().manual_seed(0)).tolist()
+    falling = [3 - 0.002 * i + 0.2 * n for i, n in enumerate(noise)]
+    level = [1 + 0.2 * n for n in noise]
+    rising = [1 + 0.01 * i + 0.2 * n for i, n in enumerate(noise)]
+
+    def eager(losses: list[float], errors: float | None) -> float:
+        found = [next_strategy(Strategy.MIN, losses[:i], losses[i], 40, errors) for i in range(80, 400)]
+        return sum(s is Strategy.MEAN for s in found) / len(found)
+
+    assert 0.3 < eager(falling, None) < 0.6  # the published rule
+    assert eager(falling, 2.0) == 0 and eager(level, 2.0) < 0.1 and eager(rising, 2.0) > 0.9
+    assert next_strategy(Strategy.MAX, [1.0], 5.0, 40, 2.0) is Strategy.MIN  # too little to tell
 
 
 def test_divergence_is_a_real_one():

@@ -26,13 +26,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     quick = {**fixedpoint.QUICK, "epochs": 1, "batch": 16, "lookback": (1, 2), "from_scratch": True}
     monkeypatch.setattr(fixedpoint, "QUICK", quick)
     monkeypatch.setattr(fixedpoint, "TESTED", {True: 32})
+    monkeypatch.setattr(fixedpoint, "CHOOSING", 12)
 
 
 @pytest.mark.usefixtures("small")
 def test_every_row_is_measured(tmp_path: Path) -> None:
     result = fixedpoint.run(Options(quick=True, target=tmp_path / "r.json"))
     rows = {str(r["row"]): r for r in result.rows}
-    assert list(rows) == ["float32", "published", "integers", "shifts"]
+    assert list(rows) == ["start", "float32", "published", "eight bits", "integers", "shifts"]
+    assert rows["eight bits"]["bits"] == 8 and rows["eight bits"]["switches"] == 0
     assert rows["float32"]["bits"] == 32 and "engine %" not in rows["float32"]
     assert rows["published"]["bits"] >= 12 and rows["published"]["integer layers"] == 0
     assert rows["integers"]["bits"] <= 8 and rows["integers"]["integer layers"] == 8
@@ -46,13 +48,28 @@ def test_every_row_is_measured(tmp_path: Path) -> None:
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG") and len(result.encode()) > 1000
 
 
-def test_claims_compare_with_float32_of_the_same_run() -> None:
-    rows = [{"row": "float32", "accuracy %": 80.0}, {"row": "integers", "accuracy %": 79.0, "measured inference": 1.5,
-                                                    "engine %": 79.2}]  # fmt: skip
+def test_claims_compare_with_the_model_before_and_with_float32() -> None:
+    """A float training that lost six points is no baseline to gain on."""
+    rows = [
+        {"row": "start", "accuracy %": 86.0, "size ratio": 1.0},
+        {"row": "float32", "accuracy %": 80.0},
+        {"row": "eight bits", "accuracy %": 82.5, "size ratio": 0.25},
+        {"row": "integers", "accuracy %": 83.0, "size ratio": 0.2, "measured inference": 1.5, "engine %": 83.2},
+    ]
     found = {c.id: c for c in fixedpoint.claims(rows)}
-    assert found["fixedpoint.integers.accuracy"].value == -1 and not found["fixedpoint.integers.accuracy"].holds
+    assert found["fixedpoint.integers.float32"].value == 3 and found["fixedpoint.integers.float32"].holds
+    assert found["fixedpoint.integers.start"].value == -3 and not found["fixedpoint.integers.start"].holds
+    assert not found["fixedpoint.float32.start"].holds
+    assert found["fixedpoint.switching.size"].holds and found["fixedpoint.switching.accuracy"].value == 0.5
     assert found["fixedpoint.integers.latency"].holds and math.isclose(found["fixedpoint.integers.engine"].value, 0.2)
     assert "fixedpoint.published.size" not in found
+
+
+def test_no_rate_is_chosen_on_what_is_reported() -> None:
+    images = np.arange(10_000)[:, None, None, None]
+    shown, _ = fixedpoint.reported(images, np.zeros(10_000, np.int64), 8000)
+    assert shown.min() == fixedpoint.CHOOSING and len(np.unique(shown)) == 8000
+    assert set(fixedpoint.RATES) == set(fixedpoint.ROWS)
 
 
 def test_unknown_rows_are_refused() -> None:

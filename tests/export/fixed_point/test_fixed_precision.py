@@ -59,7 +59,7 @@ def test_push_up_in_short_words_still_holds_the_largest_weight(fl, wl, diversity
     assert got.highest + got.step >= largest
 
 
-@pytest.mark.parametrize("count", [25, 36, 49])
+@pytest.mark.parametrize("count", [25, 28])
 @given(word=st.integers(4, 8), fraction=st.integers(2, 9))
 def test_a_push_up_of_a_short_word_does_not_undo_a_push_down(count, word, fraction):
     """Independent gradients have diversity sqrt(count); measured by 32 bits they ask for more than any short word has."""

@@ -3,8 +3,8 @@
     fixedpoint    the learning rate of every row, after two epochs instead of six
     elastic       Adam's rate of the supernet, by the mean of the uniform configurations
 
-Both judge on test images 0 to 1,999; `bench fixedpoint` and `bench elastic` report images 2,000 to 9,999. The result is printed and
-written as JSON; what is best is put into the benchmark's code by hand, with this command beside it.
+Both judge on test images 0 to 1,999; `bench fixedpoint` and `bench elastic` report images 2,000 to 9,999. The result is
+printed and written as JSON; what is best is put into the benchmark's code by hand, with this command beside it.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def main(name: str, only: tuple[str, ...], processes: int, target: Path | None) 
     target.parent.mkdir(parents=True, exist_ok=True)
     told = {"judged on": "test images 0 to 1,999", "commit": commit(), "machine": machine(), "best": best, "tried": found}
     write_atomically(target, [(json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode()])
-    for row, rate in best.items():
-        console.print(f"{row}: {rate} ({found[row][rate]:.2f} %)", highlight=False)
+    for row, chosen in best.items():
+        console.print(f"{row}: {chosen} ({found[row][chosen]:.2f} %)", highlight=False)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ UNIFORM = ((8, 8), (6, 6), (5, 5), (4, 4), (3, 3), (2, 4))
 SEARCHED = ((4, 4), (3, 3), (2, 4))  # each within the bytes and the bit operations of this uniform one
 TRAIN, SEARCH = 5000, 2000  # of the joined pictures: train5k first, then the test set
 FULL, QUICK = 160, 8  # steps; 160 of 128 pictures are four epochs of train5k, and some forty minutes in all on two cores
-LR = 7e-5  # from trained weights; 160 steps at 1e-4 cost more at 8 bits (docs/guide/elastic.md; `python -m bench.tuning elastic`)
+LR = 7e-5  # from trained weights; 160 steps at 1e-4 cost more at 8 bits (`python -m bench.tuning elastic`)
 PREPROCESS = Preprocess(32, 32, **IMAGENET)  # type: ignore[arg-type]
 
 

@@ -160,7 +160,7 @@ def for_integers(longest: int = 8, **changed: Any) -> Settings:
     The paper's words keep 8 bits above their fraction and so never have fewer than 12: no integer kernel takes them. Here a
     word has at most `longest` bits (7 for x86 without VNNI) and as many above the fraction as its weights need; activations are
     the engine's 8-bit codes, rounded as it rounds them; biases and norms keep the 16 bits that cost an engine nothing. A
-    histogram of 150 bins cannot be kept by 8 bits (256 levels): with 20 to 50 bins and 0.05 nats, words of 5 to 7 bits pass.
+    histogram of 150 bins cannot be kept by 8 bits (256 levels): with 20 to 50 bins and 0.02 nats, words of 5 to 7 bits pass.
     """
     ours: dict[str, Any] = {
         "longest": longest,
@@ -168,7 +168,7 @@ def for_integers(longest: int = 8, **changed: Any) -> Settings:
         "fraction": None,
         "buffer": None,
         "resolution": (20, 50),
-        "tolerance": 0.05,
+        "tolerance": 0.02,
         "progress": 2.0,
         "activation_word": 8,
         "vector_word": 16,

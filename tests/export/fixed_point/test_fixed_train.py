@@ -55,6 +55,15 @@ def test_words_follow_the_paper_where_asked(trained_as_published):
     assert all(f.word == trainer.network.forms[trainer.network.leader[n]].word for n, f in followers.items())
 
 
+def test_switching_ends_in_fewer_bits_than_it_began_with():
+    """While the loss falls, what a push-down saves is kept."""
+    settings = for_integers(epochs=2, batch=8, accumulation=1, lookback=(25, 25), refresh=25, learning_rate=0.01)
+    trainer = trainer_of(settings, count=216)
+    trainer.run()
+    assert trainer.state.switches >= 2 * len(trainer.network.forms)
+    assert trainer.state.epochs[-1].average_word < 7.5
+
+
 def test_vectors_follow_the_weights_before_them():
     net = trainer_of(Settings(**QUICK)).network
     assert net.leader["stem.1.weight"] == "stem.0.weight" and net.leader["head.fc.bias"] == "head.fc.weight"

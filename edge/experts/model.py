@@ -33,6 +33,7 @@ from edge.experts.counters import Counters
 from edge.experts.generate import Sampling, Stream
 from edge.experts.generate_text import Codec, codec
 from edge.experts.implementation import Cancelled, Paging, never
+from edge.experts.kernel.crew import Crew
 from edge.experts.model_build import build
 from edge.experts.model_gains import Gains
 from edge.experts.model_halves import FEW
@@ -51,7 +52,7 @@ class Settings:
     Attributes:
         memory: bytes for expert records, or "auto": from the cgroup and what the machine has free.
         policy: which record leaves the cache first; see edge/experts/policies.py.
-        readers: threads that read the disk. threads: that compute, in this process.
+        readers: threads that read the disk. threads: that compute; every model has its own.
         lookahead: read ahead what the next layer will probably ask for.
         direct: read past the page cache where the file system permits it.
         verify: when a record's digest is checked: at its first reading, at every reading, never.
@@ -206,15 +207,15 @@ class Running:
         self.name = paged.bundle.manifest.name or paged.path.stem
         self.codec: Codec = codec(paged)
         self._divide(1)
-        kernel.set_threads(settings.threads)
         self.pager = Pager.open(paged, resolve(settings.memory, paged, settings.halves), settings.pager())
+        self._crew = Crew.of(settings.threads)
         try:
-            paging = Paging(self.pager, paged.index.geometry)
+            paging = Paging(self.pager, paged.index.geometry, self._crew)
             ahead = 2 * paged.index.geometry.top_k if settings.lookahead else 0
             tensors = paged.resident_tensors(progress)
             self.model = build(paged.config, tensors, paging, str(paged.path), ahead=ahead, halves=settings.halves)
         except BaseException:
-            self.pager.close()
+            self.close()
             raise
         self._turn = threading.Lock()
         self.stream = Stream(self.model, paging, self._forward, self.codec.stops, self._divide)
@@ -253,6 +254,8 @@ class Running:
 
     def close(self) -> None:
         self.pager.close()
+        if self._crew is not None:
+            self._crew.close()
 
     def __enter__(self) -> Running:
         return self

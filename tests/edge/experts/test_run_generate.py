@@ -16,7 +16,6 @@ from expert_files import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge.experts import kernel
 from edge.experts.cache import floor
 from edge.experts.faulty import FaultyFile
 from edge.experts.generate import Sampling, _choose
@@ -195,7 +194,6 @@ def test_threads_that_compute_change_no_token_and_end_when_told_to(paged):
             with pytest.raises(Cancelled):
                 list(running.generate(long, Sampling(max_tokens=24), cancelled_after(40)))
             assert write(running, max_tokens=24).tokens == texts[0][0]
-    kernel.set_threads(1)
     assert texts[0] == texts[1]
 
 

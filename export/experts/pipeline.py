@@ -40,6 +40,7 @@ class Options:
     tolerance: largest rise of perplexity, as a share; or size: largest number of bytes of all records.
     importance: "loss" (each expert's, over the whole model) or "output" (of its layer, one pass for all experts).
     cache_bytes: of dequantised experts while measuring.
+    unused: tensors that the model has no place for are left out; otherwise they refuse the export.
     """
 
     bits: int | str = 4
@@ -53,6 +54,7 @@ class Options:
     cache_bytes: int = 1 << 30
     threads: int = 1
     name: str = ""
+    unused: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (*BITS, MIXED):
@@ -126,7 +128,7 @@ def export_experts(
     if not output.parent.is_dir():
         raise StorageError(f"{output} cannot be written: there is no folder {output.parent}.")
     watch.stage("reading the checkpoint's headers", 1)
-    source = Source.open(folder, options.group)
+    source = Source.open(folder, options.group, options.unused)
     windows = windows_of(source.checkpoint, options.texts, options.length, options.windows) if options.texts else None
     least = len(source.order) * record_bytes(source.geometry.shapes, min(BITS), source.geometry.group)
     if options.size is not None and options.size < least:
@@ -149,7 +151,7 @@ def export_experts(
         with writer.closed_on_error():
             rest = Rest(
                 name=options.name or output.stem, config=source.checkpoint.config, resident=source.resident,
-                tokenizer=source.checkpoint.tokenizer_files(), bytes_as_tokens=bytes_as_tokens(source.checkpoint),
+                tokenizer=source.checkpoint.tokenizer_files() | source.checkpoint.generation_files(), bytes_as_tokens=bytes_as_tokens(source.checkpoint),
                 norms=source.norms(), frequency=frequency, measured=measured,
             )  # fmt: skip
             writer.finish(source.geometry, rest, *keys)
@@ -167,10 +169,7 @@ def export_experts(
 
 
 def _warnings(source: Source) -> list[str]:
-    out = []
-    if source.skipped:
-        more = f" and {len(source.skipped) - 1} more" if len(source.skipped) > 1 else ""
-        out.append(f"The model has no place for {source.skipped[0]}{more}: left out.")
+    out = list(source.notes)
     if not source.checkpoint.tokenizer_files() and not bytes_as_tokens(source.checkpoint):
         out.append("The checkpoint has no tokenizer: the bundle takes and gives token numbers, not text.")
     return out

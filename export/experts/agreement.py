@@ -70,7 +70,11 @@ def agree(checkpoint: Checkpoint, model: Any, state: Mapping[str, Any], on_disk:
         group = {name, tied.get(name, name)} | {t for t, s in tied.items() if s == tied.get(name, name)}
         if not group & on_disk.keys():
             untied = name in _possible(model) and not model.config.tie_word_embeddings
-            why = "config.json does not tie it to the embedding, and it is not stored" if untied else "the checkpoint is incomplete"
+            why = (
+                "config.json does not tie it to the embedding, and it is not stored"
+                if untied
+                else "the checkpoint is incomplete"
+            )
             raise InputError(f"{checkpoint.folder} lacks {name}: {why}.", code="checkpoint")
     notes += _without_place(checkpoint, model, [d for n, d in on_disk.items() if n not in state], unused)
     notes += _other_type(checkpoint, model, on_disk)

@@ -1,8 +1,8 @@
 """Which embeddings share a tensor.
 
-The configuration's `tie_word_embeddings` says which names belong together; what was stored decides whether they really do, by the
-rule of transformers' `PreTrainedModel.tie_weights` on loading: two stored tensors that differ stay two, one that was not stored is
-the other.
+The configuration's `tie_word_embeddings` says which names belong together; what was stored decides whether they really do, by
+the rule of transformers' `PreTrainedModel.tie_weights` on loading: two stored tensors that differ stay two, one that was not
+stored is the other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Experts modules that ask for another arithmetic than records have are refused by name; every model computes on its own threads."""
+"""Experts modules that ask for another arithmetic than records have are refused; every model computes on its own threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
-from edge.experts.generate import Sampling
+from edge.experts.decode.sampling import Sampling
 from edge.experts.implementation import Paging, take_seat
 from edge.experts.model import Settings, load
 from edge.experts.weights.interface import check_dense

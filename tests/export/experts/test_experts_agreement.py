@@ -6,12 +6,11 @@ import json
 
 import numpy as np
 import pytest
-import tiny_families
 import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from edge.experts.generate import Sampling
+from edge.experts.decode.sampling import Sampling
 from edge.experts.model import Settings, load
 from export.experts.measure import ORIGINAL, Measure
 from export.experts.pipeline import Options, export_experts

@@ -108,7 +108,7 @@ class Stream:
             BundleError, StorageError: an expert could not be read; nothing was yielded from it.
         """
         begun = time.monotonic()
-        chooser = Chooser(self._model, plan, self._stops, self._before(prompt), prompt if self._encodes else ())
+        chooser = Chooser(self._model, plan, self._stops, self._before(prompt), prompt)
         state: dict[str, Any] = {}
         logits = torch.empty(0)
         for piece in self._pieces(prompt, state, cancelled):

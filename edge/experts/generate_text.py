@@ -121,7 +121,7 @@ class HuggingFace:
         return [int(i) for i in self._tokenizer(checked(text))["input_ids"]]
 
     def growing(self, prompt: Sequence[int] = ()) -> Growing:
-        return Text(self._decode, prompt, self._pieces.bytes_of.__contains__)
+        return Text(self._decode, prompt, self._pieces.bytes_of)
 
     def piece(self, token: int) -> bytes:
         return self._pieces[token]

@@ -103,7 +103,7 @@ class Piece:
         text: what it adds to the text; empty while a character is incomplete or for a stop token.
         logprob, top: as `decode.choose.Chosen`, where asked for. A last piece may bring text alone that was held back; it
             repeats the token and has no logprob.
-        at: characters of the text before it. ends: it is a stop token.
+        at: characters of the text before it, known where logprobs are asked for. ends: it is a stop token.
     """
 
     token: int
@@ -175,12 +175,21 @@ class Writing(Iterator[Piece]):
         ends = token in self._running.codec.stops
         grown = "" if ends else self._growing.add(token)
         self._grown += len(grown)
+        if chosen.logprob is not None:
+            at = max(at, self._grown - self._length(token))
         text = self._stops.add(grown)
         if self.cut:
             self.close()
             self.reason = "stop"
         self.text += text
         return Piece(token, text, chosen.logprob, chosen.top, at, ends)
+
+    def _length(self, token: int) -> int:
+        """Characters of a token by itself; of part of one, as many as there are."""
+        try:
+            return len(self._running.codec.piece(token).decode())
+        except UnicodeDecodeError:
+            return self._grown
 
     def _ended(self) -> Piece:
         rest = self._stops.add(self._growing.end()) + self._stops.end()
@@ -241,6 +250,7 @@ class Running:
             ahead = 2 * paged.index.geometry.top_k if settings.lookahead else 0
             tensors = paged.resident_tensors(progress)
             self.model = build(paged.config, tensors, paging, str(paged.path), ahead=ahead, halves=settings.halves)
+            self.model.generation_config = self.defaults.config()
             self.defaults.check(self.model, self.codec.stops, str(paged.path))
         except BaseException:
             self.close()

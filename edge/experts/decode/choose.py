@@ -29,14 +29,19 @@ class Chooser:
     """Of one text. The same plan, prompt and logits give the same tokens, whatever else the process does.
 
     Args:
-        stops: token ids that end a text. before: tokens that the decoder has read. prompt: what an encoder read.
+        stops: token ids that end a text. before: tokens that the decoder has read. prompt: what the text answers; else the same.
     """
 
     def __init__(
-        self, model: PreTrainedModel, plan: Plan, stops: frozenset[int], before: Sequence[int], prompt: Sequence[int] = ()
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        stops: frozenset[int],
+        before: Sequence[int],
+        prompt: Sequence[int] | None = None,
     ) -> None:
         self._plan = plan
-        self._processors = plan.processors(model, stops, before, prompt)
+        self._processors = plan.processors(model, stops, before, before if prompt is None else prompt)
         self._ids = torch.tensor([list(before)])
         self._generator = torch.Generator()
         if plan.sampling.seed is None:

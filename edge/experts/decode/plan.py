@@ -57,10 +57,14 @@ class Defaults:
     def check(self, model: PreTrainedModel, stops: frozenset[int], path: str) -> None:
         """Builds once what the fields ask for. Raises BundleError: transformers refuses one."""
         try:
-            Plan.of(Sampling(max_tokens=1), self, [0], None).processors(model, stops, [0])
+            Plan.of(Sampling(max_tokens=1), self, [0], None).processors(model, stops, [0], [0])
         except Exception as e:  # transformers raises many kinds
             first = str(e).splitlines()[0] if str(e) else type(e).__name__
             raise _damaged(path, f"a value that transformers refuses ({first})") from e
+
+    def config(self) -> GenerationConfig:
+        """For transformers' own `generate`, as `from_pretrained` would leave it."""
+        return GenerationConfig(**copy.deepcopy(dict(self.said)))
 
     @property
     def stop_tokens(self) -> frozenset[int]:
@@ -120,13 +124,11 @@ class Plan:
         config = GenerationConfig(**copy.deepcopy(said))
         return cls(Sampling(stop=stop).over(sampling), config, limit, seconds, draws)
 
-    def processors(
-        self, model: PreTrainedModel, stops: frozenset[int], before: Sequence[int], prompt: Sequence[int] = ()
-    ) -> Any:
+    def processors(self, model: PreTrainedModel, stops: frozenset[int], before: Sequence[int], prompt: Sequence[int]) -> Any:
         """transformers' own list of what changes logits, in its own order, with the caller's bias and penalties among it.
 
         Args:
-            before: as in `of`. prompt: what an encoder read.
+            before: as in `of`. prompt: what the text answers; of a decoder alone, the same.
         """
         from edge.experts.decode.choose import Bias, Repeats
 
@@ -137,11 +139,10 @@ class Plan:
         if s.presence_penalty or s.frequency_penalty:
             own.append(Repeats(len(before), s.presence_penalty or 0.0, s.frequency_penalty or 0.0))
         config._eos_token_tensor = torch.tensor(sorted(stops)) if stops else None
-        read = torch.tensor([list(prompt)]) if prompt else None
         return model._get_logits_processor(
             config,
             input_ids_seq_length=len(before),
-            encoder_input_ids=read,
+            encoder_input_ids=torch.tensor([list(prompt)]),
             logits_processor=own,
             device="cpu",
             model_kwargs={},

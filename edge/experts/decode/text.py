@@ -7,7 +7,9 @@ follows it is new (the method of Hugging Face's text-generation-inference and of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import codecs
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 __all__ = ["Text"]
@@ -21,23 +23,37 @@ class Text:
     Args:
         decode: tokens to text.
         prompt: the tokens before the first. Where they end within a character, that character is new when it is complete.
-        unfinished: says of a token that what it means is known when the next one has come, as of bytes that are a token each.
+        single: tokens that are one byte each, and that byte: what they mean is known when something else has come.
     """
 
     def __init__(
         self,
         decode: Callable[[Sequence[Any]], str],
         prompt: Sequence[Any] = (),
-        unfinished: Callable[[Any], bool] = lambda token: False,
+        single: Mapping[Any, int] = MappingProxyType({}),
     ) -> None:
-        self._decode, self._unfinished = decode, unfinished
+        self._decode, self._bytes = decode, single
         self._tokens = list(prompt)
         self._shown, self._from = len(self._tokens), 0  # tokens whose text is out; where the context begins
         self._before = decode(self._tokens) if self._tokens else ""
+        self._leave_open()
+
+    def _leave_open(self) -> None:
+        """The bytes that a prompt ends with in the middle of a character belong to what follows."""
+        run = []
+        for token in reversed(self._tokens):
+            if token not in self._bytes:
+                break
+            run.append(self._bytes[token])
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(bytes(reversed(run)))
+        if count := len(decoder.getstate()[0]):
+            self._shown -= count
+            self._before = self._decode(self._tokens[: self._shown])
 
     def add(self, token: Any) -> str:
         self._tokens.append(token)
-        if self._unfinished(token):
+        if token in self._bytes:
             return ""
         new = self._new()
         if not new or new.endswith(BROKEN):

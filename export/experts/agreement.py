@@ -43,7 +43,7 @@ def agree(checkpoint: Checkpoint, model: Any, state: Mapping[str, Any], on_disk:
     """Settles which resident tensors are stored.
 
     Args:
-        model: transformers' model, made from config.json alone. state: its resident tensors by name, for their shapes and types.
+        model: transformers' model, made from config.json alone. state: its resident tensors by name: shapes and types.
         on_disk: from a tensor's name in the model to its name in the checkpoint; experts' left out.
         unused: leave out what the model has no place for.
 

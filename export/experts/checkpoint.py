@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from refold.errors import BundleError, InputError
+from refold.experts import generation
 from refold.experts.tensors import DTYPES, Place, Tensor, parse_header
 
 __all__ = ["Checkpoint"]
@@ -21,7 +22,6 @@ TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
-GENERATION = "generation_config.json"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
 
 
@@ -115,11 +115,17 @@ class Checkpoint:
         return {name: (self.folder / name).read_bytes() for name in TOKENIZER if (self.folder / name).is_file()}
 
     def generation_files(self) -> dict[str, bytes]:
-        """generation_config.json, where there is one; raises InputError when it is no JSON object."""
-        if not (self.folder / GENERATION).is_file():
+        """generation_config.json, where there is one. Raises InputError: no JSON object, or a value that cannot be meant."""
+        path = self.folder / generation.FILE
+        if not path.is_file():
             return {}
-        _json(self.folder / GENERATION)
-        return {GENERATION: (self.folder / GENERATION).read_bytes()}
+        if (wrong := generation.fault(_json(path))) is not None:
+            raise InputError(f"{path} has a value that cannot be meant: {wrong}. Correct it.", code="checkpoint")
+        return {generation.FILE: path.read_bytes()}
+
+    def generation_notes(self) -> list[str]:
+        """A sentence for each of its fields that a device will not honour."""
+        return [note for content in self.generation_files().values() for note in generation.notes(json.loads(content))]
 
     def fingerprint(self) -> str:
         """Changes when a file of the checkpoint does: names, sizes, dates and headers, not the gigabytes."""

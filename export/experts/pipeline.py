@@ -129,6 +129,7 @@ def export_experts(
         raise StorageError(f"{output} cannot be written: there is no folder {output.parent}.")
     watch.stage("reading the checkpoint's headers", 1)
     source = Source.open(folder, options.group, options.unused)
+    source.checkpoint.generation_files()  # a fault is told now, not after hours
     windows = windows_of(source.checkpoint, options.texts, options.length, options.windows) if options.texts else None
     least = len(source.order) * record_bytes(source.geometry.shapes, min(BITS), source.geometry.group)
     if options.size is not None and options.size < least:
@@ -149,9 +150,10 @@ def export_experts(
                 measured, frequency = _uniform(run, windows, plan)
         watch.stage("writing the resident part", 1)
         with writer.closed_on_error():
+            files = source.checkpoint.tokenizer_files() | source.checkpoint.generation_files()
             rest = Rest(
                 name=options.name or output.stem, config=source.checkpoint.config, resident=source.resident,
-                tokenizer=source.checkpoint.tokenizer_files() | source.checkpoint.generation_files(), bytes_as_tokens=bytes_as_tokens(source.checkpoint),
+                tokenizer=files, bytes_as_tokens=bytes_as_tokens(source.checkpoint),
                 norms=source.norms(), frequency=frequency, measured=measured,
             )  # fmt: skip
             writer.finish(source.geometry, rest, *keys)
@@ -159,17 +161,17 @@ def export_experts(
     bundle = PagedModel.open(output).bundle
     if picture is not None:
         heat_map(picture, plan, frequency)
-    files = {file for file, _ in source.checkpoint.places.values()}
+    shards = {file for file, _ in source.checkpoint.places.values()}
     told = bundle.manifest.experts
     return Told(
-        output, bundle.digest, bundle.size, plan, told.record_bytes, told.resident_bytes, sum(f.stat().st_size for f in files),
+        output, bundle.digest, bundle.size, plan, told.record_bytes, told.resident_bytes, sum(f.stat().st_size for f in shards),
         time.monotonic() - started, measured.get("perplexity"), measured.get("perplexity_before"), frequency, searched,
         _warnings(source), picture,
     )  # fmt: skip
 
 
 def _warnings(source: Source) -> list[str]:
-    out = list(source.notes)
+    out = [*source.notes, *source.checkpoint.generation_notes()]
     if not source.checkpoint.tokenizer_files() and not bytes_as_tokens(source.checkpoint):
         out.append("The checkpoint has no tokenizer: the bundle takes and gives token numbers, not text.")
     return out

@@ -85,8 +85,8 @@ class Source:
                     used.update(stacked)
         inside = tuple(m + "." for m in modules.values())
         on_disk = {family.resident_name(n): n for n in checkpoint.places if n not in used}
-        wanted = {n: t for n, t in state.items() if not n.startswith(inside)}
-        agreement = agree(checkpoint, model, wanted, on_disk, unused)
+        others = {n: t for n, t in state.items() if not n.startswith(inside)}
+        agreement = agree(checkpoint, model, others, on_disk, unused)
         resident = [_resident(checkpoint, name, on_disk[name]) for name in agreement.stored]
         epsilon = float(getattr(model.config, family.epsilon))
         return cls(checkpoint, family, geometry, modules, resident, agreement.notes, epsilon, layouts)

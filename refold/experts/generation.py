@@ -1,7 +1,7 @@
 """generation_config.json as data: which of its fields a device honours, which change nothing here, which it cannot honour.
 
-The fields are those of transformers' GenerationConfig. A device writes one text at a time, token after token: whatever belongs to
-beams, batches, caches, other models that assist and what `generate` returns changes no token.
+The fields are those of transformers' GenerationConfig. A device writes one text at a time, token after token: whatever belongs
+to beams, batches, caches, other models that assist and what `generate` returns changes no token.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ NO_EFFECT = frozenset(
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "penalty_alpha": (0,), "dola_layers": (),
-    "constraints": (), "force_words_ids": (), "guidance_scale": (1,), "token_healing": (False,), "remove_invalid_values": (False,),
+    "constraints": (), "force_words_ids": (), "guidance_scale": (1,), "token_healing": (False,),
+    "remove_invalid_values": (False,),
     "cache_implementation": ("dynamic", "static", "offloaded", "offloaded_static", "hybrid", "sliding_window"),
 }  # fmt: skip
 """What is not honoured, with the values that ask for nothing."""

@@ -1,9 +1,9 @@
 """What transformers' experts modules say of their own arithmetic, against what a record of two plain matrices can hold.
 
 transformers hands every implementation of experts a module whose flags choose between several arithmetics
-(`use_experts_implementation` in transformers/integrations/moe.py). A record has one of them: act(gate x) * up x, then down, with
-gate rows above up rows, no bias and no norm. Whatever a module asks for beyond that is refused by name, at export and again
-before it runs. Nothing here imports transformers or torch; who calls has both.
+(`use_experts_implementation` in transformers/integrations/moe.py). A record has one of them: act(gate x) * up x, then down,
+with gate rows above up rows, no bias and no norm. Whatever a module asks for beyond that is refused by name, at export and
+again before it runs. Nothing here imports transformers or torch; who calls has both.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import Any
 
 from refold.bundle import CHUNK, Bundle, Progress, silent
 from refold.errors import BundleError
+from refold.experts.generation import FILE as GENERATION
 from refold.experts.index import ExpertIndex, Record
 from refold.experts.records import ALIGNMENT
 from refold.experts.tensors import Place, Tensor, parse_header
@@ -23,7 +24,6 @@ from refold.signing import KeyRing
 
 __all__ = ["PagedModel"]
 
-GENERATION = "generation_config.json"
 LOCAL = struct.Struct("<4s5H3I2H")  # a zip member's own header; the last two are the lengths of its name and its extra field
 
 

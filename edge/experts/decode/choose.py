@@ -29,7 +29,7 @@ class Chooser:
     """Of one text. The same plan, prompt and logits give the same tokens, whatever else the process does.
 
     Args:
-        stops: token ids that end a text. before: tokens that the decoder has read. prompt: what the text answers; else the same.
+        stops: token ids that end a text. before: tokens that the decoder has read. prompt: what the text answers; None: those.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Chooser:
         return Chosen(token, float(logged[token]), tuple(zip(most.indices.tolist(), most.values.tolist(), strict=True)))
 
 
-class Bias(LogitsProcessor):
+class Bias(LogitsProcessor):  # type: ignore[misc]
     """Adds to the logits of some tokens. Args: `bias`: by token id; numbers that are no token of the vocabulary are refused."""
 
     def __init__(self, bias: Mapping[int, float]) -> None:
@@ -90,7 +90,7 @@ class Bias(LogitsProcessor):
         return scores.index_add(1, self._tokens, self._values[None])
 
 
-class Repeats(LogitsProcessor):
+class Repeats(LogitsProcessor):  # type: ignore[misc]
     """OpenAI's presence and frequency penalties, of the tokens written so far; the prompt's do not count.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from edge.experts.kernel.crew import Crew
-from edge.experts.model_halves import HalfEmbedding, HalfLinear, place
+from edge.experts.model_halves import ROWS, HalfEmbedding, HalfLinear, place
 
 __all__ = ["tie"]
 
@@ -41,7 +41,8 @@ def tie(model: PreTrainedModel, given: Collection[str], crew: Crew | None = None
 
 
 def _owner(model: PreTrainedModel, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
+    owner: nn.Module = model.get_submodule(name.rpartition(".")[0])
+    return owner
 
 
 def _held(model: PreTrainedModel, name: str) -> Tensor:
@@ -56,7 +57,8 @@ def _equal(a: Tensor, b: Tensor) -> bool:
         return False
     if a.dtype == b.dtype:
         return torch.equal(a, b)
-    return all(torch.equal(p.float(), q.float()) for p, q in zip(a.split(4096), b.split(4096), strict=True))
+    blocks = zip(torch.split(a, ROWS), torch.split(b, ROWS), strict=True)
+    return all(torch.equal(p.float(), q.float()) for p, q in blocks)
 
 
 def _share(model: PreTrainedModel, source: str, target: str, crew: Crew | None) -> None:

@@ -204,7 +204,7 @@ def test_every_field_of_transformers_is_known():
     ("told", "word"),
     [
         (b"{", "damaged"), (b"[]", "damaged"), ({"temperature": -1}, "temperature is '-1'"), ({"top_p": 2}, "top_p"),
-        ({"top_k": "many"}, "top_k"), ({"eos_token_id": "x"}, "eos_token_id"), ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"top_k": "many"}, "top_k"), ({"eos_token_id": "x"}, "eos_token_id"), ({"repetition_penalty": 0}, "repetition"),
         ({"max_new_tokens": 0}, "max_new_tokens"), ({"bad_words_ids": [[-3]]}, "transformers refuses"),
         ({"exponential_decay_length_penalty": 3}, "transformers refuses"), ({"do_sample": "yes"}, "do_sample"),
     ],

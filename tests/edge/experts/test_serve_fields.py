@@ -278,9 +278,9 @@ def test_fields_that_belong_to_the_other_endpoint_are_refused(server):
 
 
 def test_fields_without_effect_and_values_that_ask_for_nothing_are_taken(server):
-    nothing = {"user": "u", "metadata": {"a": "b"}, "safety_identifier": "x", "prompt_cache_key": "k", "parallel_tool_calls": True,
-               "store": False, "service_tier": "auto", "n": 1, "logit_bias": {}, "presence_penalty": 0, "stop": None, "seed": None,
-               "top_k": -1, "min_p": 0, "repetition_penalty": 1}  # fmt: skip
+    nothing = {"user": "u", "metadata": {"a": "b"}, "safety_identifier": "x", "prompt_cache_key": "k",
+               "parallel_tool_calls": True, "store": False, "service_tier": "auto", "n": 1, "logit_bias": {},
+               "presence_penalty": 0, "stop": None, "seed": None, "top_k": -1, "min_p": 0, "repetition_penalty": 1}  # fmt: skip
     chat = {"messages": [{"role": "user", "content": "x", "name": None, "refusal": None, "tool_calls": []}],
             "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "modalities": ["text"], "logprobs": False,
             "top_logprobs": 0}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Small tokenizers of the three ways that language models join text: SentencePiece with byte tokens, byte-level BPE, Metaspace."""
+"""Small tokenizers of three ways that language models join text: SentencePiece with byte tokens, byte-level BPE, Metaspace."""
 
 from __future__ import annotations
 

@@ -215,3 +215,20 @@ def test_what_config_json_leaves_out_is_transformers_default(checkpoints, tmp_pa
     source = Source.open(folder)
     assert (source.geometry.top_k, source.geometry.activation) == (2, "silu")
     assert source.norms().norms[0].epsilon == pytest.approx(1e-5)
+
+
+def test_generation_config_goes_along_with_or_without_a_tokenizer_and_is_checked(checkpoints, tmp_path):
+    folder = changed(checkpoints["olmoe"], tmp_path / "said")
+    told = {"eos_token_id": [3, 4], "do_sample": True, "num_beams": 4}
+    (folder / "generation_config.json").write_text(json.dumps(told))
+    made = export_experts(folder, tmp_path / "m.refold", Options(4))
+    paged = PagedModel.open(made.path)
+    assert paged.generation_config() == told and paged.tokenizer_files() == {} and paged.bytes_as_tokens
+    assert any("num_beams=4" in w for w in made.warnings)
+    with load(made.path, Settings(memory=1 << 20)) as running:
+        assert running.codec.stops == {3, 4} and len(running.defaults.notes) == 1
+    for content, word in (('{"temperature": -1}', "temperature"), ("{", "is no JSON")):
+        (folder / "generation_config.json").write_text(content)
+        with pytest.raises(InputError, match=word):
+            export_experts(folder, tmp_path / "n.refold", Options(4))
+    assert not (tmp_path / "n.refold").exists()

@@ -44,8 +44,7 @@ class Defaults:
     def of(cls, told: Mapping[str, Any] | None, config: Mapping[str, Any], path: str) -> Defaults:
         """Raises BundleError: a value that cannot be meant."""
         if told is None:
-            kept = GenerationConfig.from_model_config(dict(config)).to_dict()
-            return cls({k: v for k, v in kept.items() if k in generation.HONOURED and v is not None})
+            told = GenerationConfig.from_model_config(dict(config)).to_dict()
         if (wrong := generation.fault(told)) is not None:
             raise _damaged(path, f"{wrong}, which cannot be meant")
         notes = tuple(generation.notes(told))

@@ -37,7 +37,7 @@ def decoded(kind, ids):
 
 
 @EVERY
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(prompt=st.text(LETTERS, max_size=12), more=st.text(LETTERS, max_size=12))
 @example(prompt="The capital of France is", more=" Paris")
 @example(prompt="中", more="中😀")
@@ -55,7 +55,7 @@ def test_a_completion_is_what_transformers_decodes_behind_the_prompt(codecs, kin
 
 
 @EVERY
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(ids=st.lists(st.integers(0, 399), max_size=14), at=st.integers(0, 14))
 def test_any_tokens_at_all_grow_into_what_transformers_decodes(codecs, kind, ids, at):
     """Not only those that some text has: byte tokens that make no character, special ones in the middle."""
@@ -68,7 +68,7 @@ def test_any_tokens_at_all_grow_into_what_transformers_decodes(codecs, kind, ids
         assert got in whole and (got == "" or whole.endswith(got) or kind == "llama")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(text=st.text(min_size=1).filter(lambda t: t.isprintable()), at=st.integers(0, 60))
 def test_bytes_as_tokens_grow_too(text, at):
     codec = Bytes(frozenset())
@@ -79,7 +79,7 @@ def test_bytes_as_tokens_grow_too(text, at):
     assert whole + got == text
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(ids=st.lists(st.integers(0, 300), max_size=12))
 def test_bytes_that_are_no_text_are_what_python_decodes(ids):
     assert grown(Bytes(frozenset()), (), ids)[1] == bytes(i for i in ids if i < 256).decode(errors="replace")

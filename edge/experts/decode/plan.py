@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import logging
 
 from edge.experts.decode.sampling import Sampling
 from refold.errors import BundleError, InputError
@@ -43,6 +44,7 @@ class Defaults:
     @classmethod
     def of(cls, told: Mapping[str, Any] | None, config: Mapping[str, Any], path: str) -> Defaults:
         """Raises BundleError: a value that cannot be meant."""
+        logging.set_verbosity_error()  # GenerationConfig warns of what a file leaves out
         if told is None:
             told = GenerationConfig.from_model_config(dict(config)).to_dict()
         if (wrong := generation.fault(told)) is not None:
@@ -54,9 +56,15 @@ class Defaults:
         return cls(said, notes)
 
     def check(self, model: PreTrainedModel, stops: frozenset[int], path: str) -> None:
-        """Builds once what the fields ask for. Raises BundleError: transformers refuses one."""
+        """Chooses a token once as the fields ask. Raises BundleError: transformers refuses one, or it names no token."""
+        from edge.experts.decode.choose import Chooser
+
+        size = int(model.config.vocab_size)
+        for name in ("forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id"):
+            if any(token >= size for token in ids_of(self.said.get(name))):
+                raise _damaged(path, f"a {name} of {self.said[name]}, where the vocabulary has {size} tokens")
         try:
-            Plan.of(Sampling(max_tokens=1), self, [0], None).processors(model, stops, [0], [0])
+            Chooser(model, Plan.of(Sampling(max_tokens=2), self, [0], None), stops, [0]).choose(torch.zeros(size))
         except Exception as e:  # transformers raises many kinds
             first = str(e).splitlines()[0] if str(e) else type(e).__name__
             raise _damaged(path, f"a value that transformers refuses ({first})") from e

@@ -56,8 +56,8 @@ class Sampling:
             value = getattr(self, name)
             if value is None:
                 return
-            if not math.isfinite(value) or not (low < value if above else low <= value) or value > high:
-                raise UsageError(f"{sentence}, not {value:g}.", code="out-of-range")
+            if not (low < value if above else low <= value) or not value <= high:  # NaN is neither
+                raise UsageError(f"{sentence}, not {value}.", code="out-of-range")
 
         within("max_tokens", 1, MOST_TOKENS, f"From 1 to {MOST_TOKENS:,} tokens are generated (max_tokens)")
         within("temperature", 0, 2, "The temperature is 0 (greedy) to 2")

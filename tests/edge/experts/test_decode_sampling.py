@@ -207,6 +207,8 @@ def test_every_field_of_transformers_is_known():
         ({"top_k": "many"}, "top_k"), ({"eos_token_id": "x"}, "eos_token_id"), ({"repetition_penalty": 0}, "repetition"),
         ({"max_new_tokens": 0}, "max_new_tokens"), ({"bad_words_ids": [[-3]]}, "transformers refuses"),
         ({"exponential_decay_length_penalty": 3}, "transformers refuses"), ({"do_sample": "yes"}, "do_sample"),
+        ({"bad_words_ids": [[300]]}, "transformers refuses"), ({"forced_eos_token_id": [3, 256]}, "forced_eos_token_id"),
+        ({"decoder_start_token_id": 999}, "decoder_start"), ({"suppress_tokens": list(range(256))}, "Every token is ruled out"),
     ],
 )  # fmt: skip
 def test_a_value_that_cannot_be_meant_is_named(tmp_path, told, word):
@@ -289,12 +291,12 @@ def test_a_draw_asked_for_without_a_temperature_is_one_at_1():
 
 
 def test_a_token_that_is_none_and_a_choice_of_none_are_refused(tmp_path):
-    paged = bundle(tmp_path, {"suppress_tokens": list(range(256))})
+    paged = bundle(tmp_path, {"suppress_tokens": [i for i in range(256) if i != 7], "bad_words_ids": [[7, 7]]})
     with load(paged.path, Settings(memory=paged.index.total)) as running:
         with pytest.raises(InputError, match="logit_bias names token 256"):
             running.generate(PROMPT, Sampling(logit_bias={256: 1.0}))
         with pytest.raises(InputError, match="Every token is ruled out"):
-            next(running.generate(PROMPT, Sampling()))
+            list(running.generate(PROMPT, Sampling()))
 
 
 @pytest.mark.parametrize(

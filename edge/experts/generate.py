@@ -1,9 +1,10 @@
 """Tokens, one after another: prompt in chunks, then one forward each, greedy or sampled.
 
     stream = Stream(model, paging, turn, stops)    a model, its experts, who lets a forward run, the ids that end a text
-    stream.tokens(prompt, sampling)                yields tokens until a stop, a limit, or the caller closes the iterator
+    stream.plan(prompt, sampling)                  how its tokens will be chosen: decode/plan.py
+    stream.tokens(prompt, plan)                    yields tokens until a stop, a limit, or the caller closes the iterator
 
-The same prompt, sampling and weights give the same tokens, whatever the pager's budget: chunks depend on the model's shape
+The same prompt, plan and weights give the same tokens, whatever the pager's budget: chunks depend on the model's shape
 alone, and every sum inside has a fixed order.
 """
 

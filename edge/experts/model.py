@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from edge.experts import kernel
 from edge.experts.budget import resolve
 from edge.experts.counters import Counters
+from edge.experts.decode.choose import try_out
 from edge.experts.decode.plan import FALLBACK_TOKENS, Defaults, Plan
 from edge.experts.decode.sampling import Sampling
 from edge.experts.decode.stops import Stops
@@ -251,7 +252,7 @@ class Running:
             tensors = paged.resident_tensors(progress)
             self.model = build(paged.config, tensors, paging, str(paged.path), ahead=ahead, halves=settings.halves)
             self.model.generation_config = self.defaults.config()
-            self.defaults.check(self.model, self.codec.stops, str(paged.path))
+            try_out(self.model, self.defaults, self.codec.stops, str(paged.path))
         except BaseException:
             self.close()
             raise

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
-from edge.experts.decode.plan import Plan
+from edge.experts.decode.plan import Defaults, Plan, damaged, ids_of
+from edge.experts.decode.sampling import Sampling
 from refold.errors import InputError
 
-__all__ = ["Bias", "Chooser", "Chosen", "Repeats"]
+__all__ = ["Chooser", "Chosen", "try_out"]
 
 
 class Chosen(NamedTuple):
@@ -79,27 +80,14 @@ class Chooser:
         return Chosen(token, float(logged[token]), tuple(zip(most.indices.tolist(), most.values.tolist(), strict=True)))
 
 
-class Bias(LogitsProcessor):  # type: ignore[misc]
-    """Adds to the logits of some tokens. Args: `bias`: by token id; numbers that are no token of the vocabulary are refused."""
-
-    def __init__(self, bias: Mapping[int, float]) -> None:
-        self._tokens = torch.tensor(list(bias))
-        self._values = torch.tensor(list(bias.values()), dtype=torch.float32)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores.index_add(1, self._tokens, self._values[None])
-
-
-class Repeats(LogitsProcessor):  # type: ignore[misc]
-    """OpenAI's presence and frequency penalties, of the tokens written so far; the prompt's do not count.
-
-    Args:
-        start: where the text begins.
-    """
-
-    def __init__(self, start: int, presence: float, frequency: float) -> None:
-        self._start, self._presence, self._frequency = start, presence, frequency
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        count = torch.bincount(input_ids[0, self._start :], minlength=scores.shape[1]).to(scores.dtype)
-        return scores - (self._presence * (count > 0) + self._frequency * count)
+def try_out(model: PreTrainedModel, defaults: Defaults, stops: frozenset[int], path: str) -> None:
+    """Chooses a token once as a bundle asks. Raises BundleError: transformers refuses a value, or it names no token."""
+    size = int(model.config.vocab_size)
+    for name in ("forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id"):
+        if any(token >= size for token in ids_of(defaults.said.get(name))):
+            raise damaged(path, f"a {name} of {defaults.said[name]}, where the vocabulary has {size} tokens")
+    try:
+        Chooser(model, Plan.of(Sampling(max_tokens=2), defaults, [0], None), stops, [0]).choose(torch.zeros(size))
+    except Exception as e:  # transformers raises many kinds
+        first = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise damaged(path, f"a value that transformers refuses ({first})") from e

@@ -20,9 +20,9 @@ class Pieces:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        decoder = json.loads(backend.to_str()).get("decoder") if backend is not None else None
-        kinds = _kinds(decoder)
+        self._added = frozenset(tokenizer.added_tokens_decoder)
+        decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+        kinds = _kinds(json.loads(decoder.__getstate__()) if decoder is not None else None)
         self._byte_level = "ByteLevel" in kinds
         self.bytes_of: dict[int, int] = {}
         if "ByteFallback" in kinds:
@@ -42,7 +42,7 @@ class Pieces:
             return b""
         if not isinstance(name, str):
             return b""
-        if token in self._tokenizer.added_tokens_decoder:
+        if token in self._added:
             return name.encode()
         if self._byte_level and all(c in _byte_letters() for c in name):
             return bytes(_byte_letters()[c] for c in name)

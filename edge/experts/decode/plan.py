@@ -15,11 +15,12 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
+from edge.experts.decode.penalties import Bias, Repeats
 from edge.experts.decode.sampling import Sampling
 from refold.errors import BundleError, InputError
 from refold.experts import generation
 
-__all__ = ["FALLBACK_TOKENS", "NOTHING", "Defaults", "Plan", "ids_of"]
+__all__ = ["FALLBACK_TOKENS", "NOTHING", "Defaults", "Plan", "damaged", "ids_of"]
 
 FALLBACK_TOKENS = 128
 FLOATS = (
@@ -48,26 +49,12 @@ class Defaults:
         if told is None:
             told = GenerationConfig.from_model_config(dict(config)).to_dict()
         if (wrong := generation.fault(told)) is not None:
-            raise _damaged(path, f"{wrong}, which cannot be meant")
+            raise damaged(path, f"{wrong}, which cannot be meant")
         notes = tuple(generation.notes(told))
         said = {k: float(v) if k in FLOATS else v for k, v in told.items() if k in generation.HONOURED and v is not None}
         if said.get("do_sample") and "top_k" not in said:
             said["top_k"] = GenerationConfig._get_default_generation_params()["top_k"]
         return cls(said, notes)
-
-    def check(self, model: PreTrainedModel, stops: frozenset[int], path: str) -> None:
-        """Chooses a token once as the fields ask. Raises BundleError: transformers refuses one, or it names no token."""
-        from edge.experts.decode.choose import Chooser
-
-        size = int(model.config.vocab_size)
-        for name in ("forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id"):
-            if any(token >= size for token in ids_of(self.said.get(name))):
-                raise _damaged(path, f"a {name} of {self.said[name]}, where the vocabulary has {size} tokens")
-        try:
-            Chooser(model, Plan.of(Sampling(max_tokens=2), self, [0], None), stops, [0]).choose(torch.zeros(size))
-        except Exception as e:  # transformers raises many kinds
-            first = str(e).splitlines()[0] if str(e) else type(e).__name__
-            raise _damaged(path, f"a value that transformers refuses ({first})") from e
 
     def config(self) -> GenerationConfig:
         """For transformers' own `generate`, as `from_pretrained` would leave it."""
@@ -137,8 +124,6 @@ class Plan:
         Args:
             before: as in `of`. prompt: what the text answers; of a decoder alone, the same.
         """
-        from edge.experts.decode.choose import Bias, Repeats
-
         own: list[Any] = []
         s, config = self.sampling, copy.deepcopy(self.config)
         if s.logit_bias:
@@ -179,5 +164,6 @@ def _limit(sampling: Sampling, said: Mapping[str, Any], before: int, fallback: i
     return left
 
 
-def _damaged(path: str, why: str) -> BundleError:
+def damaged(path: str, why: str) -> BundleError:
+    """Of a bundle whose generation_config.json cannot be followed."""
     return BundleError(f"{generation.FILE} in {path} has {why}: correct it and export again.", code="damaged")

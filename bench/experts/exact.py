@@ -67,7 +67,7 @@ def budget(path: Path, share: float) -> int:
 
 def row(name: str, bundle: Path, tokens: int) -> dict[str, Cell]:
     """Greedy tokens at 12.5 % against all in memory, by position."""
-    from edge.experts.generate import Sampling
+    from edge.experts.decode.sampling import Sampling
     from edge.experts.model import Settings, load
 
     out: dict[str, Cell] = {"engine": f"exact: {name}", "cap %": 100 * SHARE, "bits": 8, "tokens": tokens}

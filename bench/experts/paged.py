@@ -73,11 +73,12 @@ def run(job: Job) -> Outcome:
 
     from edge.experts import kernel
     from edge.experts.implementation import Paging
+    from edge.experts.kernel.crew import Crew
     from edge.experts.model_build import build
     from edge.experts.pager import Pager, PagerSettings
 
     torch.set_num_threads(1)
-    kernel.set_threads(int(job.options.get("threads", 1)))
+    crew = Crew.of(int(job.options.get("threads", 1)))
     started = time.perf_counter()
     model = PagedModel.open(job.model)
     g, ahead, pager = model.index.geometry, int(job.options.get("ahead", 0)), None
@@ -93,7 +94,8 @@ def run(job: Job) -> Outcome:
         if pager.paths is not None:
             pager.paths.file = None  # every run begins with what the calibration tokens taught, and none leaves more behind
     front = Front(records, g.experts, float(job.options.get("recall", 1.0)))
-    net = build(model.config, model.resident_tensors(), Paging(front, g), job.model, ahead=ahead, halves=kernel.is_native())
+    paging = Paging(front, g, crew)
+    net = build(model.config, model.resident_tensors(), paging, job.model, ahead=ahead, halves=kernel.is_native())
     if pager is not None and job.options.get("everything"):
         for layer in g.layers:
             for _ in pager.waves(layer, range(g.experts)):
@@ -108,6 +110,8 @@ def run(job: Job) -> Outcome:
         _count(out, before[0], pager.counters)
         out.slots = job.budget // int(pager.cache.sizes.max())
         pager.close()
+    if crew is not None:
+        crew.close()
     return out
 
 

@@ -18,6 +18,9 @@ asks.
 None of these imports torch. What computes does:
 
     kernel/            one expert from its packed record
+    weights/           experts modules checked against records; which embeddings share a tensor
+    decode/            from logits to a token, from tokens to text
+    openai/            what OpenAI's clients send and expect
     implementation*.py transformers' experts, computed from the pager's records
     model*.py          a transformers model around a pager: `load(path, settings)`
     generate*.py       tokens and text; `refold edge generate`

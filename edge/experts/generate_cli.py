@@ -19,7 +19,7 @@ from refold.errors import InputError
 from refold.sizes import parse_size
 
 if TYPE_CHECKING:  # torch loads only when something runs
-    from edge.experts.generate import Sampling
+    from edge.experts.decode.sampling import Sampling
     from edge.experts.model import Running, Settings, Writing
 
 __all__ = ["generate", "loaded", "running_options", "sampling_of", "sampling_options", "settings_of", "trust_options"]
@@ -56,10 +56,19 @@ def running_options(command: Any) -> Any:
 
 
 def sampling_options(command: Any) -> Any:
-    """Options of `generate.Sampling`."""
+    """Options of `Sampling`; those that are not given are the bundle's generation_config.json's to say."""
     for option in (
-        click.option("--temperature", type=float, default=0.0, show_default=True, help="0: the most probable token."),
-        click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw among the most probable of this share."),
+        click.option(
+            "--max-tokens", type=int, help="Of a text. Default: as the model says, else 128 (serve-llm: 16, chat 256)."
+        ),
+        click.option("--temperature", type=float, help="0: the most probable token. Default: as the model says, else 0."),
+        click.option("--top-p", type=float, help="Draw among the most probable that reach this share."),
+        click.option("--top-k", type=int, help="Draw among so many; 0: all."),
+        click.option("--min-p", type=float, help="Draw among those with this share of the most probable one's probability."),
+        click.option("--repetition-penalty", type=float, help="Of tokens in prompt and text; 1: none."),
+        click.option("--presence-penalty", type=float, help="Of tokens that the text has already, -2 to 2."),
+        click.option("--frequency-penalty", type=float, help="The same for every time it has them."),
+        click.option("--stop", multiple=True, help="End before this text; repeat for several."),
         click.option("--seed", type=int, help="Of drawing; default: a fresh one."),
     ):
         command = option(command)
@@ -94,11 +103,22 @@ def settings_of(flags: dict[str, Any]) -> Settings:
     )
 
 
-def sampling_of(flags: dict[str, Any], max_tokens: int) -> Sampling:
+def sampling_of(flags: dict[str, Any]) -> Sampling:
     """Raises UsageError."""
-    from edge.experts.generate import Sampling
+    from edge.experts.decode.sampling import Sampling
 
-    return Sampling(max_tokens, flags["temperature"], flags["top_p"], flags["seed"])
+    return Sampling(
+        max_tokens=flags["max_tokens"],
+        temperature=flags["temperature"],
+        top_p=flags["top_p"],
+        seed=flags["seed"],
+        top_k=flags["top_k"],
+        min_p=flags["min_p"],
+        repetition_penalty=flags["repetition_penalty"],
+        presence_penalty=flags["presence_penalty"],
+        frequency_penalty=flags["frequency_penalty"],
+        stop=flags["stop"] or None,
+    )
 
 
 @contextmanager
@@ -122,6 +142,8 @@ def loaded(bundle: Path, settings: Settings) -> Iterator[Running]:
             bar.advance(task, n)
 
         running = Running(paged, settings, came)
+    for note in running.defaults.notes:
+        click.echo(note, err=True)
     with running:
         interrupt.check()
         yield running
@@ -133,13 +155,12 @@ def loaded(bundle: Path, settings: Settings) -> Iterator[Running]:
 @running_options
 @sampling_options
 @trust_options
-@click.option("--max-tokens", type=int, default=128, show_default=True)
 @click.option("--chat", is_flag=True, help="The prompt is a user's message to a chat model.")
 @click.option("--trace", type=click.Path(path_type=Path), help="Write the routing to this .npz or .jsonl file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object at the end instead of text as it comes.")
-def generate(bundle: Path, prompt: str, max_tokens: int, **flags: Any) -> None:
+def generate(bundle: Path, prompt: str, **flags: Any) -> None:
     """Continue PROMPT (- reads it from standard input) with the language model in BUNDLE, in the memory there is."""
-    sampling, settings = sampling_of(flags, max_tokens), settings_of(flags)
+    sampling, settings = sampling_of(flags), settings_of(flags)
     text = _stdin() if prompt == "-" else prompt
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter is no reason to end

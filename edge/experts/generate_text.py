@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from edge.experts.decode.pieces import Pieces
+from edge.experts.decode.plan import NOTHING, Defaults, ids_of
+from edge.experts.decode.text import Text
 from refold.errors import BundleError, InputError
 from refold.experts import PagedModel
 
@@ -25,34 +27,38 @@ class Growing(Protocol):
 
 
 class Codec(Protocol):
-    """Attributes: `stops` end a text. `encode` and `chat` raise InputError for what is no text."""
+    """Attributes: `stops` end a text. `encode` and `chat` raise InputError for what is no text.
+
+    `growing(prompt)` is the text behind those tokens. `piece(token)` is one token as bytes, whatever stands beside it.
+    """
 
     stops: frozenset[int]
 
     def encode(self, text: str) -> list[int]: ...
-    def growing(self) -> Growing: ...
+    def growing(self, prompt: Sequence[int] = ()) -> Growing: ...
+    def piece(self, token: int) -> bytes: ...
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]: ...
 
 
-def codec(paged: PagedModel) -> Codec:
+def codec(paged: PagedModel, defaults: Defaults = NOTHING) -> Codec:
     """The tokenizer a bundle holds, or bytes.
+
+    Args:
+        defaults: what the bundle says of its texts; where that names no token that ends one, the configuration's and the
+            tokenizer's do.
 
     Raises:
         BundleError: the files make no tokenizer, or there are none and its tokens are not bytes.
     """
     files = paged.tokenizer_files()
     if files:
-        return HuggingFace(files, paged.config, str(paged.path))
+        return HuggingFace(files, paged.config, str(paged.path), defaults.stop_tokens)
     if not paged.bytes_as_tokens:
         raise BundleError(
             f"{paged.path} has no tokenizer, and its tokens are not bytes: export it with its tokenizer files.",
             code="no-tokenizer",
         )
-    return Bytes(_ids(paged.config.get("eos_token_id")))
-
-
-def _ids(value: Any) -> frozenset[int]:
-    return frozenset([] if value is None else [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)])
+    return Bytes(defaults.stop_tokens or ids_of(paged.config.get("eos_token_id")))
 
 
 def checked(text: str) -> str:
@@ -78,28 +84,25 @@ class Bytes:
     def encode(self, text: str) -> list[int]:
         return list(checked(text).encode())
 
-    def growing(self) -> Growing:
-        return _Utf8()
+    def growing(self, prompt: Sequence[int] = ()) -> Growing:
+        return Text(self._decode, prompt)
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return b"".join(map(self.piece, tokens)).decode(errors="replace")
+
+    def piece(self, token: int) -> bytes:
+        return bytes([token]) if token < BYTES else b""
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         return self.encode(plain_chat(messages))
 
 
-class _Utf8:
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, token: int) -> str:
-        return self._decoder.decode(bytes([token])) if token < BYTES else ""
-
-    def end(self) -> str:
-        return self._decoder.decode(b"", final=True)
-
-
 class HuggingFace:
     """transformers' tokenizer, from the bundle's files alone: nothing is downloaded and no code of the bundle runs."""
 
-    def __init__(self, files: Mapping[str, bytes], config: Mapping[str, Any], path: str) -> None:
+    def __init__(
+        self, files: Mapping[str, bytes], config: Mapping[str, Any], path: str, stops: frozenset[int] = frozenset()
+    ) -> None:
         from transformers import AutoTokenizer
 
         with tempfile.TemporaryDirectory(prefix="refold-tokenizer-") as folder:
@@ -111,13 +114,17 @@ class HuggingFace:
                 self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             except Exception as e:
                 raise BundleError(f"The tokenizer in {path} cannot be used: {e}.", code="damaged", detail=repr(e)) from e
-        self.stops = _ids(config.get("eos_token_id")) | _ids(self._tokenizer.eos_token_id)
+        self.stops = stops or ids_of(config.get("eos_token_id")) | ids_of(self._tokenizer.eos_token_id)
+        self._pieces = Pieces(self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
         return [int(i) for i in self._tokenizer(checked(text))["input_ids"]]
 
-    def growing(self) -> Growing:
-        return Text(self._decode)
+    def growing(self, prompt: Sequence[int] = ()) -> Growing:
+        return Text(self._decode, prompt, self._pieces.bytes_of)
+
+    def piece(self, token: int) -> bytes:
+        return self._pieces[token]
 
     def _decode(self, tokens: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -133,27 +140,3 @@ class HuggingFace:
         except Exception as e:
             raise InputError(f"The model's chat template does not take these messages: {e}", code="messages") from e
         return [int(i) for i in ids]
-
-
-class Text:
-    """Grows by decoding a few tokens of context with the new ones: what a piece looks like depends on its neighbours."""
-
-    def __init__(self, decode: Any) -> None:
-        self._decode = decode
-        self._tokens: list[int] = []
-        self._shown, self._from = 0, 0  # tokens whose text is out; where the context begins
-
-    def add(self, token: int) -> str:
-        self._tokens.append(token)
-        new = self._new()
-        if not new or new.endswith("\ufffd"):
-            return ""
-        self._from, self._shown = self._shown, len(self._tokens)
-        return new
-
-    def _new(self) -> str:
-        before = self._decode(self._tokens[self._from : self._shown])
-        return str(self._decode(self._tokens[self._from :])[len(before) :])
-
-    def end(self) -> str:
-        return self._new() if self._shown < len(self._tokens) else ""

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from edge.experts import kernel
+from edge.experts.kernel.crew import Crew
+from edge.experts.weights.interface import check_fused
 from refold.errors import ModelError
 from refold.experts import Geometry, decode
 
@@ -52,14 +54,15 @@ class Paging:
 
     Args:
         pager: gives records; see `edge.experts.pager`.
+        crew: threads that share out a layer's experts; None: the caller alone.
 
     Attributes:
         ahead: called once a layer's reads have begun, to say what the next layer will want; see implementation_lookahead.py.
         cancelled: asked before every layer and every expert; True ends the forward.
     """
 
-    def __init__(self, pager: Records, geometry: Geometry) -> None:
-        self.pager, self.geometry = pager, geometry
+    def __init__(self, pager: Records, geometry: Geometry, crew: Crew | None = None) -> None:
+        self.pager, self.geometry, self.crew = pager, geometry, crew
         self.ahead: Callable[[int], None] | None = None
         self.cancelled: Callable[[], bool] = never
 
@@ -105,7 +108,7 @@ class Paging:
                 if ahead is not None:
                     ahead(layer)
                     ahead = None
-                kernel.each(one, zip(experts, records, strict=True))
+                kernel.each(one, zip(experts, records, strict=True), self.crew)
         return _sum(out, weights)
 
     def _go_on(self) -> None:
@@ -144,7 +147,12 @@ def register() -> None:
 
 
 def take_seat(module: torch.nn.Module, paging: Paging, layer: int) -> None:
-    """Binds a fused experts module to its records and drops its parameters, which were never more than shapes."""
+    """Binds a fused experts module to its records and drops its parameters, which were never more than shapes.
+
+    Raises:
+        ModelError: the module computes something else than these records do.
+    """
+    check_fused(module, paging.geometry)
     for name in [name for name, _ in module.named_parameters(recurse=False)]:
         setattr(module, name, None)
     module.__dict__[SEAT] = (paging, layer)

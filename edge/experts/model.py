@@ -30,9 +30,14 @@ from numpy.typing import NDArray
 from edge.experts import kernel
 from edge.experts.budget import resolve
 from edge.experts.counters import Counters
-from edge.experts.generate import Sampling, Stream
+from edge.experts.decode.choose import try_out
+from edge.experts.decode.plan import FALLBACK_TOKENS, Defaults, Plan
+from edge.experts.decode.sampling import Sampling
+from edge.experts.decode.stops import Stops
+from edge.experts.generate import Stream
 from edge.experts.generate_text import Codec, codec
 from edge.experts.implementation import Cancelled, Paging, never
+from edge.experts.kernel.crew import Crew
 from edge.experts.model_build import build
 from edge.experts.model_gains import Gains
 from edge.experts.model_halves import FEW
@@ -51,7 +56,7 @@ class Settings:
     Attributes:
         memory: bytes for expert records, or "auto": from the cgroup and what the machine has free.
         policy: which record leaves the cache first; see edge/experts/policies.py.
-        readers: threads that read the disk. threads: that compute, in this process.
+        readers: threads that read the disk. threads: that compute; every model has its own.
         lookahead: read ahead what the next layer will probably ask for.
         direct: read past the page cache where the file system permits it.
         verify: when a record's digest is checked: at its first reading, at every reading, never.
@@ -93,10 +98,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class Piece:
-    """One token as it came. text: what it adds to the text; empty while a character is incomplete or for a stop token."""
+    """One token as it came.
+
+    Attributes:
+        text: what it adds to the text; empty while a character is incomplete or for a stop token.
+        logprob, top: as `decode.choose.Chosen`, where asked for. A last piece may bring text alone that was held back; it
+            repeats the token and has no logprob.
+        at: characters of the text before it, known where logprobs are asked for. ends: it is a stop token.
+    """
 
     token: int
     text: str
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    at: int = 0
+    ends: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,25 +143,26 @@ class Writing(Iterator[Piece]):
     """A text as it comes.
 
     Attributes:
-        prompt: token ids. tokens: written so far. text: written so far.
-        reason: "" while it goes on, then "stop" (a stop token), "length" or "failed".
+        prompt: token ids. tokens: written so far. text: written so far, without the stop text that ended it.
+        reason: "" while it goes on, then "stop" (a stop token or text), "length" or "failed". cut: a stop text ended it.
     """
 
-    def __init__(self, running: Running, prompt: list[int], sampling: Sampling, cancelled: Callable[[], bool]) -> None:
+    def __init__(self, running: Running, prompt: list[int], plan: Plan, cancelled: Callable[[], bool]) -> None:
         self.prompt, self.tokens, self.text, self.reason = prompt, list[int](), "", ""
         self._running = running
-        self._growing = running.codec.growing()
+        self._growing = running.codec.growing(() if running.model.config.is_encoder_decoder else prompt)
+        self._stops, self._grown = Stops(plan.sampling.stop or ()), 0
         self._begin, self._before = time.perf_counter(), running.pager.counters
         self._first: tuple[float, Counters] | None = None
         self._end, self._after = self._begin, self._before
-        self._stream = running.stream.tokens(prompt, sampling, cancelled)
+        self._stream = running.stream.tokens(prompt, plan, cancelled)
 
     def __next__(self) -> Piece:
         """Raises Cancelled, and what `Stream.tokens` raises: then no piece came from what failed."""
         if self.reason:
             raise StopIteration
         try:
-            token = next(self._stream)
+            chosen = next(self._stream)
         except StopIteration:
             return self._ended()
         except BaseException:
@@ -154,20 +171,39 @@ class Writing(Iterator[Piece]):
         self._end, self._after = time.perf_counter(), self._running.pager.counters
         if self._first is None:
             self._first = (self._end, self._after)
+        token, at = chosen.token, self._grown
         self.tokens.append(token)
-        stop = token in self._running.codec.stops
-        return self._piece(token, "" if stop else self._growing.add(token))
+        ends = token in self._running.codec.stops
+        grown = "" if ends else self._growing.add(token)
+        self._grown += len(grown)
+        if chosen.logprob is not None:
+            at = max(at, self._grown - self._length(token))
+        text = self._stops.add(grown)
+        if self.cut:
+            self.close()
+            self.reason = "stop"
+        self.text += text
+        return Piece(token, text, chosen.logprob, chosen.top, at, ends)
+
+    def _length(self, token: int) -> int:
+        """Characters of a token by itself; of part of one, as many as there are."""
+        try:
+            return len(self._running.codec.piece(token).decode())
+        except UnicodeDecodeError:
+            return self._grown
 
     def _ended(self) -> Piece:
-        self.reason = "stop" if self.tokens and self.tokens[-1] in self._running.codec.stops else "length"
-        rest = self._growing.end()
+        rest = self._stops.add(self._growing.end()) + self._stops.end()
+        ended = self.cut or (self.tokens and self.tokens[-1] in self._running.codec.stops)
+        self.reason = "stop" if ended else "length"
         if not rest:
             raise StopIteration
-        return self._piece(self.tokens[-1], rest)
+        self.text += rest
+        return Piece(self.tokens[-1], rest)
 
-    def _piece(self, token: int, text: str) -> Piece:
-        self.text += text
-        return Piece(token, text)
+    @property
+    def cut(self) -> bool:
+        return self._stops.found
 
     def close(self) -> None:
         self._stream.close()
@@ -199,25 +235,29 @@ class Running:
 
     Attributes:
         model: the transformers model. pager: its experts. paged: the bundle. codec: text to tokens and back.
+        defaults: how texts are written where a caller does not say; `defaults.notes` names what is not honoured.
     """
 
     def __init__(self, paged: PagedModel, settings: Settings, progress: Callable[[int], None]) -> None:
         self.paged, self.settings = paged, settings
         self.name = paged.bundle.manifest.name or paged.path.stem
-        self.codec: Codec = codec(paged)
+        self.defaults = Defaults.of(paged.generation_config(), paged.config, str(paged.path))
+        self.codec: Codec = codec(paged, self.defaults)
         self._divide(1)
-        kernel.set_threads(settings.threads)
         self.pager = Pager.open(paged, resolve(settings.memory, paged, settings.halves), settings.pager())
+        self._crew = Crew.of(settings.threads)
         try:
-            paging = Paging(self.pager, paged.index.geometry)
+            paging = Paging(self.pager, paged.index.geometry, self._crew)
             ahead = 2 * paged.index.geometry.top_k if settings.lookahead else 0
             tensors = paged.resident_tensors(progress)
             self.model = build(paged.config, tensors, paging, str(paged.path), ahead=ahead, halves=settings.halves)
+            self.model.generation_config = self.defaults.config()
+            try_out(self.model, self.defaults, self.codec.stops, str(paged.path))
         except BaseException:
-            self.pager.close()
+            self.close()
             raise
         self._turn = threading.Lock()
-        self.stream = Stream(self.model, paging, self._forward, self.codec.stops, self._divide)
+        self.stream = Stream(self.model, paging, self._forward, self.codec.stops, self._divide, self.defaults)
         self._gains = Gains(self.model, self._turn, self.stream.probe)
 
     def _divide(self, tokens: int) -> None:
@@ -232,20 +272,24 @@ class Running:
         return out
 
     def generate(
-        self, prompt: str | Sequence[int], sampling: Sampling | None = None, cancelled: Callable[[], bool] = never
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling | None = None,
+        cancelled: Callable[[], bool] = never,
+        tokens: int = FALLBACK_TOKENS,
     ) -> Writing:
         """Begins a text; iterate over what is returned.
 
         Args:
-            prompt: text, or token ids.
+            prompt: text, or token ids. sampling: what it leaves out is as the bundle's generation_config.json says.
+            tokens: at most, where neither says.
             cancelled: asked before each forward and each expert; True ends the text with `Cancelled`.
 
         Raises:
             InputError: an empty prompt, or one that leaves no room in the model's context.
         """
         ids = self.codec.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-        self.stream.room(ids)
-        return Writing(self, ids, sampling or Sampling(), cancelled)
+        return Writing(self, ids, self.stream.plan(ids, sampling or Sampling(), tokens), cancelled)
 
     def put_gains(self, gains: Mapping[str, NDArray[np.float32]]) -> None:
         """Exchanges RMS gains between two forwards; see `model_gains.Gains.put`."""
@@ -253,6 +297,8 @@ class Running:
 
     def close(self) -> None:
         self.pager.close()
+        if self._crew is not None:
+            self._crew.close()
 
     def __enter__(self) -> Running:
         return self

@@ -17,7 +17,9 @@ from transformers.utils import logging as transformers_logging
 
 from edge.experts.implementation import NAME, Paging, SwitchExperts, register, take_seat
 from edge.experts.implementation_lookahead import Gate, look_ahead
-from edge.experts.model_halves import HalfLinear, keep_halves
+from edge.experts.model_halves import keep_halves
+from edge.experts.weights.interface import check_dense
+from edge.experts.weights.tied import tie
 from refold.errors import BundleError, ModelError
 from refold.experts import Tensor
 
@@ -51,7 +53,7 @@ def build(
         halves: leave 16-bit matrices in 16 bits (edge/experts/model_halves.py).
 
     Raises:
-        ModelError: a family that is not supported.
+        ModelError: a family that is not supported, or whose experts compute something else than records can hold.
         BundleError: the configuration cannot be used, or tensors are missing, misshapen or too many.
     """
     family = config.get("model_type")
@@ -63,13 +65,14 @@ def build(
     gates = _seat_all(model, paging, path)
     halves &= family not in WIDE
     routers = {gate.router for gate in gates.values()}
+    given = set()
     for name, tensor in tensors:
-        if halves and keep_halves(model, name, tensor, routers):
+        given.add(name)
+        if halves and keep_halves(model, name, tensor, routers, paging.crew):
             continue
         _put(model, name, torch.from_numpy(np.array(tensor.numpy(), np.float32)), path)
     _fill_buffers(model)
-    if not (model.config.tie_word_embeddings and isinstance(model.get_output_embeddings(), HalfLinear)):  # tied already
-        model.tie_weights()
+    tie(model, given, paging.crew)
     left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if left:
         raise BundleError(f"{path} lacks {left[0]} and {len(left) - 1} other tensors: export it again.", code="damaged")
@@ -103,6 +106,7 @@ def _seat_all(model: PreTrainedModel, paging: Paging, path: str) -> dict[int, Ga
         layer = int(place["number"]) - (blocks if encoder else 0)
         sparse = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, torch.nn.ModuleDict):
+            check_dense(dict(module.items()), paging.geometry)
             sparse.experts = SwitchExperts(paging, layer)
         else:
             take_seat(module, paging, layer)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from edge.experts import kernel
+from edge.experts.kernel.crew import Crew
 from refold.experts import Tensor as Stored
 
-__all__ = ["FEW", "HalfEmbedding", "HalfLinear", "keep_halves"]
+__all__ = ["FEW", "HalfEmbedding", "HalfLinear", "keep_halves", "place"]
 
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 FEW = 8  # tokens; more of them pay for weights that are widened first
@@ -26,9 +27,9 @@ class HalfLinear(nn.Module):
     """nn.Linear over `half`, float16 or bfloat16 (rows, columns), which is no parameter: transformers takes a model's type
     from those."""
 
-    def __init__(self, half: Tensor, bias: nn.Parameter | None) -> None:
+    def __init__(self, half: Tensor, bias: nn.Parameter | None, crew: Crew | None = None) -> None:
         super().__init__()
-        self.__dict__["half"] = half
+        self.__dict__["half"], self.__dict__["crew"] = half, crew
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ class HalfLinear(nn.Module):
         half: Tensor = self.__dict__["half"]
         flat = x.reshape(-1, half.shape[1])
         if len(flat) <= FEW:
-            y = kernel.half(half, flat)
+            y = kernel.half(half, flat, self.__dict__["crew"])
         else:
             y = torch.cat([flat @ part.float().T for part in torch.split(half, ROWS)], 1)
         y = y.reshape(*x.shape[:-1], half.shape[0])
@@ -55,11 +56,13 @@ class HalfEmbedding(nn.Module):
         return nn.functional.embedding(ids, self.__dict__["half"]).float()
 
 
-def keep_halves(model: PreTrainedModel, name: str, tensor: Stored, wide: Collection[nn.Module] = ()) -> bool:
-    """Puts a stored matrix in place of the linear layer or embedding it belongs to; tied layers share it.
+def keep_halves(
+    model: PreTrainedModel, name: str, tensor: Stored, wide: Collection[nn.Module] = (), crew: Crew | None = None
+) -> bool:
+    """Puts a stored matrix in place of the linear layer or embedding it belongs to.
 
     Args:
-        name: as in the model's state dict. wide: layers whose weights somebody else reads.
+        name: as in the model's state dict. wide: layers whose weights somebody else reads. crew: threads that share its rows.
 
     Returns:
         False: it is no 16-bit matrix of such a layer, or its shape is another one; nothing was done.
@@ -71,14 +74,11 @@ def keep_halves(model: PreTrainedModel, name: str, tensor: Stored, wide: Collect
     if owner is None or type(owner) not in (nn.Linear, nn.Embedding) or owner in wide or owner.weight.shape != tensor.shape:
         return False
     half = torch.frombuffer(bytearray(tensor.data), dtype=TYPES[tensor.dtype]).reshape(tensor.shape)
-    tied = owner is model.get_input_embeddings() and bool(model.config.tie_word_embeddings)
-    head = model.get_output_embeddings() if tied else None
-    _place(model, owner_name, HalfEmbedding(half) if isinstance(owner, nn.Embedding) else HalfLinear(half, owner.bias))
-    if head is not None:
-        _place(model, next(n for n, m in model.named_modules() if m is head), HalfLinear(half, head.bias))
+    place(model, owner_name, HalfEmbedding(half) if isinstance(owner, nn.Embedding) else HalfLinear(half, owner.bias, crew))
     return True
 
 
-def _place(model: nn.Module, name: str, module: nn.Module) -> None:
+def place(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module where another one was."""
     owner, _, last = name.rpartition(".")
     setattr(model.get_submodule(owner), last, module)

@@ -27,10 +27,10 @@ from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from edge.experts.generate import Sampling
-from edge.experts.model import Cancelled, Running
+from edge.experts.decode.sampling import Sampling
+from edge.experts.model import Cancelled, Piece, Running, Writing
 from edge.experts.release import LARGEST, Live
-from edge.experts.serve_openai import Refusal, Reply, Request, Stops, error, model, models, parse, refusal_of
+from edge.experts.serve_openai import Choice, Refusal, Reply, Request, Scored, error, joined, model, models, parse, refusal_of
 from edge.experts.serve_turns import Full, Gone, Turns
 from refold.errors import NetworkError, RefoldError, UsageError
 
@@ -141,6 +141,7 @@ class Server:
             "model": self.running.name,
             "release_version": self.live.version if self.live else 0,
             "requests": self.turns.length,
+            "notes": list(self.running.defaults.notes),
             "pager": told,
         }
 
@@ -205,13 +206,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(lambda: self._one_of(posts)())  # noqa: PLW0108 - a refusal belongs inside
 
     def _one_of(self, known: Mapping[str, Any]) -> Any:
-        path = self.path.partition("?")[0]
+        path, _, query = self.path.partition("?")
         host = (self.headers.get("Host") or "").rpartition(":")[0] or self.headers.get("Host") or ""
         if host.lower() not in HOSTS:
             raise Refusal(403, "Only requests to 127.0.0.1 or localhost are answered.", code="host")
         if path not in known:
             about = "There is no such model here." if path.startswith("/v1/models/") else f"There is nothing at {path[:100]}."
             raise Refusal(404, about, code="not-found")
+        if query:
+            raise Refusal(400, f"Parameters in the address are not supported: {query[:100]}.", code="unsupported")
         return known[path]
 
     def _answer(self, work: Callable[[], None]) -> None:
@@ -307,33 +310,42 @@ class _Handler(BaseHTTPRequestHandler):
     def _write(self, request: Request, reply: Reply) -> None:
         running = self.server.owner.running
         prompt = running.codec.chat(request.messages) if request.messages else request.prompt
-        writing = running.generate(prompt, request.sampling, self._gone)
-        stops, shown = Stops(request.stops), ""
-        if request.stream:
-            self._open_events()
-            self._event(reply.piece("", first=True))
-        try:
-            for piece in writing:
-                text = stops.add(piece.text)
-                shown += text
-                if request.stream and text:
-                    self._event(reply.piece(text))
-                if stops.found:
-                    break
-        finally:
-            writing.close()
-        rest = stops.end()
-        reason = "stop" if stops.found else writing.reason
-        usage = {"prompt_tokens": len(writing.prompt), "completion_tokens": len(writing.tokens)}
+        usage = {"prompt_tokens": 0, "completion_tokens": 0}
+        choices = []
+        for i in range(request.texts):
+            writing = running.generate(prompt, request.sampling.nth(i), self._gone, request.tokens)
+            if request.stream and not i:
+                self._open_events()
+            choice = Choice(i, running.codec.piece, chat=request.chat)
+            told = self._one(writing, choice, reply, stream=request.stream)
+            choices.append(reply.choice(choice.text, writing.reason, index=i, logprobs=told))
+            usage["prompt_tokens"] = len(writing.prompt)
+            usage["completion_tokens"] += len(writing.tokens)
         usage["total_tokens"] = sum(usage.values())
         if not request.stream:
-            self._json(200, reply.whole(shown + rest, reason, usage))
+            self._json(200, reply.whole(choices, usage))
             return
-        self._event(reply.piece(rest, reason))
         if request.usage:
             self._event(reply.costs(usage))
         self._chunk(b"data: [DONE]\n\n")
         self._chunk(b"")
+
+    def _one(self, writing: Writing, choice: Choice, reply: Reply, *, stream: bool) -> dict[str, Any] | None:
+        """Writes one text, and sends it as it comes where that was asked for. Returns its log probabilities."""
+        index, all_told = choice.index, list[dict[str, Any] | None]()
+        if stream:
+            self._event(reply.piece("", first=True, index=index))
+        try:
+            for piece in writing:
+                all_told.append(choice.add(piece.text, _scored(piece)))
+                if stream and piece.text:
+                    self._event(reply.piece(piece.text, index=index, logprobs=all_told[-1]))
+        finally:
+            writing.close()
+        all_told.append(choice.rest(cut=writing.cut))
+        if stream:
+            self._event(reply.piece("", writing.reason, index=index, logprobs=all_told[-1]))
+        return joined(all_told)
 
     def _open_events(self) -> None:
         self.send_response(200)
@@ -363,3 +375,10 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             owner.leave()
         self._json(200, {"result": outcome.result.value, "version": outcome.version})
+
+
+def _scored(piece: Piece) -> Scored | None:
+    """None where log probabilities were not asked for, and of a token that only ends the text."""
+    if piece.logprob is None or piece.ends:
+        return None
+    return Scored(piece.token, piece.logprob, piece.at, piece.top)

@@ -31,7 +31,7 @@ def serve_llm(bundle: Path, port: int, waiting: int, grace: float, **flags: Any)
     """Serve the language model in BUNDLE to OpenAI clients on this machine, until SIGTERM or Ctrl-C."""
     from edge.experts.serve import Server, ServeSettings
 
-    settings = ServeSettings(port=port, waiting=waiting, grace=grace, defaults=sampling_of(flags, 256))
+    settings = ServeSettings(port=port, waiting=waiting, grace=grace, defaults=sampling_of(flags))
     with loaded(bundle, settings_of(flags)) as running, ExitStack() as stack:
         live, why_none = _live(running, flags, stack)
         server = Server(running, settings, live, why_none)

@@ -112,6 +112,8 @@ class Handlers:
         for name in request.outputs:
             if name != self.output_name:
                 raise InputError(f"There is no output {name!r}; the model has {self.output_name!r}.")
+        if len(request.outputs) > 1:
+            raise InputError(f"Output {self.output_name!r} is asked for {len(request.outputs)} times: ask once.")
         if len(request.inputs) != 1 or request.inputs[0].name != self.input_name:
             given = ", ".join(repr(t.name) for t in request.inputs) or "none"
             raise InputError(f"The model has one input, {self.input_name!r}; the request carries {given}.")

@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.inference.fields import check
 from edge.inference.handlers import Handlers, InferenceRequest, Tensor, UnknownModelError
 from refold import __version__
 from refold.errors import InputError, RefoldError, UsageError
@@ -88,6 +89,7 @@ class Servicer(service.GRPCInferenceServiceServicer):
     @_answers
     def ModelInfer(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> pb.ModelInferResponse:  # noqa: N802
         handlers = self._handlers
+        check(request)
         result = handlers.infer(
             InferenceRequest(
                 request.model_name,

@@ -4,6 +4,7 @@
     families.py     the supported architectures, as data
     checkpoint.py   safetensors on disk, one file or many shards, read tensor by tensor
     source.py       a checkpoint seen as transformers' model: resident tensors by their names there, and experts
+    agreement.py    the checkpoint against its own config.json
     work.py         the folder beside the output: records written so far, measurements made so far
     tokens.py       calibration text as windows of tokens
     measure.py      perplexity, routing and output errors of the model with experts of any bits

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from refold.errors import BundleError, InputError
+from refold.experts import generation
 from refold.experts.tensors import DTYPES, Place, Tensor, parse_header
 
 __all__ = ["Checkpoint"]
@@ -19,7 +20,7 @@ SINGLE, SHARDS, CONFIG = "model.safetensors", "model.safetensors.index.json", "c
 FLOATS = ("F32", "F16", "BF16")
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
 
@@ -90,11 +91,41 @@ class Checkpoint:
             raise InputError(f"{file} is truncated at {name}: download it again.", code="checkpoint")
         return Tensor(dtype, shape, data)
 
+    def same(self, a: str, b: str) -> bool:
+        """Whether two tensors of one shape hold the same numbers; of one type, a block at a time. Raises InputError."""
+        if self.shape(a) != self.shape(b):
+            return False
+        if self.dtype(a) != self.dtype(b):
+            return bool((self.read(a).numpy() == self.read(b).numpy()).all())
+        return all(x == y for x, y in zip(self._blocks(a), self._blocks(b), strict=True))
+
+    def _blocks(self, name: str, size: int = 8 << 20) -> Iterator[bytes]:
+        file, place = self.places[name]
+        try:
+            with file.open("rb") as f:
+                for start in range(0, place.size, size):
+                    yield _read(f.fileno(), place.start + start, min(size, place.size - start))
+        except OSError as e:
+            raise InputError(f"{file} cannot be read: {e.strerror or e}.", code="checkpoint") from e
+
     def tokenizer_files(self) -> dict[str, bytes]:
         """What there is of them; without a vocabulary, nothing."""
         if not any((self.folder / name).is_file() for name in VOCABULARIES):
             return {}
         return {name: (self.folder / name).read_bytes() for name in TOKENIZER if (self.folder / name).is_file()}
+
+    def generation_files(self) -> dict[str, bytes]:
+        """generation_config.json, where there is one. Raises InputError: no JSON object, or a value that cannot be meant."""
+        path = self.folder / generation.FILE
+        if not path.is_file():
+            return {}
+        if (wrong := generation.fault(_json(path))) is not None:
+            raise InputError(f"{path} has a value that cannot be meant: {wrong}. Correct it.", code="checkpoint")
+        return {generation.FILE: path.read_bytes()}
+
+    def generation_notes(self) -> list[str]:
+        """A sentence for each of its fields that a device will not honour."""
+        return [note for content in self.generation_files().values() for note in generation.notes(json.loads(content))]
 
     def fingerprint(self) -> str:
         """Changes when a file of the checkpoint does: names, sizes, dates and headers, not the gigabytes."""

@@ -88,12 +88,13 @@ def parse_share(text: str) -> float:
 @click.option("--name", help="Name of the model; default: the output's.")
 @click.option("--key", "keys", multiple=True, type=click.Path(path_type=Path), help="Sign with this private key (PEM).")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--leave-unused", "unused", is_flag=True, help="Leave out tensors that config.json gives no place to.")
 @click.option("--json", "json_", is_flag=True, help="For machines.")
 def experts(
     checkpoint: Path, output: Path, bits: str | None, group: int | None, texts: tuple[Path, ...], tolerance: str | None,
     size: str | None, importance: str, windows: int, length: int, cache: str, parts: int | None, active: int | None,
     scaling: str, split: str, router_texts: tuple[Path, ...], router_steps: int, plot: bool, name: str | None,
-    keys: tuple[Path, ...], threads: int, json_: bool,
+    keys: tuple[Path, ...], threads: int, unused: bool, json_: bool,
 ) -> None:  # fmt: skip
     """Page the experts of CHECKPOINT, a Hugging Face folder with config.json and safetensors.
 
@@ -107,7 +108,7 @@ def experts(
     options = Options(
         MIXED if wanted == MIXED else int(wanted), group, texts, windows, length,
         None if tolerance is None else parse_share(tolerance), None if size is None else parse_size(size),
-        importance, parse_size(cache), threads, name or "",
+        importance, parse_size(cache), threads, name or "", unused,
     )  # fmt: skip
     signers = [SigningKey.load(k) for k in keys]
     factoring = None

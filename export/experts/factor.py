@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -48,6 +49,7 @@ __all__ = ["Factored", "Factoring", "discard", "factor", "factored_folder"]
 TINY = 2.0**-60  # times a router's rows
 PROFILED = 16  # windows from which neurons are grouped
 DONE = "factored.json"
+MATRIX = re.compile(r"\.mlp\.(gate|up|down)_proj\.weight$")
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -212,6 +214,13 @@ def _check(checkpoint: Checkpoint, how: Factoring) -> None:
         raise ModelError(f"{folder} is quantised already: give the original in bfloat16, float16 or float32.", code="quantised")
     if config.get("mlp_bias"):
         raise ModelError(f"{folder} has biases in its feed-forwards, for which a factored model has no place.", code="bias")
+    strange = sorted(n for n in checkpoint.places if ".mlp." in n and not MATRIX.search(n))
+    if strange:
+        raise InputError(
+            f"config.json gives no place to {strange[0]} and {len(strange) - 1} more of {folder}: without them the model is "
+            "another one.",
+            code="unused",
+        )
     try:
         inner = int(config["intermediate_size"])
         int(config["hidden_size"]), int(config["num_attention_heads"]), int(config["num_hidden_layers"])
@@ -302,7 +311,7 @@ def _write(checkpoint: Checkpoint, folder: Path, how: Factoring, cuts: Sequence[
         write_atomically(folder / name, packed(shard))
         where |= {r.name: name for r in shard}
         step(1)
-    for name, content in checkpoint.tokenizer_files().items():
+    for name, content in (checkpoint.tokenizer_files() | checkpoint.generation_files()).items():
         write_atomically(folder / name, [content])
     write_atomically(folder / "model.safetensors.index.json", [json.dumps({"metadata": {}, "weight_map": where}).encode()])
     write_atomically(folder / "config.json", [json.dumps(_config(checkpoint, how), indent=1).encode()])

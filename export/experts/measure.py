@@ -130,8 +130,8 @@ class Measure:
         for t in source.resident:
             values = Tensor(t.dtype, t.shape, t.read()).numpy()
             state[t.name] = torch.from_numpy(values.astype(np.float32) if values.dtype.kind == "f" else values.copy())
-        model.load_state_dict(state, strict=False, assign=True)
-        model.tie_weights()
+        missing = set(model.load_state_dict(state, strict=False, assign=True).missing_keys)
+        model.tie_weights(missing_keys=missing, recompute_mapping=False)  # as from_pretrained: what is stored twice stays two
         empty = [n for n, p in model.named_parameters() if p.is_meta]
         if empty:
             raise InputError(f"{source.checkpoint.folder} lacks {empty[0]}: the checkpoint is incomplete.", code="checkpoint")

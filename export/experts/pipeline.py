@@ -40,6 +40,7 @@ class Options:
     tolerance: largest rise of perplexity, as a share; or size: largest number of bytes of all records.
     importance: "loss" (each expert's, over the whole model) or "output" (of its layer, one pass for all experts).
     cache_bytes: of dequantised experts while measuring.
+    unused: tensors that the model has no place for are left out; otherwise they refuse the export.
     """
 
     bits: int | str = 4
@@ -53,6 +54,7 @@ class Options:
     cache_bytes: int = 1 << 30
     threads: int = 1
     name: str = ""
+    unused: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (*BITS, MIXED):
@@ -126,7 +128,8 @@ def export_experts(
     if not output.parent.is_dir():
         raise StorageError(f"{output} cannot be written: there is no folder {output.parent}.")
     watch.stage("reading the checkpoint's headers", 1)
-    source = Source.open(folder, options.group)
+    source = Source.open(folder, options.group, options.unused)
+    source.checkpoint.generation_files()  # a fault is told now, not after hours
     windows = windows_of(source.checkpoint, options.texts, options.length, options.windows) if options.texts else None
     least = len(source.order) * record_bytes(source.geometry.shapes, min(BITS), source.geometry.group)
     if options.size is not None and options.size < least:
@@ -147,9 +150,10 @@ def export_experts(
                 measured, frequency = _uniform(run, windows, plan)
         watch.stage("writing the resident part", 1)
         with writer.closed_on_error():
+            files = source.checkpoint.tokenizer_files() | source.checkpoint.generation_files()
             rest = Rest(
                 name=options.name or output.stem, config=source.checkpoint.config, resident=source.resident,
-                tokenizer=source.checkpoint.tokenizer_files(), bytes_as_tokens=bytes_as_tokens(source.checkpoint),
+                tokenizer=files, bytes_as_tokens=bytes_as_tokens(source.checkpoint),
                 norms=source.norms(), frequency=frequency, measured=measured,
             )  # fmt: skip
             writer.finish(source.geometry, rest, *keys)
@@ -157,20 +161,17 @@ def export_experts(
     bundle = PagedModel.open(output).bundle
     if picture is not None:
         heat_map(picture, plan, frequency)
-    files = {file for file, _ in source.checkpoint.places.values()}
+    shards = {file for file, _ in source.checkpoint.places.values()}
     told = bundle.manifest.experts
     return Told(
-        output, bundle.digest, bundle.size, plan, told.record_bytes, told.resident_bytes, sum(f.stat().st_size for f in files),
+        output, bundle.digest, bundle.size, plan, told.record_bytes, told.resident_bytes, sum(f.stat().st_size for f in shards),
         time.monotonic() - started, measured.get("perplexity"), measured.get("perplexity_before"), frequency, searched,
         _warnings(source), picture,
     )  # fmt: skip
 
 
 def _warnings(source: Source) -> list[str]:
-    out = []
-    if source.skipped:
-        more = f" and {len(source.skipped) - 1} more" if len(source.skipped) > 1 else ""
-        out.append(f"The model has no place for {source.skipped[0]}{more}: left out.")
+    out = [*source.notes, *source.checkpoint.generation_notes()]
     if not source.checkpoint.tokenizer_files() and not bytes_as_tokens(source.checkpoint):
         out.append("The checkpoint has no tokenizer: the bundle takes and gives token numbers, not text.")
     return out

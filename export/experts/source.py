@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from export.experts.agreement import agree, by
 from export.experts.checkpoint import FLOATS, Checkpoint
 from export.experts.families import Family, Layout, family_of
 from refold.errors import InputError, ModelError, UsageError
-from refold.experts import Geometry, Matrix, Resident, Tensor, quantise
+from refold.experts import Geometry, Matrix, Resident, Tensor, interface, quantise
 from refold.norms import NormKind, NormSite, NormState, NormTable, SiteTensors
 
 __all__ = ["Source", "config_of", "model_class"]
@@ -43,7 +44,7 @@ class Source:
     """Attributes:
     modules: layer number to the experts' module in the model.
     resident: the model's other tensors, in its order.
-    skipped: tensors of the checkpoint that the model has no use for.
+    notes: where the checkpoint and its config.json do not say the same, and what was done. epsilon: of its norms.
     """
 
     checkpoint: Checkpoint
@@ -51,18 +52,30 @@ class Source:
     geometry: Geometry
     modules: Mapping[int, str]
     resident: Sequence[Resident]
-    skipped: Sequence[str]
+    notes: Sequence[str]
+    epsilon: float
     _names: Mapping[int, tuple[Layout, str]]
 
     @classmethod
-    def open(cls, folder: Path, group: int | None = None) -> Source:
-        """Checks every name and shape. Raises InputError: tensors missing or misshapen; ModelError: not supported."""
+    def open(cls, folder: Path, group: int | None = None, unused: bool = False) -> Source:
+        """Checks every name, shape and type against config.json.
+
+        Args:
+            group: neighbours that share a scale. unused: leave out tensors that the model has no place for.
+
+        Raises:
+            InputError: tensors missing, misshapen, of a wrong type, or that the model has no place for. ModelError: not
+                supported.
+        """
         checkpoint = Checkpoint.open(folder)
         family = family_of(checkpoint.config)
-        shapes, modules, tied = _skeleton(checkpoint, family)
+        model, modules = _skeleton(checkpoint, family)
         if not modules:
             raise ModelError(f"{folder} describes a {family.model_type} model without experts.", code="no-experts")
-        geometry = _geometry(checkpoint.config, family, shapes, modules, group)
+        state = model.state_dict(keep_vars=True)
+        shapes = {name: tuple(t.shape) for name, t in state.items()}
+        geometry = _geometry(model.config, family, shapes, modules, group)
+        _check_experts(model, modules, geometry)
         layouts = {layer: _layout(checkpoint, family, modules[layer], layer) for layer in geometry.layers}
         used: set[str] = set()
         for layer in geometry.layers:
@@ -71,9 +84,12 @@ class Source:
                     _check_matrix(checkpoint, stacked, wanted, geometry.experts if names.fused else 0)
                     used.update(stacked)
         inside = tuple(m + "." for m in modules.values())
-        wanted_shapes = {n: s for n, s in shapes.items() if not n.startswith(inside)}
-        resident, skipped = _resident(checkpoint, family, wanted_shapes, tied, used)
-        return cls(checkpoint, family, geometry, modules, resident, skipped, layouts)
+        on_disk = {family.resident_name(n): n for n in checkpoint.places if n not in used}
+        others = {n: t for n, t in state.items() if not n.startswith(inside)}
+        agreement = agree(checkpoint, model, others, on_disk, unused)
+        resident = [_resident(checkpoint, name, on_disk[name]) for name in agreement.stored]
+        epsilon = float(getattr(model.config, family.epsilon))
+        return cls(checkpoint, family, geometry, modules, resident, agreement.notes, epsilon, layouts)
 
     @property
     def order(self) -> list[Key]:
@@ -119,8 +135,6 @@ class Source:
     def norms(self) -> NormTable:
         """The gains of the resident norms as sites: what a release may change."""
         by_name = {t.name: t for t in self.resident}
-        config = self.checkpoint.config
-        epsilon = float(config.get(self.family.epsilon, 1e-6))
         sites = []
         for t in self.resident:
             if not NORM.search(t.name) or len(t.shape) != 1 or t.dtype not in FLOATS:
@@ -133,7 +147,7 @@ class Source:
                     t.name,
                     NormKind.LAYER if offset else NormKind.RMS,
                     NormState(gain, add.astype(np.float32)),
-                    epsilon=epsilon,
+                    epsilon=self.epsilon,
                     tensors=SiteTensors(multiply=t.name, add=offset.name if offset else ""),
                 )
             )
@@ -161,8 +175,8 @@ def model_class(family: Family) -> Any:
     return getattr(transformers, family.architecture)
 
 
-def _skeleton(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, tuple[int, ...]], dict[int, str], dict[str, str]]:
-    """Shape by state-dict name, experts' module by layer, and for each name that shares another's tensor, that other's."""
+def _skeleton(checkpoint: Checkpoint, family: Family) -> tuple[Any, dict[int, str]]:
+    """transformers' model without memory, and the experts' module by layer."""
     config = config_of(checkpoint)
     try:
         with torch.device("meta"):
@@ -170,9 +184,6 @@ def _skeleton(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, tuple[i
     except Exception as e:
         first = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise InputError(f"{checkpoint.folder / 'config.json'} describes no possible model: {first}", code="checkpoint") from e
-    state = model.state_dict(keep_vars=True)
-    first_of: dict[int, str] = {}
-    tied = {name: first_of.setdefault(id(t), name) for name, t in state.items()}
     modules: dict[int, str] = {}
     names = [name for name, _ in model.named_modules()]
     for stack in family.stacks:
@@ -181,8 +192,21 @@ def _skeleton(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, tuple[i
         for name in names:
             if match := pattern.match(name):
                 modules[int(match[1]) - (blocks if stack.encoder else 0)] = name
-    shapes = {name: tuple(t.shape) for name, t in state.items()}
-    return shapes, dict(sorted(modules.items())), {n: o for n, o in tied.items() if n != o}
+    return model, dict(sorted(modules.items()))
+
+
+def _check_experts(model: Any, modules: Mapping[int, str], geometry: Geometry) -> None:
+    """Raises ModelError: the experts compute something else than records can hold."""
+    from transformers.activations import ACT2FN
+    from transformers.integrations import moe
+
+    activation, probe = ACT2FN[geometry.activation], torch.linspace(-8, 8, 65)
+    for name in modules.values():
+        module = model.get_submodule(name)
+        if geometry.gated:
+            interface.check_fused(module, geometry, moe, activation, probe)
+        else:
+            interface.check_dense(dict(module.items()), geometry, activation, probe)
 
 
 def _blocks(module: str) -> str:
@@ -191,7 +215,7 @@ def _blocks(module: str) -> str:
 
 
 def _geometry(
-    config: Mapping[str, Any],
+    config: Any,
     family: Family,
     shapes: Mapping[str, tuple[int, ...]],
     modules: Mapping[int, str],
@@ -204,14 +228,14 @@ def _geometry(
     else:
         intermediate, hidden = shapes[f"{first}.expert_0.wi.weight"]
         experts = sum(n.startswith(f"{first}.") and n.endswith(".wi.weight") for n in shapes)
-    top_k = family.top_k if isinstance(family.top_k, int) else config.get(family.top_k)
+    top_k = family.top_k if isinstance(family.top_k, int) else getattr(config, family.top_k, None)
     if not isinstance(top_k, int) or not 1 <= top_k <= experts:
         raise InputError(f"config.json says that a token uses {top_k} of {experts} experts: that cannot be.", code="checkpoint")
     if group is None:
         group = 64 if hidden % 64 == 0 and intermediate % 64 == 0 else 32
     if group < 32 or group % 32:
         raise UsageError(f"--group is a multiple of 32, not {group}.")
-    activation = str(config.get(family.activation, "relu" if not family.gated else "silu"))
+    activation = str(getattr(config, family.activation))
     return Geometry(
         family.model_type, tuple(modules), experts, top_k, hidden, intermediate, family.gated, activation, group
     )  # fmt: skip
@@ -244,34 +268,14 @@ def _check_matrix(checkpoint: Checkpoint, names: Sequence[str], wanted: tuple[in
             raise InputError(f"{checkpoint.folder} lacks {name}: the checkpoint is incomplete.", code="checkpoint")
         if checkpoint.shape(name) != shape:
             raise InputError(
-                f"{name} has shape {_by(checkpoint.shape(name))} where config.json asks for {_by(shape)}.", code="checkpoint"
+                f"{name} has shape {by(checkpoint.shape(name))} where config.json asks for {by(shape)}.", code="checkpoint"
             )
         if checkpoint.dtype(name) not in FLOATS:
             raise InputError(f"{name} is {checkpoint.dtype(name)}: experts are floating point.", code="checkpoint")
 
 
-def _by(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape)) or "()"
-
-
-def _resident(
-    checkpoint: Checkpoint, family: Family, shapes: Mapping[str, tuple[int, ...]], tied: Mapping[str, str], used: set[str]
-) -> tuple[list[Resident], list[str]]:
-    on_disk = {family.resident_name(n): n for n in checkpoint.places if n not in used}
-    have = {tied.get(n, n) for n in on_disk if n in shapes}
-    out = []
-    for name, shape in shapes.items():
-        if name not in on_disk:
-            if tied.get(name, name) not in have:
-                raise InputError(f"{checkpoint.folder} lacks {name}: the checkpoint is incomplete.", code="checkpoint")
-            continue
-        disk = on_disk[name]
-        if checkpoint.shape(disk) != shape:
-            raise InputError(
-                f"{disk} has shape {_by(checkpoint.shape(disk))} where config.json asks for {_by(shape)}.", code="checkpoint"
-            )
-        out.append(Resident(name, checkpoint.dtype(disk), shape, _reader(checkpoint, disk)))
-    return out, sorted(disk for name, disk in on_disk.items() if name not in shapes)
+def _resident(checkpoint: Checkpoint, name: str, disk: str) -> Resident:
+    return Resident(name, checkpoint.dtype(disk), checkpoint.shape(disk), _reader(checkpoint, disk))
 
 
 def _reader(checkpoint: Checkpoint, name: str) -> Callable[[], bytes]:

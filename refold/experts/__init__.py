@@ -4,6 +4,8 @@
     index.py     where each expert lies, how many bits it has, and the digest of its record
     tensors.py   safetensors, one tensor at a time: the resident part
     paged.py     a paged bundle opened for reading
+    interface.py what transformers' experts modules say of their arithmetic, against what a record can hold
+    generation.py  generation_config.json: what a device honours of it
     write.py     ... and written as a stream
 
 Inside a bundle (a `.refold` zip whose `records.bin` is stored, not compressed, and begins on a multiple of 4,096 bytes, so that

@@ -16,6 +16,7 @@ from typing import Any
 
 from refold.bundle import CHUNK, Bundle, Progress, silent
 from refold.errors import BundleError
+from refold.experts.generation import FILE as GENERATION
 from refold.experts.index import ExpertIndex, Record
 from refold.experts.records import ALIGNMENT
 from refold.experts.tensors import Place, Tensor, parse_header
@@ -110,7 +111,19 @@ class PagedModel:
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """File name to content of the checkpoint's tokenizer; empty where a token is a byte."""
-        return {Path(p).name: self.bundle.read(p) for p in self.bundle.manifest.experts.tokenizer}
+        return {Path(p).name: self.bundle.read(p) for p in self.bundle.manifest.experts.tokenizer if Path(p).name != GENERATION}
+
+    def generation_config(self) -> dict[str, Any] | None:
+        """The checkpoint's generation_config.json; None where it had none. Raises BundleError: no JSON object."""
+        path = next((p for p in self.bundle.manifest.experts.tokenizer if Path(p).name == GENERATION), None)
+        if path is None:
+            return None
+        try:
+            told = json.loads(self.bundle.read(path))
+            assert isinstance(told, dict)
+        except (ValueError, AssertionError) as e:
+            raise BundleError(f"{GENERATION} in {self.path} is damaged: export it again.", code="damaged") from e
+        return told
 
     @property
     def bytes_as_tokens(self) -> bool:

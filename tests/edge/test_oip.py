@@ -108,9 +108,13 @@ def test_an_unmodified_client_while_engines_are_swapped(bundle, factory, slot, s
         np.testing.assert_array_equal(np.float32(answer["logits"]), truth[answer["version"]][i % 16])
     assert told["metadata"]["name"] == "residual" and told["metadata"]["outputs"][0]["shape"] == ["-1", "5"]
     assert told["server"]["name"] == "refold" and np.shape(told["batch"]) == (3, 5)
-    small, other, kind = told["errors"]
+    small, other, kind, *asked = told["errors"]
     assert "INVALID_ARGUMENT" in small and "[N, 16, 16, 3]" in small
     assert "NOT_FOUND" in other and "'residual'" in other and "INVALID_ARGUMENT" in kind
+    names = ["'classification'", "'priority'", "'timeout'", "'sequence_id'", "'mine'", "'shared_memory_region'", "Version 77"]
+    assert len(asked) == len(names)
+    for error, name in zip(asked, names, strict=True):
+        assert name in error and ("NOT_FOUND" if name == "Version 77" else "INVALID_ARGUMENT") in error
 
 
 def test_a_daemon_answers_and_looks_at_requests_like_frames(bundle, stream, tmp_path, triton):
@@ -258,6 +262,24 @@ def bad_requests():
     bright.inputs[0].contents.uint_contents.extend([256] * 768)
     output = raw(pixels)
     output.outputs.add(name="scores")
+    twice = raw(pixels)
+    for _ in range(2):
+        twice.outputs.add(name="logits")
+    typed = request()
+    typed.inputs[0].contents.uint_contents.extend([1] * 1536)
+    typed.inputs[0].contents.int_contents.append(1)
+    signed = request()
+    signed.inputs[0].contents.int_contents.extend([1] * 1536)
+    newer = pb.ModelInferRequest.FromString(raw(pixels).SerializeToString() + b"\x98\x06\x01")  # field 99
+    second = raw(pixels)
+    second.inputs.add(name="mask", datatype="UINT8", shape=[1])
+    second.raw_input_contents.append(b"0")
+    of_request, of_input, of_output, several = raw(pixels), raw(pixels), raw(pixels), raw(pixels)
+    of_request.parameters["priority"].uint64_param = 1
+    of_input.inputs[0].parameters["shared_memory_region"].string_param = "x"
+    of_output.outputs.add(name="logits").parameters["classification"].int64_param = 2
+    for name in ("sequence_id", "sequence_start", "sequence_end"):
+        several.parameters[name].bool_param = True
     nan = raw(np.full((1, 3, 16, 16), np.nan, np.float32).tobytes(), shape=(1, 3, 16, 16), datatype="FP32")
     code = grpc.StatusCode
     return [
@@ -277,6 +299,15 @@ def bad_requests():
         (bright, code.INVALID_ARGUMENT, "value of 256"),
         (output, code.INVALID_ARGUMENT, "no output 'scores'"),
         (nan, code.INVALID_ARGUMENT, "not finite"),
+        (twice, code.INVALID_ARGUMENT, "asked for 2 times"),
+        (typed, code.INVALID_ARGUMENT, "not int_contents"),
+        (signed, code.INVALID_ARGUMENT, "contents are uint_contents, not int_contents"),
+        (newer, code.INVALID_ARGUMENT, "The request has a field 99"),
+        (second, code.INVALID_ARGUMENT, "carries 'input', 'mask'"),
+        (of_request, code.INVALID_ARGUMENT, "parameter 'priority'"),
+        (of_input, code.INVALID_ARGUMENT, "parameter 'shared_memory_region'"),
+        (of_output, code.INVALID_ARGUMENT, "Output 'logits' carries the parameter 'classification'"),
+        (several, code.INVALID_ARGUMENT, "'sequence_end', 'sequence_id', 'sequence_start'"),
         (raw(bytes(3 * 2**20)), code.RESOURCE_EXHAUSTED, ""),
         (pb.ModelInferRequest(model_name="residual"), code.INVALID_ARGUMENT, "carries none"),
     ]

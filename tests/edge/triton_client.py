@@ -34,6 +34,7 @@ def main(address: str, model: str, path: str, count: int, ca: str | None = None)
             client.infer(name, [entry])
         except triton.InferenceServerException as e:
             errors.append(str(e))
+    errors += refused(client, model, images[:1])
     batch = triton.InferInput("input", [3, 16, 16, 3], "UINT8")
     batch.set_data_from_numpy(images[:3])
     json.dump(
@@ -48,6 +49,26 @@ def main(address: str, model: str, path: str, count: int, ca: str | None = None)
         },
         sys.stdout,
     )
+
+
+def refused(client: triton.InferenceServerClient, model: str, image: np.ndarray) -> list[str]:
+    """What the server says to everything that this client can ask beyond tensors, in the order of test_oip.py."""
+    entry = triton.InferInput("input", list(image.shape), "UINT8")
+    entry.set_data_from_numpy(image)
+    shared = triton.InferRequestedOutput("logits")
+    shared.set_shared_memory("region", 64)
+    asked = [
+        {"outputs": [triton.InferRequestedOutput("logits", class_count=2)]}, {"priority": 2}, {"timeout": 1000},
+        {"sequence_id": 7, "sequence_start": True}, {"parameters": {"mine": 1}}, {"outputs": [shared]}, {"model_version": "77"},
+    ]  # fmt: skip
+    errors = []
+    for more in asked:
+        try:
+            client.infer(model, [entry], **more)
+            errors.append("answered")
+        except triton.InferenceServerException as e:
+            errors.append(str(e))
+    return errors
 
 
 if __name__ == "__main__":

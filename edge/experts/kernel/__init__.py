@@ -29,14 +29,13 @@ if TYPE_CHECKING:
 
     from edge.experts.kernel.crew import Crew
 
-__all__ = ["Kernel", "choose", "each", "expert", "half", "is_native", "kernel", "linear", "name", "set_threads"]
+__all__ = ["Kernel", "choose", "each", "expert", "half", "is_native", "kernel", "linear", "name"]
 
 T = TypeVar("T")
 SHARE = 1 << 19  # weights of one thread, a tenth of a millisecond: fewer do not pay for waking it
 name: str
 _choosing = Lock()
 _in_use: Kernel | None = None
-_crew: Crew | None = None
 
 
 class Kernel(Protocol):
@@ -74,11 +73,12 @@ def linear(matrix: Matrix, x: Tensor) -> Tensor:
     return kernel().linear(matrix, x)
 
 
-def half(weight: Tensor, x: Tensor) -> Tensor:
+def half(weight: Tensor, x: Tensor, crew: Crew | None = None) -> Tensor:
     """The same with 16-bit weights that are no expert's: each is widened as it is multiplied, `x` is not rounded.
 
     Args:
         weight: float16 or bfloat16 (rows, columns), contiguous, on the CPU. x: float32 (n, columns).
+        crew: threads that share out the rows; None: the caller alone. The results are the same bits.
 
     Returns:
         float32 (n, rows); natively, a token's does not depend on the tokens beside it.
@@ -87,8 +87,8 @@ def half(weight: Tensor, x: Tensor) -> Tensor:
         UsageError: shapes or types that do not fit.
     """
     chosen = kernel()
-    shares = min(_crew.threads, weight.numel() // SHARE) if _crew is not None and is_native() else 1
-    if shares < 2:
+    shares = min(crew.threads, weight.numel() // SHARE) if crew is not None and is_native() else 1
+    if crew is None or shares < 2:
         return chosen.half(weight, x)
     import torch
 
@@ -98,31 +98,18 @@ def half(weight: Tensor, x: Tensor) -> Tensor:
         place, rows = known
         parts[place] = chosen.half(rows, x)
 
-    each(one, enumerate(weight.chunk(shares)))
+    crew.each(one, enumerate(weight.chunk(shares)))
     return torch.cat([parts[place] for place in range(len(parts))], 1)
 
 
-def set_threads(count: int) -> None:
-    """How many threads compute, in this process as with torch's own setting; 1 until told. The results are the same bits."""
-    global _crew
-    from edge.experts.kernel.crew import Crew
-
-    old = _crew
-    if count == (1 if old is None else old.threads):
-        return
-    _crew = Crew(count) if count > 1 else None
-    if old is not None:
-        old.close()
-
-
-def each(work: Callable[[T], None], items: Iterable[T]) -> None:
-    """`work` on every item, by all threads where the kernel is the compiled one: torch's divides its own work.
+def each(work: Callable[[T], None], items: Iterable[T], crew: Crew | None = None) -> None:
+    """`work` on every item, by the crew's threads where the kernel is the compiled one: torch's divides its own work.
 
     Raises:
         Whatever `work` raised first.
     """
-    if _crew is not None and is_native():
-        _crew.each(work, items)
+    if crew is not None and is_native():
+        crew.each(work, items)
         return
     for item in items:
         work(item)

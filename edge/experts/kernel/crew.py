@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from threading import Lock
 from typing import TypeVar
 
@@ -15,13 +16,20 @@ T = TypeVar("T")
 
 
 class Crew:
-    """Args:
-    threads: that work at a time, the caller's among them; 2 or more.
+    """The threads of one model. Several models in a process have one each, of different sizes.
+
+    Args:
+        threads: that work at a time, the caller's among them; 2 or more.
     """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._helpers = ThreadPoolExecutor(threads - 1, "refold-compute")
+
+    @classmethod
+    def of(cls, threads: int) -> Crew | None:
+        """None where the caller works alone."""
+        return cls(threads) if threads > 1 else None
 
     def each(self, work: Callable[[T], None], items: Iterable[T]) -> None:
         """`work` on every item, each done once, in no order. Returns when nobody works any more.
@@ -46,7 +54,10 @@ class Crew:
                             todo.clear()
                         raise
 
-        helping = [self._helpers.submit(labour) for _ in range(min(self.threads, len(todo)) - 1)]
+        helping: list[Future[None]] = []
+        with suppress(RuntimeError):  # closed meanwhile: the caller does it alone
+            for _ in range(min(self.threads, len(todo)) - 1):
+                helping.append(self._helpers.submit(labour))
         failed: BaseException | None = None
         try:
             labour()
@@ -58,4 +69,5 @@ class Crew:
             raise failed
 
     def close(self) -> None:
+        """Work under way is finished first; later work is the caller's alone."""
         self._helpers.shutdown()

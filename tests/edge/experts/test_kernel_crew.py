@@ -19,12 +19,6 @@ def crew():
     made.close()
 
 
-@pytest.fixture
-def one_thread_afterwards():
-    yield
-    kernel.set_threads(1)
-
-
 def test_every_item_is_done_once_and_threads_really_work_together(crew: Crew) -> None:
     meeting, done = threading.Barrier(4, timeout=20), list[int]()
 
@@ -70,16 +64,23 @@ def test_a_failure_is_raised_when_all_have_stopped_and_the_rest_is_left(crew: Cr
     assert ended[-1] == -1
 
 
-def test_half_matrices_are_the_same_bits_by_any_number_of_threads(one_thread_afterwards: None) -> None:
+def test_a_closed_crew_leaves_the_work_to_the_caller() -> None:
+    crew, done = Crew(3), list[int]()
+    crew.close()
+    crew.each(done.append, range(5))
+    assert done == [0, 1, 2, 3, 4]
+
+
+def test_half_matrices_are_the_same_bits_by_any_number_of_threads() -> None:
     if not kernel.is_native():
         pytest.skip("no native kernel")
     rng = torch.Generator().manual_seed(0)
     for rows in (2048, 2051):
         weight = torch.randn(rows, 1024, generator=rng).half()
         x = torch.randn(3, 1024, generator=rng)
-        kernel.set_threads(1)
         alone = kernel.half(weight, x)
         for threads in (2, 3):
-            kernel.set_threads(threads)
-            assert torch.equal(kernel.half(weight, x), alone)
-            assert torch.equal(kernel.half(weight[:5], x), alone[:, :5])
+            crew = Crew(threads)
+            assert torch.equal(kernel.half(weight, x, crew), alone)
+            assert torch.equal(kernel.half(weight[:5], x, crew), alone[:, :5])
+            crew.close()

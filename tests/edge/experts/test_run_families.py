@@ -8,7 +8,7 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from edge.experts.cache import floor
-from edge.experts.generate import Sampling
+from edge.experts.decode.sampling import Sampling
 from edge.experts.implementation import NAME, Paging
 from edge.experts.model import Settings, load
 from edge.experts.model_build import build

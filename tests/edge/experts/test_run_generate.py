@@ -16,10 +16,11 @@ from expert_files import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge.experts import kernel
 from edge.experts.cache import floor
+from edge.experts.decode.choose import Chooser
+from edge.experts.decode.plan import Defaults, Plan
+from edge.experts.decode.sampling import Sampling
 from edge.experts.faulty import FaultyFile
-from edge.experts.generate import Sampling, _choose
 from edge.experts.generate_text import Bytes, Text
 from edge.experts.implementation import Cancelled
 from edge.experts.model import Settings, load
@@ -50,10 +51,12 @@ def test_greedy_is_the_most_probable_and_a_draw_is_the_seeds(running):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_a_draw_follows_the_probabilities_and_the_nucleus_cuts_their_tail():
-    logits, generator = torch.tensor([0.5, 0.3, 0.15, 0.05]).log(), torch.Generator().manual_seed(0)
+def test_a_draw_follows_the_probabilities_and_the_nucleus_cuts_their_tail(running):
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     for top_p, kept in ((1.0, 4), (0.9, 3), (0.6, 2), (0.01, 1)):
-        drawn = torch.tensor([_choose(logits, Sampling(temperature=1, top_p=top_p), generator) for _ in range(1200)])
+        plan = Plan.of(Sampling(temperature=1, top_p=top_p, seed=0), Defaults({}), [0], None)
+        chooser = Chooser(running.model, plan, frozenset(), [0])
+        drawn = torch.tensor([chooser.choose(logits).token for _ in range(1200)])
         shares = torch.bincount(drawn, minlength=4) / 1200
         wanted = torch.where(torch.arange(4) < kept, logits.exp(), 0)
         assert (shares - wanted / wanted.sum()).abs().max() < 0.06
@@ -195,7 +198,6 @@ def test_threads_that_compute_change_no_token_and_end_when_told_to(paged):
             with pytest.raises(Cancelled):
                 list(running.generate(long, Sampling(max_tokens=24), cancelled_after(40)))
             assert write(running, max_tokens=24).tokens == texts[0][0]
-    kernel.set_threads(1)
     assert texts[0] == texts[1]
 
 

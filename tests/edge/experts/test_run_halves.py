@@ -7,7 +7,7 @@ import run_models
 import torch
 
 from edge.experts import kernel
-from edge.experts.generate import Sampling
+from edge.experts.decode.sampling import Sampling
 from edge.experts.model import Settings, load
 from edge.experts.model_halves import FEW, HalfEmbedding, HalfLinear
 from refold.errors import UsageError

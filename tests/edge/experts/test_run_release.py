@@ -13,7 +13,7 @@ import run_models
 import torch
 from test_run_serve import ask, wait
 
-from edge.experts.generate import Sampling
+from edge.experts.decode.sampling import Sampling
 from edge.experts.model import Settings, load
 from edge.experts.release import Live, Trust, gains_of, given, of_gains, trust
 from edge.experts.serve import Server, ServeSettings

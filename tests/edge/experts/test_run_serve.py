@@ -15,9 +15,9 @@ import time
 import openai
 import pytest
 
-from edge.experts.generate import Sampling
+from edge.experts.decode.sampling import Sampling
+from edge.experts.decode.stops import Stops
 from edge.experts.serve import Server, ServeSettings
-from edge.experts.serve_openai import Stops
 from edge.experts.serve_turns import Full, Turns
 from refold.errors import NetworkError, StorageError, UsageError
 
@@ -137,8 +137,8 @@ BAD = [
     (b'{"prompt": "x", "temperature": 1' + b"0" * 400 + b"}", 400, "out-of-range"),
     (b'{"prompt": "x", "stream": "yes"}', 400, "wrong-type"),
     (b'{"prompt": "x", "stop": [1]}', 400, "wrong-type"),
-    (b'{"prompt": "x", "n": 2}', 400, "unsupported"),
-    (b'{"prompt": "x", "logprobs": 5}', 400, "unsupported"),
+    (b'{"prompt": "x", "n": 0}', 400, "out-of-range"),
+    (b'{"prompt": "x", "logprobs": 6}', 400, "out-of-range"),
     (b'{"prompt": ""}', 400, "empty-prompt"),
     (b'{"prompt": [300]}', 400, "token"),
     (b'{"prompt": "\\ud800"}', 400, "text"),

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from edge.experts.cache import floor
-from edge.experts.generate import Sampling
+from edge.experts.decode.sampling import Sampling
 from edge.experts.model import Settings, load
 
 PROMPT = "ROMEO:\nWhat light is this that "

@@ -1,8 +1,8 @@
 """Statements that mean the same to SQLite, which has one writer, and to PostgreSQL, where transactions run beside each other.
 
-A row that is read in order to be written is locked first (`with_for_update`, which SQLite needs not and ignores); one that may be
-there already is inserted by a statement that says so. PostgreSQL runs at READ COMMITTED: after a lock was waited for, the next
-statement sees what its holder committed.
+A row that is read in order to be written is locked first (`with_for_update`, which SQLite needs not and ignores); one that may
+be there already is inserted by a statement that says so. PostgreSQL runs at READ COMMITTED: after a lock was waited for, the
+next statement sees what its holder committed.
 """
 
 from __future__ import annotations

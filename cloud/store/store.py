@@ -54,7 +54,11 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self._engine = connect(url)
-        migrate(self._engine)
+        try:
+            migrate(self._engine)
+        except BaseException:
+            self._engine.dispose()
+            raise
         self._writer = self._engine.execution_options(writes=True)
 
     def close(self) -> None:
@@ -143,9 +147,7 @@ class Store:
             if row["revoked_ms"]:
                 raise AccessError(f"Device {device} was revoked.", code="revoked")
             if key_digest is not None and row["key_digest"] != key_digest:
-                raise AccessError(
-                    f"Another key enrolled as {device}: make a new key, or ask under another name.", code="id-taken"
-                )
+                raise AccessError(f"Another key enrolled as {device}: make a new key and enrol again.", code="id-taken")
             c.execute(sa.update(t.devices).where(t.devices.c.id == device).values(change))
 
     def device(self, device: str) -> DeviceRecord | None:

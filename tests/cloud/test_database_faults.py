@@ -106,7 +106,7 @@ def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         Store("postgresql+psycopg://refold@/refold")
 
 
-class Driver(Exception):
+class DriverError(Exception):
     """A driver's error as SQLAlchemy wraps it."""
 
     def __init__(self, text: str = "", **marks: str) -> None:
@@ -120,7 +120,7 @@ WRAPPED = [c for c in vars(sa.exc).values() if isinstance(c, type) and issubclas
 
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_every_class_of_every_driver_has_a_sentence(kind: type[sa.exc.DBAPIError]) -> None:
-    error = explain(kind("INSERT ...", {}, Driver("some words")))
+    error = explain(kind("INSERT ...", {}, DriverError("some words")))
     assert error.message == SENTENCES[error.code] and "some words" in error.detail and "some words" not in error.message
     assert error.code != "damaged"  # nobody is told to restore a backup unless the database itself calls for it
 
@@ -129,14 +129,14 @@ def test_every_class_of_every_driver_has_a_sentence(kind: type[sa.exc.DBAPIError
 def test_postgresql_is_read_by_its_state(state: str) -> None:
     full = state.ljust(5, "0")
     for mark in ("sqlstate", "pgcode"):
-        code = kind_of(sa.exc.OperationalError("", {}, Driver("words", **{mark: full})))
+        code = kind_of(sa.exc.OperationalError("", {}, DriverError("words", **{mark: full})))
         assert code == STATES.get(full, STATES.get(full[:2], "database"))
-    assert (kind_of(sa.exc.InternalError("", {}, Driver(sqlstate="XX001"))) == "damaged") and "XX000" not in STATES
+    assert (kind_of(sa.exc.InternalError("", {}, DriverError(sqlstate="XX001"))) == "damaged") and "XX000" not in STATES
 
 
 @pytest.mark.parametrize("name", [*SQLITE_CODES, "SQLITE_IOERR_WRITE", "SQLITE_BUSY_SNAPSHOT", "SQLITE_CORRUPT_VTAB"])
 def test_sqlite_is_read_by_its_result_code(name: str) -> None:
-    code = kind_of(sa.exc.DatabaseError("", {}, Driver("words", sqlite_errorname=name)))
+    code = kind_of(sa.exc.DatabaseError("", {}, DriverError("words", sqlite_errorname=name)))
     assert code == SQLITE_CODES.get(name, SQLITE_CODES.get(name.rpartition("_")[0]))
 
 
@@ -145,7 +145,8 @@ TEXT = {
     "database disk image is malformed": "damaged", "file is not a database": "damaged", "no such table: tokens": "schema",
     "database is locked": "database-locked", "database or disk is full": "disk-full", "disk I/O error": "disk-failing",
     "attempt to write a readonly database": "database-read-only", "unable to open database file": "database",
-    'FATAL:  password authentication failed for user "x"': "database-access", "sorry, too many clients already": "database-busy",
+    'FATAL:  password authentication failed for user "x"': "database-access",
+    "sorry, too many clients already": "database-busy",
     'FATAL:  database "x" does not exist': "no-database", "connection refused": "database",
 }  # fmt: skip
 
@@ -153,7 +154,7 @@ TEXT = {
 @pytest.mark.parametrize("text", TEXT)
 def test_without_a_code_the_text_is_read(text: str) -> None:
     assert (
-        kind_of(sa.exc.OperationalError("", {}, sqlite3.OperationalError(text) if "FATAL" not in text else Driver(text)))
+        kind_of(sa.exc.OperationalError("", {}, sqlite3.OperationalError(text) if "FATAL" not in text else DriverError(text)))
         == (TEXT[text])
     )
 

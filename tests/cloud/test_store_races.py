@@ -33,7 +33,7 @@ def sample(n: int, cohort: str = COHORT) -> SampleRecord:
 
 
 def at_once(work: Callable[[int], object], count: int = CROWD) -> tuple[list[object], list[RefoldError]]:
-    """Runs `work(n)` on as many threads, all let go together; what they returned, and Refold's errors. Any other error fails."""
+    """Runs `work(n)` on as many threads, all let go together; what they returned, and Refold's errors. Any other fails."""
     barrier, lock = threading.Barrier(count), threading.Lock()
     results: list[object] = []
     errors: list[RefoldError] = []

@@ -146,12 +146,23 @@ class Ingest:
                 UPLOADS.add(1, outcome=e.code)
                 refused.append(api.UploadRefusal(digest=sample.header.digest[:64], code=e.code, message=e.message))
         fresh = self._store.add_samples(taken)
+        self._keep(taken, samples)
         UPLOADS.add(len(fresh), outcome="stored")
         UPLOADS.add(len(taken) - len(fresh), outcome="duplicate")
         UPLOAD_BYTES.add(sum(r.size for r in fresh))
         for bundle in {r.bundle_digest for r in fresh}:
             self._notify(bundle, device.cohort)
         return [r.digest for r in taken], refused
+
+    def _keep(self, taken: list[SampleRecord], samples: list[pb.Sample]) -> None:
+        """Now that the rows are there nobody drops their payloads any more; one that was dropped before that is stored again.
+
+        However long this call was held up between a payload and its row, what it acknowledges is there.
+        """
+        payloads = {s.header.digest: s.payload for s in samples}
+        for record in taken:
+            if not self._objects.renew(record.digest):
+                self._objects.put(payloads[record.digest])
 
     def _take(self, device: DeviceRecord, sample: pb.Sample, bundles: dict[str, BundleRecord | None]) -> SampleRecord:
         """Checks one sample and stores its payload; its row comes after, so that a row without a payload never exists."""

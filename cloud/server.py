@@ -28,6 +28,7 @@ from cloud.service import AdaptationService, AdminService, EnrolService, FleetSe
 from cloud.settings import CloudSettings, TlsSettings
 from cloud.store import DirectoryObjects, Store
 from cloud.telemetry import MetricsServer
+from cloud.upkeep import Round
 from cloud.workers import Supervisor
 from refold.errors import RefoldError, UsageError
 from refold.signing import SigningKey
@@ -67,6 +68,7 @@ class Cloud:
         self._servers: list[grpc.aio.Server] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._metrics: MetricsServer | None = None
+        self._retention = Round("Retention", self._collect, COLLECT_S)
 
     async def start(self) -> None:
         """Returns when both ports answer."""
@@ -91,7 +93,7 @@ class Cloud:
             self.metrics_port = self._metrics.port
         self._supervisor.start()
         await self._set_ready(True)
-        self._tasks = [asyncio.create_task(self._watch_readiness()), asyncio.create_task(self._collect_regularly())]
+        self._tasks = [asyncio.create_task(self._watch_readiness()), asyncio.create_task(self._retention.keep(self._pool))]
 
     def _rolled_back(self, bundle_digest: str, cohort: str) -> None:
         self._supervisor.renew(bundle_digest, cohort)
@@ -168,17 +170,12 @@ class Cloud:
             return True
         except (RefoldError, OSError) as e:
             log.warning("Not ready: %s", e)
-            return False
+        except Exception:  # whatever it is: a service that cannot tell is not ready, and looks again
+            log.exception("Not ready")
+        return False
 
-    async def _collect_regularly(self) -> None:
-        while True:
-            try:
-                await asyncio.get_running_loop().run_in_executor(
-                    self._pool, collect, self._store, self._objects, self.settings.storage
-                )
-            except RefoldError as e:
-                log.warning("Retention is late: %s", e)
-            await asyncio.sleep(COLLECT_S)
+    def _collect(self) -> None:
+        collect(self._store, self._objects, self.settings.storage)
 
     async def close(self) -> None:
         """Answers held polls, gives running calls their grace, then ends the workers."""

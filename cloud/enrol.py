@@ -94,20 +94,25 @@ class Enrolment:
         )
 
     def admit(self, peer: Peer) -> DeviceRecord:
-        """The enrolled device behind a certificate.
+        """The enrolled device behind a certificate, at the beginning of a call.
 
         Raises:
             AccessError: it is unknown here, or was revoked.
             QuotaError: it calls too often.
         """
+        device = self.known(peer)
+        delay = self._calls.take(peer.id, 1.0)
+        if delay:
+            raise QuotaError(f"Device {peer.id} calls too often.", max(1, int(delay * 1000)))
+        return device
+
+    def known(self, peer: Peer) -> DeviceRecord:
+        """The same without counting a call. Raises AccessError."""
         device = self._store.device(peer.id)
         if device is None:
             raise AccessError(f"Device {peer.id} is not enrolled in this fleet: enrol again.", code="unknown-device")
         if device.revoked_ms:
             raise AccessError(f"Device {peer.id} was revoked: its operator can enrol it under a new key.", code="revoked")
-        delay = self._calls.take(peer.id, 1.0)
-        if delay:
-            raise QuotaError(f"Device {peer.id} calls too often.", max(1, int(delay * 1000)))
         return device
 
     def heartbeat(self, device: DeviceRecord, request: pb.HeartbeatRequest) -> None:

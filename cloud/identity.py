@@ -32,11 +32,12 @@ CSR_BYTES = 16 * 1024
 
 @dataclass(frozen=True)
 class Peer:
-    """What a certificate says: id (common name), role ("device" or "operator") and serial number in hex."""
+    """What a certificate says: id (common name), role ("device" or "operator"), serial number in hex, and its end (Unix ms)."""
 
     id: str
     role: str
     serial: str
+    expires_ms: int = 0
 
 
 def _now() -> datetime.datetime:
@@ -145,8 +146,8 @@ class Authority:
         assert isinstance(public, ec.EllipticCurvePublicKey)
         certificate = self._sign(device_id, public, days, [x509.UniformResourceIdentifier(f"{ROLE}device")], server=False)
         pem = certificate.public_bytes(serialization.Encoding.PEM)
-        expires = int(certificate.not_valid_after_utc.timestamp() * 1000)
-        return pem, Peer(device_id, "device", f"{certificate.serial_number:x}"), expires
+        peer = peer_of(pem)
+        return pem, peer, peer.expires_ms
 
 
 def read_request(pem: bytes) -> x509.CertificateSigningRequest:
@@ -185,7 +186,8 @@ def peer_of(pem: bytes) -> Peer:
         roles = []
     if not common or len(roles) != 1 or roles[0] not in ("device", "operator"):
         raise AccessError("This certificate is neither a device's nor an operator's: enrol first.", code="no-role")
-    return Peer(str(common[0].value), roles[0], f"{certificate.serial_number:x}")
+    expires_ms = int(certificate.not_valid_after_utc.timestamp() * 1000)
+    return Peer(str(common[0].value), roles[0], f"{certificate.serial_number:x}", expires_ms)
 
 
 def write_private(path: Path, content: bytes) -> None:

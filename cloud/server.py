@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from cloud.board import Board
 from cloud.bundles import register
 from cloud.enrol import Enrolment
+from cloud.fleet.operators import SOON_DAYS, Operators, adopt_file
 from cloud.identity import Authority
 from cloud.ingest import Ingest
 from cloud.releases import Releases
@@ -65,6 +66,7 @@ class Cloud:
         self._trusted = [self._key.public, *_public_keys(settings.tls.more_release_keys)]
         self._objects = DirectoryObjects(settings.storage.objects, settings.storage.free_bytes)
         self._store = Store(settings.storage.database)
+        self._operators = Operators(self._store.operators)
         self._servers: list[grpc.aio.Server] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._metrics: MetricsServer | None = None
@@ -72,6 +74,7 @@ class Cloud:
 
     async def start(self) -> None:
         """Returns when both ports answer."""
+        adopt_file(self._store.operators, self.settings.tls.ca.parent / "operator.pem", self._authority)
         for entry in self.settings.bundle:
             register(self._store, self._objects, entry.path, [(t.spec, t.weights) for t in entry.teachers])
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="rooms")
@@ -83,8 +86,9 @@ class Cloud:
         )
         enrolment = Enrolment(self._store, self._authority, self._trusted, self.settings.tls.device_days, self.settings.quota)
         rooms = Rooms(
-            self._store, ingest, enrolment, releases, self._board, self.settings.devices, self._pool, self._supervisor.status
-        )
+            self._store, ingest, enrolment, releases, self._board, self.settings.devices, self._pool, self._supervisor.status,
+            self._operators, self._warnings,
+        )  # fmt: skip
         self._health = health.aio.HealthServicer()
         await self._start_main(rooms)
         await self._start_enrolment(rooms)
@@ -174,6 +178,11 @@ class Cloud:
             log.exception("Not ready")
         return False
 
+    def _warnings(self) -> list[str]:
+        """What an operator should see to."""
+        certificates = expiring(self.settings.tls, self._pair[1], self._authority)
+        return [*self._operators.warnings(), *certificates, *filter(None, [self._retention.warning])]
+
     def _collect(self) -> None:
         collect(self._store, self._objects, self.settings.storage)
 
@@ -228,6 +237,20 @@ def _server_pair(tls: TlsSettings, authority: Authority) -> tuple[bytes, bytes]:
             code="certificate",
         ) from e
     return key, certificate
+
+
+def expiring(tls: TlsSettings, certificate: bytes, authority: Authority) -> list[str]:
+    """A sentence for the server's certificate and the authority's when they end within SOON_DAYS or, the latter, a year."""
+    now, found = datetime.datetime.now(datetime.timezone.utc), []
+    ends = x509.load_pem_x509_certificate(certificate).not_valid_after_utc
+    if ends < now + datetime.timedelta(days=SOON_DAYS):
+        found.append(f"{tls.certificate} expires on {ends:%Y-%m-%d}: `refold cloud renew-server`, then restart the service.")
+    ends = x509.load_pem_x509_certificate(authority.pem).not_valid_after_utc
+    if ends < now + datetime.timedelta(days=365):
+        found.append(
+            f"The fleet's authority {tls.ca} expires on {ends:%Y-%m-%d}: found a new fleet and enrol the devices there."
+        )
+    return found
 
 
 def _read(path: Path) -> bytes:

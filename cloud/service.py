@@ -12,13 +12,14 @@ from typing import ParamSpec, TypeVar
 
 from cloud.board import Board
 from cloud.enrol import Enrolment
+from cloud.fleet.operators import Operators
 from cloud.identity import Peer
 from cloud.ingest import Ingest
 from cloud.overview import list_releases, status
 from cloud.releases import Releases, check_cohort
 from cloud.rpc import answers
 from cloud.settings import DeviceSettings
-from cloud.store import DeviceRecord, Store
+from cloud.store import DeviceRecord, OperatorRecord, Store
 from refold.errors import AccessError
 from refold.v1 import adaptation_pb2 as adaptation
 from refold.v1 import adaptation_pb2_grpc, admin_pb2_grpc, fleet_pb2_grpc
@@ -44,6 +45,8 @@ class Rooms:
     devices: DeviceSettings
     pool: ThreadPoolExecutor
     distiller: Callable[[str, str], str]
+    operators: Operators
+    warnings: Callable[[], list[str]]
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs blocking work on a thread; the loop goes on."""
@@ -51,6 +54,9 @@ class Rooms:
 
     async def device(self, peer: Peer) -> DeviceRecord:
         return await self.run(self.enrolment.admit, peer)
+
+    async def operator(self, peer: Peer) -> OperatorRecord:
+        return await self.run(self.operators.admit, peer)
 
 
 class FleetService(fleet_pb2_grpc.FleetServicer):
@@ -135,6 +141,7 @@ class AdaptationService(adaptation_pb2_grpc.AdaptationServicer):
                     return answer
             finally:
                 rooms.board.give_back((bundle, cohort), ticket)
+        await rooms.run(rooms.enrolment.known, peer)  # it may have been revoked while it waited
         if following.version == 0:
             answer.use_exported = True
         else:
@@ -150,14 +157,19 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     @answers("operator")
     async def Status(self, request: admin.StatusRequest, peer: Peer) -> admin.StatusResponse:
-        return await self._rooms.run(status, self._rooms.store, self._rooms.distiller)
+        await self._rooms.operator(peer)
+        answer = await self._rooms.run(status, self._rooms.store, self._rooms.distiller)
+        answer.warnings.extend(await self._rooms.run(self._rooms.warnings))
+        return answer
 
     @answers("operator")
     async def ListReleases(self, request: admin.ListReleasesRequest, peer: Peer) -> admin.ListReleasesResponse:
+        await self._rooms.operator(peer)
         return await self._rooms.run(list_releases, self._rooms.store, request.bundle_digest, request.cohort)
 
     @answers("operator")
     async def Rollback(self, request: admin.RollbackRequest, peer: Peer) -> admin.RollbackResponse:
+        await self._rooms.operator(peer)
         reason = f"{request.reason or 'no reason given'} ({peer.id})"
         version = await self._rooms.run(
             self._rooms.releases.roll_back, request.bundle_digest, request.cohort, int(request.to_version), reason

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 from cloud.store import tables as t
 from cloud.store.database import connect, migrate, translated
+from cloud.store.operators import OperatorRows
 from cloud.store.records import (
     BundleRecord,
     CohortRecord,
@@ -60,6 +61,7 @@ class Store:
             self._engine.dispose()
             raise
         self._writer = self._engine.execution_options(writes=True)
+        self.operators = OperatorRows(self._reads, self._writes)
 
     def close(self) -> None:
         self._engine.dispose()

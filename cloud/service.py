@@ -20,6 +20,7 @@ from cloud.releases import Releases, check_cohort
 from cloud.rpc import answers
 from cloud.settings import DeviceSettings
 from cloud.store import DeviceRecord, OperatorRecord, Store
+from cloud.store.objects import DIGEST
 from refold.errors import AccessError
 from refold.v1 import adaptation_pb2 as adaptation
 from refold.v1 import adaptation_pb2_grpc, admin_pb2_grpc, fleet_pb2_grpc
@@ -74,7 +75,8 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         rooms = self._rooms
         device = await rooms.device(peer)
         await rooms.run(rooms.enrolment.heartbeat, device, request)
-        latest = await rooms.run(rooms.releases.current, request.bundle_digest, device.cohort)
+        bundle = request.bundle_digest if DIGEST.fullmatch(request.bundle_digest) else ""
+        latest = await rooms.run(rooms.releases.current, bundle, device.cohort)
         return fleet.HeartbeatResponse(next_in_ms=rooms.devices.heartbeat_ms, latest_release_version=latest)
 
 

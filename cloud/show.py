@@ -25,7 +25,7 @@ def _ago(unix_ms: int) -> str:
 
 def _console(console: Console | None) -> Console:
     """rich, on the width of the terminal; a pipe gets whole lines instead of cut ones."""
-    chosen = console or Console()
+    chosen = console or Console(markup=False, emoji=False)  # a device's words are words
     if not chosen.is_terminal:
         chosen.width = 200
     return chosen

@@ -27,7 +27,7 @@ from cloud.store.records import (
     StatisticsRecord,
 )
 from cloud.store.statements import insert_new, insert_or_update, lock_cohort, one_at_a_time
-from refold.errors import AccessError, ReleaseError
+from refold.errors import AccessError, InputError, ReleaseError
 
 __all__ = ["Store"]
 
@@ -152,6 +152,22 @@ class Store:
                 raise AccessError(f"Another key enrolled as {device}: make a new key and enrol again.", code="id-taken")
             c.execute(sa.update(t.devices).where(t.devices.c.id == device).values(change))
 
+    def check_key(self, device: str, key_digest: str) -> None:
+        """Whether a key may enrol as `device`. A key of which only 48 bits are known, from an id of before 2026-11-29, counts.
+
+        Raises:
+            AccessError: a device that enrolled with it was revoked, or another key has this id.
+        """
+        d = t.devices.c
+        former = sa.and_(d.key_digest == "", d.id.like(f"%-{key_digest[:12]}"))
+        with self._reads() as c:
+            out = c.execute(sa.select(d.id).where(d.revoked_ms > 0, sa.or_(d.key_digest == key_digest, former))).scalar()
+            taken = c.execute(sa.select(d.id).where(d.id == device, d.key_digest != key_digest)).scalar()
+        if out is not None:
+            raise AccessError(f"Device {out} was revoked: enrol under a new key.", code="revoked")
+        if taken is not None:
+            raise AccessError(f"Another key enrolled as {device}: make a new key and enrol again.", code="id-taken")
+
     def device(self, device: str) -> DeviceRecord | None:
         with self._reads() as c:
             row = c.execute(sa.select(t.devices).where(t.devices.c.id == device)).mappings().first()
@@ -191,15 +207,32 @@ class Store:
 
     def add_samples(self, samples: Sequence[SampleRecord]) -> list[SampleRecord]:
         """Stores all of them or none; returns those that were not there yet: a second time has no effect."""
-        return self._add(t.samples, samples)
-
-    def add_statistics(self, report: StatisticsRecord) -> bool:
-        """False when it was stored already: a second time has no effect."""
-        return bool(self._add(t.statistics, [report]))
-
-    def _add(self, table: sa.Table, records: Sequence[Record]) -> list[Record]:
         with self._writes() as c:
-            return _insert_all(c, table, records)
+            return _insert_all(c, t.samples, samples)
+
+    def add_statistics(self, report: StatisticsRecord, most_frames: int | None = None) -> bool:
+        """False when it was stored already: a second time has no effect, and counts no frames.
+
+        Args:
+            most_frames: that its device may have reported by now, this report included; None: any number.
+
+        Raises:
+            InputError: it would have reported more; nothing was stored.
+        """
+        device = t.devices.c.id == report.device
+        total = t.devices.c.frames + report.frames
+        with self._writes() as c:
+            if not _insert_all(c, t.statistics, [report]):
+                return False
+            within = sa.true() if most_frames is None else total <= most_frames
+            counted = c.execute(sa.update(t.devices).where(device, within).values(frames=total)).rowcount
+            if not counted and most_frames is not None:
+                raise InputError(
+                    f"Device {report.device} reports {report.frames:,} more frames; with those before, that is more than the "
+                    f"{most_frames:,} it can have seen since it enrolled (quota.frames_per_second, quota.frames_ahead).",
+                    code="implausible",
+                )
+        return True
 
     def samples_after(self, bundle_digest: str, cohort: str, after: int, limit: int) -> list[SampleRecord]:
         """The next samples in the order of storing."""

@@ -27,7 +27,7 @@ __all__ = ["COHORT", "Enrolment", "make_token"]
 COHORT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 METRICS = 64  # snapshot entries of one heartbeat
 TOKEN_HOURS, TOKEN_USES = 87_600, 1_000_000  # ten years; more devices than one service holds
-ID_DIGITS = 32  # 128 bits: to find a second key for an id takes 2^128 tries, not an afternoon
+ID_DIGITS = 32  # 128 bits: nobody finds a second key for an id; 48 bits, as before, are within reach
 TEXT = 512  # characters of a device's last error
 
 

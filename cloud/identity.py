@@ -1,7 +1,7 @@
 """Who is who: the fleet's certificate authority, and the identity and role that a peer's certificate proves.
 
 The role is in the certificate (a URI among its alternative names) and the id is its common name; nothing in a request's body
-says who asks (docs/adr/003-identity.md).
+says who asks (docs/adr/003-identity-and-enrolment.md).
 """
 
 from __future__ import annotations

@@ -223,7 +223,9 @@ def _server_pair(tls: TlsSettings, authority: Authority) -> tuple[bytes, bytes]:
     except (ValueError, TypeError) as e:
         raise UsageError(f"{tls.certificate} and {tls.key} are not a certificate and its unencrypted key (PEM).") from e
     if private.public_key() != loaded.public_key():
-        raise UsageError(f"{tls.key} is not the key of {tls.certificate}.", code="certificate")
+        raise UsageError(
+            f"{tls.key} is not the key of {tls.certificate}: `refold cloud renew-server` makes a new pair.", code="certificate"
+        )
     if loaded.not_valid_after_utc < datetime.datetime.now(datetime.timezone.utc):
         raise UsageError(
             f"{tls.certificate} expired on {loaded.not_valid_after_utc:%Y-%m-%d}: `refold cloud renew-server` makes a new one.",

@@ -141,9 +141,9 @@ class AdaptationService(adaptation_pb2_grpc.AdaptationServicer):
                 left = deadline - time.monotonic()
                 if left <= 0 or rooms.board.closed or not await rooms.board.wait((bundle, cohort), ticket, left):
                     return answer
+                await rooms.run(rooms.enrolment.known, peer)  # it may have been revoked while it waited
             finally:
                 rooms.board.give_back((bundle, cohort), ticket)
-        await rooms.run(rooms.enrolment.known, peer)  # it may have been revoked while it waited
         if following.version == 0:
             answer.use_exported = True
         else:

@@ -88,14 +88,14 @@ def issue(name: str, days: float, out: Path | None, config: Path, as_json: bool)
 
 
 @operator.command()
-@click.argument("name")
+@click.argument("name", default="operator")
 @days_option
 @out_option
 @click.option("--replace", is_flag=True, help="Refuse the earlier certificates from now on; else they last until they expire.")
 @config_option
 @json_option
 def renew(name: str, days: float, out: Path | None, replace: bool, config: Path, as_json: bool) -> None:
-    """Give NAME a new key and certificate in place of the old files, before or after those expire."""
+    """Give NAME (default: operator) a new key and certificate in place of the old files, before or after those expire."""
     from cloud.fleet.operators import renew as make
 
     pair = _pair(config, name, out)

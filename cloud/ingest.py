@@ -7,7 +7,7 @@ a function of the content, so a picture that two devices send cannot end up on b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from cloud.fleet.plausible import check_domain, check_header, check_report, frames_possible
@@ -141,6 +141,7 @@ class Ingest:
         _check_count(len(samples))
         self._charge(device, sum(len(s.payload) for s in samples))
         taken: list[SampleRecord] = []
+        payloads: dict[str, bytes] = {}
         refused: list[api.UploadRefusal] = []
         bundles = dict[str, "BundleRecord | None"]()
         places = self._quota.samples_per_device - self._store.device_samples(device.id)
@@ -149,11 +150,12 @@ class Ingest:
                 if len(taken) >= places:
                     raise InputError(f"Device {device.id} has its full number of samples stored.", code="quota")
                 taken.append(self._take(device, sample, bundles))
+                payloads[sample.header.digest] = sample.payload
             except InputError as e:
                 UPLOADS.add(1, outcome=e.code)
                 refused.append(api.UploadRefusal(digest=sample.header.digest[:64], code=e.code, message=e.message))
         fresh = self._store.add_samples(taken)
-        self._keep(taken, samples)
+        self._keep(payloads)
         UPLOADS.add(len(fresh), outcome="stored")
         UPLOADS.add(len(taken) - len(fresh), outcome="duplicate")
         UPLOAD_BYTES.add(sum(r.size for r in fresh))
@@ -161,15 +163,14 @@ class Ingest:
             self._notify(bundle, device.cohort)
         return [r.digest for r in taken], refused
 
-    def _keep(self, taken: list[SampleRecord], samples: list[pb.Sample]) -> None:
+    def _keep(self, payloads: Mapping[str, bytes]) -> None:
         """Now that the rows are there nobody drops their payloads any more; one that was dropped before that is stored again.
 
         However long this call was held up between a payload and its row, what it acknowledges is there.
         """
-        payloads = {s.header.digest: s.payload for s in samples}
-        for record in taken:
-            if not self._objects.renew(record.digest):
-                self._objects.put(payloads[record.digest])
+        for digest, payload in payloads.items():
+            if not self._objects.renew(digest):
+                self._objects.put(payload)
 
     def _take(self, device: DeviceRecord, sample: pb.Sample, bundles: dict[str, BundleRecord | None]) -> SampleRecord:
         """Checks one sample and stores its payload; its row comes after, so that a row without a payload never exists."""

@@ -137,6 +137,7 @@ def test_a_collection_between_a_payload_and_its_row(store: Store, tmp_path: Path
     objects = DirectoryObjects(tmp_path / "objects")
     upload = ingest_of(store, objects, small)
     one = sample(small, pictures(1)[0])
+    liar = sample(small, pictures(2)[1], digest=one.header.digest)  # the same name over other bytes: refused
     add = store.add_samples
 
     def slow(samples: Sequence[SampleRecord]) -> list[SampleRecord]:
@@ -144,7 +145,7 @@ def test_a_collection_between_a_payload_and_its_row(store: Store, tmp_path: Path
         return add(samples)
 
     store.add_samples = slow  # type: ignore[method-assign]
-    assert upload(one) == [one.header.digest]
+    assert upload(one, liar) == [one.header.digest]
     assert objects.get(one.header.digest) == one.payload
 
 
@@ -186,12 +187,12 @@ def test_an_old_object_that_is_sent_again_is_never_lost(store: Store, tmp_path: 
     for thread in threads:
         thread.start()
     end = time.monotonic() + 20
-    while sent[0] < 60 and not done.is_set() and time.monotonic() < end:
+    while sent[0] < 24 and not done.is_set() and time.monotonic() < end:
         time.sleep(0.01)
     done.set()
     for thread in threads:
         thread.join()
-    assert not errors and sent[0] >= 12
+    assert not errors and sent[0] >= 6
 
 
 def test_one_object_put_by_many_at_once(tmp_path: Path) -> None:

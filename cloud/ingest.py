@@ -98,7 +98,8 @@ class Ingest:
         useful = [h for h in headers if self._refusal(h, bundles) is None]
         for bundle in {h.bundle_digest for h in useful}:
             digests = [h.digest for h in useful if h.bundle_digest == bundle]
-            known[bundle] = self._store.known_samples(bundle, device.cohort, digests)
+            rows = self._store.known_samples(bundle, device.cohort, digests)
+            known[bundle] = {d for d in rows if self._objects.renew(d)}  # a device forgets only what is there
         room = self._bytes.room(device.id)
         places = self._quota.samples_per_device - self._store.device_samples(device.id)
         asked: set[str] = set()

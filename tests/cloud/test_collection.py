@@ -289,6 +289,17 @@ def test_another_process_waits_for_the_lock(tmp_path: Path) -> None:
     assert out.strip() in ("0", "1")  # it went on when this process was done
 
 
+def test_a_payload_that_was_lost_is_asked_for_again(fleet: Fleet, small: Bundle) -> None:
+    """By a disk, or by a version that collected too much: whoever still has it is not told to forget it."""
+    device, one = fleet.device(), sample(small, pictures(1)[0])
+    device.upload(one)
+    assert list(device.offer(one).unwanted) == [one.header.digest]
+    fleet.cloud._objects.drop(one.header.digest)
+    assert list(device.offer(one).wanted) == [one.header.digest]
+    assert list(device.upload(one).stored) == [one.header.digest]
+    assert fleet.cloud._objects.get(one.header.digest) == one.payload and fleet.store.device_samples(device.id) == 1
+
+
 class Boom:
     """Work that fails as told, one time after another, then succeeds."""
 

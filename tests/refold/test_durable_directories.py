@@ -62,7 +62,10 @@ def _outbox(folder: Path) -> None:
 def _data(folder: Path) -> None:
     from edge.directory import DataDirectory
 
-    write_atomically(DataDirectory(folder / "data").bank("b" * 64), [b"bank"])
+    data = DataDirectory(folder / "data")
+    data.lock()
+    write_atomically(data.bank("b" * 64), [b"bank"])
+    data.unlock()
 
 
 def _paths(folder: Path) -> None:

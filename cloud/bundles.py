@@ -27,10 +27,11 @@ def register(store: Store, objects: DirectoryObjects, path: Path, teachers: Sequ
     manifest = bundle.manifest
     if not manifest.student or not bundle.norms.norms:
         raise BundleError(f"{path} has no cloud student or no norms: nothing to adapt. Export it again.", code="no-student")
+    content = path.read_bytes()
     record = BundleRecord(
         digest=bundle.digest,
-        name=manifest.name or path.stem,
-        object=objects.put(path.read_bytes()),
+        name=(manifest.name or path.stem)[:256],
+        object=objects.put(content),
         preprocess_digest=bundle.preprocess.digest,
         width=bundle.preprocess.width,
         height=bundle.preprocess.height,
@@ -40,7 +41,9 @@ def register(store: Store, objects: DirectoryObjects, path: Path, teachers: Sequ
     known = store.bundle(bundle.digest)
     if known is None or (teachers and known.teachers != record.teachers):
         store.put_bundle(record)
-        return record
+        known = record
+    if not objects.renew(record.object):  # dropped by a collection between the two lines above
+        objects.put(content)
     return known
 
 

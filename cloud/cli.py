@@ -13,16 +13,12 @@ from typing import Any
 
 import click
 
+from cloud.fleet.operator_cli import operator
+from cloud.fleet.options import config_option, json_option, say
 from cloud.settings import CloudSettings, load_settings
 from refold.errors import UsageError
 
 __all__ = ["cloud"]
-
-DEFAULT = Path("cloud.toml")
-config_option = click.option(
-    "--config", type=click.Path(path_type=Path), default=DEFAULT, show_default=True, help="Settings file (`refold cloud init`)."
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="For machines.")
 
 
 @click.group()
@@ -30,8 +26,7 @@ def cloud() -> None:
     """Run and steer the adaptation service."""
 
 
-def _say(as_json: bool, values: dict[str, Any], text: str) -> None:
-    click.echo(json.dumps(values) if as_json else text)
+cloud.add_command(operator)
 
 
 @cloud.command()
@@ -56,7 +51,7 @@ def init(directory: Path, hosts: tuple[str, ...], address: str | None, port: int
         f"  refold cloud serve --config {config}\n"
         f"  refold cloud token --config {config}        (once for each device that is to join)"
     )
-    _say(as_json, values, text)
+    say(as_json, values, text)
 
 
 @cloud.command("renew-server")
@@ -86,7 +81,7 @@ def token(cohort: str, expires: float, uses: int, config: Path, as_json: bool) -
 
     settings = load_settings(config)
     made = make_token(Store(settings.storage.database), cohort, expires, uses)
-    _say(as_json, {"token": made, "cohort": cohort, "hours": expires, "uses": uses, "ca": str(settings.tls.ca)}, made)
+    say(as_json, {"token": made, "cohort": cohort, "hours": expires, "uses": uses, "ca": str(settings.tls.ca)}, made)
 
 
 @cloud.command("add-bundle")
@@ -107,7 +102,7 @@ def add_bundle(file: Path, teachers: tuple[str, ...], weights: tuple[str, ...], 
     objects = DirectoryObjects(settings.storage.objects, settings.storage.free_bytes)
     record = register(Store(settings.storage.database), objects, file, pairs)
     values = {"digest": record.digest, "name": record.name, "teachers": [list(p) for p in record.teachers]}
-    _say(as_json, values, f"{record.name} ({record.digest[:12]}) is adapted, taught by {len(record.teachers)} teacher(s).")
+    say(as_json, values, f"{record.name} ({record.digest[:12]}) is adapted, taught by {len(record.teachers)} teacher(s).")
 
 
 @cloud.command()
@@ -144,7 +139,7 @@ async def _serve(settings: CloudSettings, as_json: bool) -> None:
             "pid": os.getpid(),
         }
         text = f"Ready: {address}:{service.port} (devices, operators), {address}:{service.enrol_port} (enrolment)."
-        _say(as_json, ready, text)
+        say(as_json, ready, text)
         sys.stdout.flush()
         notify("READY=1")
         await stop.wait()
@@ -154,24 +149,35 @@ async def _serve(settings: CloudSettings, as_json: bool) -> None:
         await service.close()
 
 
-def _operator(config: Path, settings: CloudSettings) -> Any:
+operator_option = click.option(
+    "--operator",
+    "certificate",
+    type=click.Path(path_type=Path),
+    envvar="REFOLD_OPERATOR",
+    help="Your certificate (.pem), its key beside it (.key); default: operator.pem beside the settings.",
+)
+
+
+def _operator(config: Path, certificate: Path | None) -> Any:
     from cloud.client import Operator
 
-    return Operator(settings, config.parent / "operator.pem", config.parent / "operator.key")
+    chosen = certificate or config.parent / "operator.pem"
+    return Operator(load_settings(config), chosen, chosen.with_suffix(".key"))
 
 
 @cloud.command()
+@operator_option
 @config_option
 @json_option
-def status(config: Path, as_json: bool) -> None:
+def status(certificate: Path | None, config: Path, as_json: bool) -> None:
     """Devices and cohorts of a running service."""
     from google.protobuf.json_format import MessageToDict
 
     from cloud.show import show_status
     from refold.v1 import admin_pb2
 
-    with _operator(config, load_settings(config)) as operator:
-        answer = operator.call(operator.admin.Status, admin_pb2.StatusRequest())
+    with _operator(config, certificate) as caller:
+        answer = caller.call(caller.admin.Status, admin_pb2.StatusRequest())
     if as_json:
         click.echo(
             json.dumps(MessageToDict(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
@@ -183,17 +189,18 @@ def status(config: Path, as_json: bool) -> None:
 @cloud.command()
 @click.option("--bundle", default="", help="Digest of a bundle, or its beginning; default: all.")
 @click.option("--cohort", default="", help="Default: all.")
+@operator_option
 @config_option
 @json_option
-def releases(bundle: str, cohort: str, config: Path, as_json: bool) -> None:
+def releases(bundle: str, cohort: str, certificate: Path | None, config: Path, as_json: bool) -> None:
     """Every release and every refused candidate, with the reason."""
     from google.protobuf.json_format import MessageToDict
 
     from cloud.show import show_releases
     from refold.v1 import admin_pb2
 
-    with _operator(config, load_settings(config)) as operator:
-        answer = operator.call(operator.admin.ListReleases, admin_pb2.ListReleasesRequest(cohort=cohort))
+    with _operator(config, certificate) as caller:
+        answer = caller.call(caller.admin.ListReleases, admin_pb2.ListReleasesRequest(cohort=cohort))
     rows = [r for r in answer.releases if r.bundle_digest.startswith(bundle)]
     if as_json:
         plain = [MessageToDict(r, preserving_proto_field_name=True, always_print_fields_with_no_presence=True) for r in rows]
@@ -207,14 +214,17 @@ def releases(bundle: str, cohort: str, config: Path, as_json: bool) -> None:
 @click.option("--bundle", default="", help="Digest of the bundle, or its beginning; not needed where there is one.")
 @click.option("--cohort", default="", help="Not needed where there is one.")
 @click.option("--reason", default="", help="Kept with the releases that are taken back.")
+@operator_option
 @config_option
 @json_option
-def rollback(version: int, bundle: str, cohort: str, reason: str, config: Path, as_json: bool) -> None:
+def rollback(
+    version: int, bundle: str, cohort: str, reason: str, certificate: Path | None, config: Path, as_json: bool
+) -> None:
     """Point a cohort at the earlier VERSION; 0 is the model as exported."""
     from refold.v1 import admin_pb2
 
-    with _operator(config, load_settings(config)) as operator:
-        known = operator.call(operator.admin.Status, admin_pb2.StatusRequest()).cohorts
+    with _operator(config, certificate) as caller:
+        known = caller.call(caller.admin.Status, admin_pb2.StatusRequest()).cohorts
         fits = [c for c in known if c.bundle_digest.startswith(bundle) and cohort in ("", c.cohort)]
         if len(fits) != 1:
             names = ", ".join(f"--bundle {c.bundle_digest[:12]} --cohort {c.cohort}" for c in fits or known) or "none yet"
@@ -222,10 +232,10 @@ def rollback(version: int, bundle: str, cohort: str, reason: str, config: Path, 
         request = admin_pb2.RollbackRequest(
             bundle_digest=fits[0].bundle_digest, cohort=fits[0].cohort, to_version=version, reason=reason
         )
-        answer = operator.call(operator.admin.Rollback, request)
+        answer = caller.call(caller.admin.Rollback, request)
     values = {"bundle_digest": fits[0].bundle_digest, "cohort": fits[0].cohort, "current_version": answer.current_version}
     where = f"version {answer.current_version}" if answer.current_version else "the exported state"
-    _say(as_json, values, f"Cohort {fits[0].cohort} is at {where}; devices follow at their next poll.")
+    say(as_json, values, f"Cohort {fits[0].cohort} is at {where}; devices follow at their next poll.")
 
 
 @cloud.command()
@@ -251,4 +261,4 @@ def gc(config: Path, as_json: bool) -> None:
     storage = load_settings(config).storage
     done = collect(Store(storage.database), DirectoryObjects(storage.objects), storage)
     values = {"samples": done.samples, "statistics": done.statistics, "objects": done.objects}
-    _say(as_json, values, f"Forgot {done.samples} samples, {done.statistics} reports and {done.objects} files.")
+    say(as_json, values, f"Forgot {done.samples} samples, {done.statistics} reports and {done.objects} files.")

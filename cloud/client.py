@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 
 from cloud.settings import CloudSettings
 from refold.errors import AccessError, NetworkError, RefoldError, ReleaseError, UsageError
@@ -22,6 +25,10 @@ SECONDS = 15.0
 class Operator:
     """Calls Admin with the operator's certificate. A context manager.
 
+    Raises (from the constructor):
+        UsageError: the files of certificate and key are not there, or are no pair.
+        AccessError: the certificate has expired.
+
     Raises (from `call`):
         NetworkError: the service is away.
         AccessError: the certificate is not an operator's.
@@ -30,9 +37,11 @@ class Operator:
 
     def __init__(self, settings: CloudSettings, certificate: Path, key: Path) -> None:
         try:
-            credentials = grpc.ssl_channel_credentials(settings.tls.ca.read_bytes(), key.read_bytes(), certificate.read_bytes())
+            ca, private, own = settings.tls.ca.read_bytes(), key.read_bytes(), certificate.read_bytes()
         except OSError as e:
             raise UsageError(f"{e.filename} cannot be read: {e.strerror}.") from e
+        _check_pair(certificate, own, key, private)
+        credentials = grpc.ssl_channel_credentials(ca, private, own)
         host = settings.server.address
         host = {"0.0.0.0": "localhost", "[::]": "localhost", "::": "localhost"}.get(host, host)
         self._address = f"{host}:{settings.server.port}"
@@ -67,3 +76,28 @@ class Operator:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._channel.close()
+
+
+def _check_pair(certificate: Path, pem: bytes, key: Path, private: bytes) -> None:
+    """What would otherwise end in a handshake that fails without a reason.
+
+    Raises:
+        UsageError: the files are not a certificate and its key.
+        AccessError: the certificate has expired.
+    """
+    try:
+        loaded = x509.load_pem_x509_certificate(pem)
+        own = serialization.load_pem_private_key(private, password=None).public_key() == loaded.public_key()
+    except (ValueError, TypeError):
+        own = False
+    if not own:
+        raise UsageError(
+            f"{certificate} and {key} are not a certificate and its unencrypted key (PEM): `refold cloud operator renew` on "
+            "the server makes them anew.",
+            code="certificate",
+        )
+    if loaded.not_valid_after_utc <= datetime.datetime.now(datetime.timezone.utc):
+        raise AccessError(
+            f"{certificate} expired on {loaded.not_valid_after_utc:%Y-%m-%d}: `refold cloud operator renew` on the server.",
+            code="certificate-expired",
+        )

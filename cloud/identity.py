@@ -1,14 +1,13 @@
 """Who is who: the fleet's certificate authority, and the identity and role that a peer's certificate proves.
 
 The role is in the certificate (a URI among its alternative names) and the id is its common name; nothing in a request's body
-says who asks (docs/adr/003-identity.md).
+says who asks (docs/adr/003-identity-and-enrolment.md).
 """
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from refold.atomic import write_atomically
+from refold.atomic import write_atomically, write_new
 from refold.errors import AccessError, UsageError
 
 __all__ = ["Authority", "Peer", "peer_of", "read_request", "write_private"]
@@ -33,11 +32,12 @@ CSR_BYTES = 16 * 1024
 
 @dataclass(frozen=True)
 class Peer:
-    """What a certificate says: id (common name), role ("device" or "operator") and serial number in hex."""
+    """What a certificate says: id (common name), role ("device" or "operator"), serial number in hex, and its end (Unix ms)."""
 
     id: str
     role: str
     serial: str
+    expires_ms: int = 0
 
 
 def _now() -> datetime.datetime:
@@ -146,8 +146,8 @@ class Authority:
         assert isinstance(public, ec.EllipticCurvePublicKey)
         certificate = self._sign(device_id, public, days, [x509.UniformResourceIdentifier(f"{ROLE}device")], server=False)
         pem = certificate.public_bytes(serialization.Encoding.PEM)
-        expires = int(certificate.not_valid_after_utc.timestamp() * 1000)
-        return pem, Peer(device_id, "device", f"{certificate.serial_number:x}"), expires
+        peer = peer_of(pem)
+        return pem, peer, peer.expires_ms
 
 
 def read_request(pem: bytes) -> x509.CertificateSigningRequest:
@@ -186,16 +186,13 @@ def peer_of(pem: bytes) -> Peer:
         roles = []
     if not common or len(roles) != 1 or roles[0] not in ("device", "operator"):
         raise AccessError("This certificate is neither a device's nor an operator's: enrol first.", code="no-role")
-    return Peer(str(common[0].value), roles[0], f"{certificate.serial_number:x}")
+    expires_ms = int(certificate.not_valid_after_utc.timestamp() * 1000)
+    return Peer(str(common[0].value), roles[0], f"{certificate.serial_number:x}", expires_ms)
 
 
 def write_private(path: Path, content: bytes) -> None:
     """Writes a private key, readable by its owner only; never overwrites one. Raises UsageError when it exists."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        write_new(path, content, mode=0o600)
     except FileExistsError:
         raise UsageError(f"{path} exists; a private key is never overwritten. Move it away first.") from None
-    with os.fdopen(descriptor, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())

@@ -7,11 +7,10 @@ a function of the content, so a picture that two devices send cannot end up on b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
-
+from cloud.fleet.plausible import check_domain, check_header, check_report, frames_possible
 from cloud.pictures import decode_picture
 from cloud.quota import Buckets
 from cloud.rpc import QuotaError
@@ -25,9 +24,6 @@ from refold.v1 import adaptation_pb2 as api
 from refold.v1 import samples_pb2 as pb
 
 __all__ = ["Ingest", "Offer", "held_back"]
-
-DOMAIN_LENGTH = 32
-REPORT_FRAMES = 10_000_000  # more than a device taps in a year: a wrong number would outweigh everybody else's
 
 
 def held_back(digest: str, share: float) -> bool:
@@ -64,7 +60,7 @@ class Ingest:
         if not DIGEST.fullmatch(header.digest):
             return InputError("A sample's digest is 64 lower-case hex digits.", code="digest")
         if header.bundle_digest not in bundles:
-            bundles[header.bundle_digest] = self._store.bundle(header.bundle_digest)
+            bundles[header.bundle_digest] = self._bundle(header.bundle_digest)
         bundle = bundles[header.bundle_digest]
         if bundle is None:
             return InputError(
@@ -80,9 +76,15 @@ class Ingest:
             )
         if header.size < 1 or header.size > LIMITS.sample_bytes:
             return InputError(f"A sample has 1 to {LIMITS.sample_bytes} bytes, not {header.size}.", code="sample-too-large")
-        if len(header.domain) > DOMAIN_LENGTH or not header.domain.isprintable():
-            return InputError(f"A domain's name has at most {DOMAIN_LENGTH} printable characters.", code="domain")
+        try:
+            check_domain(header.domain)
+            check_header(header)
+        except InputError as e:
+            return e
         return None
+
+    def _bundle(self, digest: str) -> BundleRecord | None:
+        return self._store.bundle(digest) if DIGEST.fullmatch(digest) else None
 
     def offer(self, device: DeviceRecord, headers: list[pb.SampleHeader]) -> Offer:
         """Says which of the offered samples are wanted, in the order offered and as far as the device's quota goes.
@@ -93,15 +95,17 @@ class Ingest:
         _check_count(len(headers))
         answer, bundles = Offer(), dict[str, "BundleRecord | None"]()
         known: dict[str, set[str]] = {}
-        for bundle in {h.bundle_digest for h in headers}:
-            digests = [h.digest for h in headers if h.bundle_digest == bundle]
-            known[bundle] = self._store.known_samples(bundle, device.cohort, digests)
+        useful = [h for h in headers if self._refusal(h, bundles) is None]
+        for bundle in {h.bundle_digest for h in useful}:
+            digests = [h.digest for h in useful if h.bundle_digest == bundle]
+            rows = self._store.known_samples(bundle, device.cohort, digests)
+            known[bundle] = {d for d in rows if self._objects.renew(d)}  # a device forgets only what is there
         room = self._bytes.room(device.id)
         places = self._quota.samples_per_device - self._store.device_samples(device.id)
         asked: set[str] = set()
         for header in headers:
             digest = header.digest
-            if digest in known[header.bundle_digest] or self._refusal(header, bundles) is not None or places <= 0:
+            if self._refusal(header, bundles) is not None or digest in known[header.bundle_digest] or places <= 0:
                 answer.unwanted.append(digest)
             elif digest not in asked and not answer.retry_after_ms:
                 if room <= 0:
@@ -117,6 +121,14 @@ class Ingest:
     def _delay_ms(self, seconds: float) -> int:
         return max(1, min(self._quota.retry_ms, int(seconds * 1000) + 1))
 
+    def _charge(self, device: DeviceRecord, size: int) -> None:
+        """Raises QuotaError when the device has used up its bytes."""
+        seconds = self._bytes.take(device.id, float(size))
+        if seconds:
+            raise QuotaError(
+                f"Device {device.id} has used up its {self._quota.bytes_per_hour:.0f} bytes per hour.", self._delay_ms(seconds)
+            )
+
     def upload(self, device: DeviceRecord, samples: list[pb.Sample]) -> tuple[list[str], list[api.UploadRefusal]]:
         """Stores samples durably; returns (digests stored, refusals).
 
@@ -128,12 +140,9 @@ class Ingest:
             StorageError: the disk or the database fails; what is not in an answer was not acknowledged and is sent again.
         """
         _check_count(len(samples))
-        seconds = self._bytes.take(device.id, float(sum(len(s.payload) for s in samples)))
-        if seconds:
-            raise QuotaError(
-                f"Device {device.id} has used up its {self._quota.bytes_per_hour:.0f} bytes per hour.", self._delay_ms(seconds)
-            )
+        self._charge(device, sum(len(s.payload) for s in samples))
         taken: list[SampleRecord] = []
+        payloads: dict[str, bytes] = {}
         refused: list[api.UploadRefusal] = []
         bundles = dict[str, "BundleRecord | None"]()
         places = self._quota.samples_per_device - self._store.device_samples(device.id)
@@ -142,16 +151,27 @@ class Ingest:
                 if len(taken) >= places:
                     raise InputError(f"Device {device.id} has its full number of samples stored.", code="quota")
                 taken.append(self._take(device, sample, bundles))
+                payloads[sample.header.digest] = sample.payload
             except InputError as e:
                 UPLOADS.add(1, outcome=e.code)
                 refused.append(api.UploadRefusal(digest=sample.header.digest[:64], code=e.code, message=e.message))
         fresh = self._store.add_samples(taken)
+        self._keep(payloads)
         UPLOADS.add(len(fresh), outcome="stored")
         UPLOADS.add(len(taken) - len(fresh), outcome="duplicate")
         UPLOAD_BYTES.add(sum(r.size for r in fresh))
         for bundle in {r.bundle_digest for r in fresh}:
             self._notify(bundle, device.cohort)
         return [r.digest for r in taken], refused
+
+    def _keep(self, payloads: Mapping[str, bytes]) -> None:
+        """Now that the rows are there nobody drops their payloads any more; one that was dropped before that is stored again.
+
+        However long this call was held up between a payload and its row, what it acknowledges is there.
+        """
+        for digest, payload in payloads.items():
+            if not self._objects.renew(digest):
+                self._objects.put(payload)
 
     def _take(self, device: DeviceRecord, sample: pb.Sample, bundles: dict[str, BundleRecord | None]) -> SampleRecord:
         """Checks one sample and stores its payload; its row comes after, so that a row without a payload never exists."""
@@ -179,22 +199,17 @@ class Ingest:
         """Stores one report; False when it was there already.
 
         Raises:
-            InputError: malformed, not finite, or for a bundle that is not adapted here.
+            InputError: malformed, not finite, not plausible, or for a bundle that is not adapted here.
+            QuotaError: the device has used up its bytes.
+            StorageError: it was not stored, and is sent again.
         """
+        self._charge(device, report.ByteSize())
         if not DIGEST.fullmatch(report.digest):
             raise InputError("A report's digest is 64 lower-case hex digits.", code="digest")
-        if self._store.bundle(report.bundle_digest) is None:
+        if self._bundle(report.bundle_digest) is None:
             raise InputError(f"Bundle {report.bundle_digest[:12]!r} is not adapted here.", code="unknown-bundle")
-        if not 1 <= report.frames <= REPORT_FRAMES or len(report.domain) > DOMAIN_LENGTH:
-            raise InputError(f"A report covers 1 to {REPORT_FRAMES} frames of one domain.", code="report")
-        if not 1 <= len(report.sites) <= LIMITS.norm_sites:
-            raise InputError("A report lists each norm site once.", code="report")
-        for site in report.sites:
-            mean, variance = np.array(site.mean, np.float32), np.array(site.variance, np.float32)
-            if len(mean) != len(variance) or not 1 <= len(mean) <= LIMITS.channels:
-                raise InputError(f"The statistics of {site.site[:64]!r} have no fitting lengths.", code="report")
-            if not (np.isfinite(mean).all() and np.isfinite(variance).all() and (variance >= 0).all()):
-                raise InputError(f"The statistics of {site.site[:64]!r} are not finite.", code="not-finite")
+        check_report(report, self._quota)
+        now = int(time.time() * 1000)
         record = StatisticsRecord(
             digest=report.digest,
             bundle_digest=report.bundle_digest,
@@ -204,9 +219,9 @@ class Ingest:
             release_version=report.release_version,
             frames=report.frames,
             payload=report.SerializeToString(deterministic=True),
-            received_ms=int(time.time() * 1000),
+            received_ms=now,
         )
-        fresh = self._store.add_statistics(record)
+        fresh = self._store.add_statistics(record, frames_possible(device.enrolled_ms, now, self._quota))
         if fresh:
             self._notify(report.bundle_digest, device.cohort)
         return fresh

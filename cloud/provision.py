@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cloud.identity import Authority, write_private
 from cloud.settings import commented_toml
-from refold.atomic import write_atomically
+from refold.atomic import make_directory, write_atomically
 from refold.errors import StorageError, UsageError
 from refold.signing import SigningKey
 
@@ -33,7 +33,7 @@ def provision(directory: Path, hosts: Sequence[str], port: int, enrol_port: int,
     if config.exists() or (directory / "ca.key").exists():
         raise UsageError(f"{directory} already holds a fleet: nothing was changed. Choose another directory.", code="exists")
     try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_directory(directory, mode=0o700)
         authority = Authority.make(f"Refold fleet of {socket.gethostname()}"[:64])
         authority.save(directory / "ca.pem", directory / "ca.key")
         _write_pair(directory / "server.pem", directory / "server.key", authority.issue_server(hosts))

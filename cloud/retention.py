@@ -10,7 +10,7 @@ from cloud.store import Objects, Store
 
 __all__ = ["Collected", "collect"]
 
-YOUNG_S = 3600.0  # an object is written before its row: what is younger may still get one
+YOUNG_S = 3600.0  # an object is written before its row: most get one soon, and need not be written again (cloud/ingest.py)
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,4 @@ def collect(store: Store, objects: Objects, settings: StorageSettings, *, young_
         samples_per_cohort=settings.samples_per_cohort,
         statistics_per_cohort=settings.statistics_per_cohort,
     )
-    old = [digest for digest, written in objects.digests() if written < now - young_s]
-    needed = store.referenced(old)
-    orphans = [digest for digest in old if digest not in needed]
-    for digest in orphans:
-        objects.drop(digest)
-    return Collected(samples, statistics, len(orphans))
+    return Collected(samples, statistics, objects.sweep(now - young_s, store.referenced))

@@ -106,4 +106,8 @@ def _admitted(context: grpc.aio.ServicerContext[Any, Any], role: str | None) -> 
     peer = peer_in(context)
     if peer.role != role:
         raise AccessError(f"This call is for {role}s; {peer.id} is a {peer.role}.", code="wrong-role")
+    if peer.expires_ms <= time.time() * 1000:  # a TLS session that was opened before outlives it
+        raise AccessError(
+            f"The certificate of {peer.id} has expired: renew it, then connect again.", code="certificate-expired"
+        )
     return peer

@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from cloud.board import Board
 from cloud.bundles import register
 from cloud.enrol import Enrolment
+from cloud.fleet.operators import SOON_DAYS, Operators, adopt_file
 from cloud.identity import Authority
 from cloud.ingest import Ingest
 from cloud.releases import Releases
@@ -28,6 +29,7 @@ from cloud.service import AdaptationService, AdminService, EnrolService, FleetSe
 from cloud.settings import CloudSettings, TlsSettings
 from cloud.store import DirectoryObjects, Store
 from cloud.telemetry import MetricsServer
+from cloud.upkeep import Round
 from cloud.workers import Supervisor
 from refold.errors import RefoldError, UsageError
 from refold.signing import SigningKey
@@ -64,12 +66,15 @@ class Cloud:
         self._trusted = [self._key.public, *_public_keys(settings.tls.more_release_keys)]
         self._objects = DirectoryObjects(settings.storage.objects, settings.storage.free_bytes)
         self._store = Store(settings.storage.database)
+        self._operators = Operators(self._store.operators)
         self._servers: list[grpc.aio.Server] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._metrics: MetricsServer | None = None
+        self._retention = Round("Retention", self._collect, COLLECT_S)
 
     async def start(self) -> None:
         """Returns when both ports answer."""
+        adopt_file(self._store.operators, self.settings.tls.ca.parent / "operator.pem", self._authority)
         for entry in self.settings.bundle:
             register(self._store, self._objects, entry.path, [(t.spec, t.weights) for t in entry.teachers])
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="rooms")
@@ -81,8 +86,9 @@ class Cloud:
         )
         enrolment = Enrolment(self._store, self._authority, self._trusted, self.settings.tls.device_days, self.settings.quota)
         rooms = Rooms(
-            self._store, ingest, enrolment, releases, self._board, self.settings.devices, self._pool, self._supervisor.status
-        )
+            self._store, ingest, enrolment, releases, self._board, self.settings.devices, self._pool, self._supervisor.status,
+            self._operators, self._warnings,
+        )  # fmt: skip
         self._health = health.aio.HealthServicer()
         await self._start_main(rooms)
         await self._start_enrolment(rooms)
@@ -91,7 +97,7 @@ class Cloud:
             self.metrics_port = self._metrics.port
         self._supervisor.start()
         await self._set_ready(True)
-        self._tasks = [asyncio.create_task(self._watch_readiness()), asyncio.create_task(self._collect_regularly())]
+        self._tasks = [asyncio.create_task(self._watch_readiness()), asyncio.create_task(self._retention.keep(self._pool))]
 
     def _rolled_back(self, bundle_digest: str, cohort: str) -> None:
         self._supervisor.renew(bundle_digest, cohort)
@@ -168,17 +174,17 @@ class Cloud:
             return True
         except (RefoldError, OSError) as e:
             log.warning("Not ready: %s", e)
-            return False
+        except Exception:  # whatever it is: a service that cannot tell is not ready, and looks again
+            log.exception("Not ready")
+        return False
 
-    async def _collect_regularly(self) -> None:
-        while True:
-            try:
-                await asyncio.get_running_loop().run_in_executor(
-                    self._pool, collect, self._store, self._objects, self.settings.storage
-                )
-            except RefoldError as e:
-                log.warning("Retention is late: %s", e)
-            await asyncio.sleep(COLLECT_S)
+    def _warnings(self) -> list[str]:
+        """What an operator should see to."""
+        certificates = expiring(self.settings.tls, self._pair[1], self._authority)
+        return [*self._operators.warnings(), *certificates, *filter(None, [self._retention.warning])]
+
+    def _collect(self) -> None:
+        collect(self._store, self._objects, self.settings.storage)
 
     async def close(self) -> None:
         """Answers held polls, gives running calls their grace, then ends the workers."""
@@ -217,7 +223,9 @@ def _server_pair(tls: TlsSettings, authority: Authority) -> tuple[bytes, bytes]:
     except (ValueError, TypeError) as e:
         raise UsageError(f"{tls.certificate} and {tls.key} are not a certificate and its unencrypted key (PEM).") from e
     if private.public_key() != loaded.public_key():
-        raise UsageError(f"{tls.key} is not the key of {tls.certificate}.", code="certificate")
+        raise UsageError(
+            f"{tls.key} is not the key of {tls.certificate}: `refold cloud renew-server` makes a new pair.", code="certificate"
+        )
     if loaded.not_valid_after_utc < datetime.datetime.now(datetime.timezone.utc):
         raise UsageError(
             f"{tls.certificate} expired on {loaded.not_valid_after_utc:%Y-%m-%d}: `refold cloud renew-server` makes a new one.",
@@ -231,6 +239,20 @@ def _server_pair(tls: TlsSettings, authority: Authority) -> tuple[bytes, bytes]:
             code="certificate",
         ) from e
     return key, certificate
+
+
+def expiring(tls: TlsSettings, certificate: bytes, authority: Authority) -> list[str]:
+    """A sentence for the server's certificate and the authority's when they end within SOON_DAYS or, the latter, a year."""
+    now, found = datetime.datetime.now(datetime.timezone.utc), []
+    ends = x509.load_pem_x509_certificate(certificate).not_valid_after_utc
+    if ends < now + datetime.timedelta(days=SOON_DAYS):
+        found.append(f"{tls.certificate} expires on {ends:%Y-%m-%d}: `refold cloud renew-server`, then restart the service.")
+    ends = x509.load_pem_x509_certificate(authority.pem).not_valid_after_utc
+    if ends < now + datetime.timedelta(days=365):
+        found.append(
+            f"The fleet's authority {tls.ca} expires on {ends:%Y-%m-%d}: found a new fleet and enrol the devices there."
+        )
+    return found
 
 
 def _read(path: Path) -> bytes:

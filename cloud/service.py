@@ -12,13 +12,15 @@ from typing import ParamSpec, TypeVar
 
 from cloud.board import Board
 from cloud.enrol import Enrolment
+from cloud.fleet.operators import Operators
 from cloud.identity import Peer
 from cloud.ingest import Ingest
 from cloud.overview import list_releases, status
 from cloud.releases import Releases, check_cohort
 from cloud.rpc import answers
 from cloud.settings import DeviceSettings
-from cloud.store import DeviceRecord, Store
+from cloud.store import DeviceRecord, OperatorRecord, Store
+from cloud.store.objects import DIGEST
 from refold.errors import AccessError
 from refold.v1 import adaptation_pb2 as adaptation
 from refold.v1 import adaptation_pb2_grpc, admin_pb2_grpc, fleet_pb2_grpc
@@ -44,6 +46,8 @@ class Rooms:
     devices: DeviceSettings
     pool: ThreadPoolExecutor
     distiller: Callable[[str, str], str]
+    operators: Operators
+    warnings: Callable[[], list[str]]
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs blocking work on a thread; the loop goes on."""
@@ -51,6 +55,9 @@ class Rooms:
 
     async def device(self, peer: Peer) -> DeviceRecord:
         return await self.run(self.enrolment.admit, peer)
+
+    async def operator(self, peer: Peer) -> OperatorRecord:
+        return await self.run(self.operators.admit, peer)
 
 
 class FleetService(fleet_pb2_grpc.FleetServicer):
@@ -68,7 +75,8 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         rooms = self._rooms
         device = await rooms.device(peer)
         await rooms.run(rooms.enrolment.heartbeat, device, request)
-        latest = await rooms.run(rooms.releases.current, request.bundle_digest, device.cohort)
+        bundle = request.bundle_digest if DIGEST.fullmatch(request.bundle_digest) else ""
+        latest = await rooms.run(rooms.releases.current, bundle, device.cohort)
         return fleet.HeartbeatResponse(next_in_ms=rooms.devices.heartbeat_ms, latest_release_version=latest)
 
 
@@ -133,6 +141,7 @@ class AdaptationService(adaptation_pb2_grpc.AdaptationServicer):
                 left = deadline - time.monotonic()
                 if left <= 0 or rooms.board.closed or not await rooms.board.wait((bundle, cohort), ticket, left):
                     return answer
+                await rooms.run(rooms.enrolment.known, peer)  # it may have been revoked while it waited
             finally:
                 rooms.board.give_back((bundle, cohort), ticket)
         if following.version == 0:
@@ -150,14 +159,19 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     @answers("operator")
     async def Status(self, request: admin.StatusRequest, peer: Peer) -> admin.StatusResponse:
-        return await self._rooms.run(status, self._rooms.store, self._rooms.distiller)
+        await self._rooms.operator(peer)
+        answer = await self._rooms.run(status, self._rooms.store, self._rooms.distiller)
+        answer.warnings.extend(await self._rooms.run(self._rooms.warnings))
+        return answer
 
     @answers("operator")
     async def ListReleases(self, request: admin.ListReleasesRequest, peer: Peer) -> admin.ListReleasesResponse:
+        await self._rooms.operator(peer)
         return await self._rooms.run(list_releases, self._rooms.store, request.bundle_digest, request.cohort)
 
     @answers("operator")
     async def Rollback(self, request: admin.RollbackRequest, peer: Peer) -> admin.RollbackResponse:
+        await self._rooms.operator(peer)
         reason = f"{request.reason or 'no reason given'} ({peer.id})"
         version = await self._rooms.run(
             self._rooms.releases.roll_back, request.bundle_digest, request.cohort, int(request.to_version), reason

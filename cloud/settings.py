@@ -102,6 +102,18 @@ class QuotaSettings(_Section):
     samples_per_device: int = Field(
         default=50_000, ge=1, description="stored samples per device; the newest are refused beyond"
     )
+    report_frames: int = Field(
+        default=4096, ge=1, description="frames one statistics report may stand for: its weight; devices send one every 32"
+    )
+    frames_per_second: float = Field(
+        default=240.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="fastest camera: a device cannot report more tapped frames than that since it enrolled",
+    )
+    frames_ahead: int = Field(
+        default=10_000, ge=0, description="frames it may report beyond that: it may have worked before it enrolled"
+    )
     retry_ms: int = Field(default=60_000, ge=100, le=3_600_000, description="longest delay asked of a device over its quota")
 
 

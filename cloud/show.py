@@ -10,7 +10,7 @@ from rich.table import Table
 
 from refold.v1 import admin_pb2 as pb
 
-__all__ = ["show_releases", "show_status"]
+__all__ = ["show_operators", "show_releases", "show_status"]
 
 
 def _ago(unix_ms: int) -> str:
@@ -25,7 +25,7 @@ def _ago(unix_ms: int) -> str:
 
 def _console(console: Console | None) -> Console:
     """rich, on the width of the terminal; a pipe gets whole lines instead of cut ones."""
-    chosen = console or Console()
+    chosen = console or Console(markup=False, emoji=False)  # a device's words are words
     if not chosen.is_terminal:
         chosen.width = 200
     return chosen
@@ -43,8 +43,19 @@ def show_status(status: pb.StatusResponse, console: Console | None = None) -> No
     for d in status.devices:
         row = (d.device_id, d.cohort, d.bundle_digest[:8], str(d.release_version), d.domain, _ago(d.last_seen_unix_ms))
         devices.add_row(*row, d.last_error)
+    for warning in status.warnings:
+        out.print(f"Warning: {warning}", style="yellow", markup=False, highlight=False)
     out.print(cohorts if status.cohorts else "No samples or statistics have come in yet.")
     out.print(devices if status.devices else "No device has enrolled yet: `refold cloud token`.")
+
+
+def show_operators(rows: Sequence[tuple[str, ...]], console: Console | None = None) -> None:
+    """Rows of name, role, serial number, day of expiry and state."""
+    out = _console(console)
+    table = Table("operator", "may", "serial", "expires", "state", title="Operators")
+    for row in rows:
+        table.add_row(row[0], "everything" if row[1] == "operator" else row[1], *row[2:])
+    out.print(table if rows else "No operator is known yet: `refold cloud operator issue NAME`.")
 
 
 def show_releases(rows: Sequence[pb.ReleaseRow], console: Console | None = None) -> None:

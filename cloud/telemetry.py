@@ -8,7 +8,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from refold.errors import UsageError
 
-__all__ = ["CALLS", "RELEASES", "SECONDS", "UPLOADS", "UPLOAD_BYTES", "Counter", "Gauge", "MetricsServer", "render"]
+__all__ = [
+    "CALLS",
+    "RELEASES",
+    "SECONDS",
+    "UPKEEP_FAILURES",
+    "UPLOADS",
+    "UPLOAD_BYTES",
+    "Counter",
+    "Gauge",
+    "MetricsServer",
+    "render",
+]
 
 _REGISTRY: list[Counter | Gauge] = []
 
@@ -52,6 +63,7 @@ SECONDS = Counter("refold_cloud_call_seconds_total", "Seconds spent in calls, he
 UPLOADS = Counter("refold_cloud_samples_total", "Samples by outcome: stored, duplicate, or the code of a refusal")
 UPLOAD_BYTES = Counter("refold_cloud_sample_bytes_total", "Bytes of stored samples")
 RELEASES = Counter("refold_cloud_decisions_total", "Candidates by state: released or refused")
+UPKEEP_FAILURES = Counter("refold_cloud_upkeep_failures_total", "Failures of the service's own regular work, by work")
 
 
 def _escaped(value: str) -> str:

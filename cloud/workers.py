@@ -133,6 +133,8 @@ class Keeper:
                 log.info("%s: %s", self._job.cohort, f"release {version}" if version else f"refused: {content.reason}")
             except RefoldError as e:
                 log.error("A decision for %s could not be stored: %s", self._job.cohort, e.message)
+            except Exception:  # a keeper outlives what one candidate brings with it
+                log.exception("A decision for %s could not be stored", self._job.cohort)
         elif kind == "fatal":
             return str(content)
         else:
@@ -193,6 +195,8 @@ class Supervisor:
                         self._ensure(record.bundle_digest, record.cohort)
             except RefoldError as e:
                 log.warning("Looking for work failed: %s", e.message)
+            except Exception:  # this thread ends with the service, and with nothing else
+                log.exception("Looking for work failed")
             self._look.wait(10 * self._settings.workers.look_s)
             self._look.clear()
 

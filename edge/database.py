@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from refold.atomic import make_directory
 from refold.errors import StorageError
 
 __all__ = ["Database"]
@@ -46,7 +47,7 @@ class Database:
         self._version = version
         self._lock = threading.RLock()
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path.parent)
             self._connection = self._open()
         except sqlite3.OperationalError as e:
             raise self._storage_error(e) from e

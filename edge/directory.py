@@ -15,6 +15,7 @@ import fcntl
 import os
 from pathlib import Path
 
+from refold.atomic import make_directory
 from refold.errors import StorageError, UsageError
 
 __all__ = ["DataDirectory"]
@@ -26,7 +27,7 @@ class DataDirectory:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            make_directory(self.root)
         except OSError as e:
             raise StorageError(f"The data directory {self.root} cannot be made: {e.strerror or e}.") from e
         self._lock: int | None = None

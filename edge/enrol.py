@@ -29,7 +29,7 @@ from cryptography.x509.oid import NameOID
 
 from edge.channel import error_of, open_channel
 from edge.link_settings import EnrolSettings, LinkSettings
-from refold.atomic import write_atomically
+from refold.atomic import make_directory, write_atomically
 from refold.errors import AccessError, NetworkError, StorageError, UsageError
 from refold.signing import KeyRing
 from refold.v1 import fleet_pb2, fleet_pb2_grpc
@@ -204,7 +204,7 @@ def _pending(directory: Path, wish: str) -> tuple[bytes, bytes]:
 
 def _write(directory: Path, name: str, values: Mapping[str, object]) -> None:
     try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_directory(directory, mode=0o700)
     except OSError as e:
         raise StorageError(f"{directory} cannot be made: {e.strerror or e}.") from e
     write_atomically(directory / name, [json.dumps(values, indent=1).encode()], mode=0o600)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from refold.atomic import sync_directory, write_atomically
+from refold.atomic import make_directory, sync_directory, write_atomically
 from refold.errors import ReleaseError, StorageError
 from refold.limits import LIMITS
 from refold.release import digest
@@ -25,7 +25,7 @@ class ReleaseFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            make_directory(directory)
         except OSError as e:
             raise StorageError(f"{directory} cannot be made: {e.strerror or e}.") from e
 

@@ -31,7 +31,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from refold.atomic import write_atomically
+from refold.atomic import make_directory, sync_directory, write_atomically
 from refold.codec import table_from_pb
 from refold.errors import BundleError, NormStateError, StorageError, UsageError
 from refold.limits import LIMITS
@@ -215,7 +215,7 @@ class Bundle:
         root = Path(directory)
         for part in self.manifest.parts:
             target = root / part.path
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(target.parent)
             write_atomically(target, self._told(part.path, progress))
         write_atomically(root / MANIFEST, [self._manifest_bytes])
         return root
@@ -299,6 +299,7 @@ def write_bundle(path: str | os.PathLike[str], manifest: pb.Manifest, parts: Map
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)
+        sync_directory(path.parent)
     except OSError as e:
         temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0

@@ -13,10 +13,12 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 
+from cloud.store.faults import explain
 from refold.errors import StorageError, UsageError
 
 __all__ = ["connect", "migrate", "translated"]
 
+CONNECTIONS = 16  # as many as the service has threads: none of them waits for another's
 BUSY_MS = 10_000  # a worker's transaction lasts milliseconds; ten seconds mean another program holds the file
 
 
@@ -25,11 +27,19 @@ def connect(url: str) -> sa.Engine:
     try:
         parsed = sa.make_url(url)
         if parsed.get_backend_name() == "sqlite":
-            engine = sa.create_engine(parsed, connect_args={"timeout": BUSY_MS / 1000})
+            engine = sa.create_engine(parsed, connect_args={"timeout": BUSY_MS / 1000}, hide_parameters=True)
             sa.event.listen(engine, "connect", _tune_sqlite)
             sa.event.listen(engine, "begin", _begin_immediate)
             return engine
-        return sa.create_engine(parsed, pool_pre_ping=True)
+        if parsed.get_backend_name() != "postgresql":
+            raise UsageError(f"storage.database cannot be {parsed.get_backend_name()}: Refold knows SQLite and PostgreSQL.")
+        # The store's transactions lock what they read before they write it; the level is not the server's to choose.
+        return sa.create_engine(
+            parsed, pool_pre_ping=True, pool_size=CONNECTIONS, isolation_level="READ COMMITTED", hide_parameters=True
+        )
+    except ModuleNotFoundError as e:
+        hint = " Install it: pip install 'refold[cloud-postgres]'." if e.name == "psycopg" else ""
+        raise UsageError(f"storage.database cannot be used: the driver {e.name} is not installed.{hint}") from e
     except (sa.exc.ArgumentError, ImportError) as e:
         raise UsageError(f"storage.database cannot be used: {e}.") from e
 
@@ -69,21 +79,13 @@ def migrate(engine: sa.Engine) -> None:
 
 @contextlib.contextmanager
 def translated() -> Iterator[None]:
-    """Database errors as StorageError, with a sentence; anything else passes."""
+    """Database errors as Refold's own, with a sentence (`cloud.store.faults`); anything else passes.
+
+    Raises:
+        InputError: a value that no database can store: a number beyond 64 bits, text with a NUL.
+        StorageError: everything else.
+    """
     try:
         yield
-    except sa.exc.OperationalError as e:
-        text = str(e.orig).lower()
-        if "locked" in text or "busy" in text:
-            sentence, code = "another program holds the database: stop it, or try again", "database-locked"
-        elif "full" in text:
-            sentence, code = "the disk is full: free some space", "disk-full"
-        elif "readonly" in text or "read-only" in text:
-            sentence, code = "it is not writable by this user", "database-read-only"
-        else:
-            sentence, code = "it cannot be opened or reached: check storage.database and its directory", "database"
-        raise StorageError(f"The database cannot be used: {sentence}.", code=code, detail=str(e)) from e
-    except sa.exc.DatabaseError as e:
-        raise StorageError(
-            "The database is damaged or not one of Refold's: restore it from a backup.", code="damaged", detail=str(e)
-        ) from e
+    except (sa.exc.SQLAlchemyError, OverflowError, UnicodeError) as e:
+        raise explain(e) from e

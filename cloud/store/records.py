@@ -10,6 +10,7 @@ __all__ = [
     "CohortRecord",
     "Decision",
     "DeviceRecord",
+    "OperatorRecord",
     "ReleaseRecord",
     "SampleRecord",
     "StatisticsRecord",
@@ -32,6 +33,8 @@ class BundleRecord:
 
 @dataclass(frozen=True)
 class DeviceRecord:
+    """A device. `key_digest`: SHA-256 of the key it enrolled with, "" before 2026-11-29; `frames`: reported so far."""
+
     id: str
     cohort: str
     serial: str
@@ -45,6 +48,20 @@ class DeviceRecord:
     domain: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     last_error: str = ""
+    key_digest: str = ""
+    frames: int = 0
+
+
+@dataclass(frozen=True)
+class OperatorRecord:
+    """One certificate of an operator. `serial` in hex; `role`: what it may do, "operator" is everything."""
+
+    serial: str
+    name: str
+    role: str
+    issued_ms: int
+    expires_ms: int
+    revoked_ms: int = 0
 
 
 @dataclass(frozen=True)

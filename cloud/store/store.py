@@ -1,12 +1,13 @@
 """The rows. Every public method is one transaction; all are safe from any thread and several processes at once.
 
-Errors come out as `StorageError`; nothing of SQLAlchemy leaves this folder.
+Errors come out as `StorageError` (a value that cannot be stored: `InputError`); nothing of SQLAlchemy leaves this folder.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ import sqlalchemy as sa
 
 from cloud.store import tables as t
 from cloud.store.database import connect, migrate, translated
+from cloud.store.operators import OperatorRows
 from cloud.store.records import (
     BundleRecord,
     CohortRecord,
@@ -24,12 +26,14 @@ from cloud.store.records import (
     SampleRecord,
     StatisticsRecord,
 )
-from refold.errors import AccessError, ReleaseError
+from cloud.store.statements import insert_new, insert_or_update, lock_cohort, one_at_a_time
+from refold.errors import AccessError, InputError, ReleaseError
 
 __all__ = ["Store"]
 
 Record = TypeVar("Record", SampleRecord, StatisticsRecord)
 GOOD = "released"
+FORGETTING = 7444  # of the locks by number; migrations hold 7443
 BATCH = 500  # bound variables per statement; SQLite's oldest limit is 999
 
 
@@ -51,8 +55,13 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self._engine = connect(url)
-        migrate(self._engine)
+        try:
+            migrate(self._engine)
+        except BaseException:
+            self._engine.dispose()
+            raise
         self._writer = self._engine.execution_options(writes=True)
+        self.operators = OperatorRows(self._reads, self._writes)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -78,11 +87,7 @@ class Store:
         """Adds a bundle, or replaces its teachers."""
         values = {**_values(bundle), "teachers": [list(p) for p in bundle.teachers]}
         with self._writes() as c:
-            known = c.execute(sa.select(t.bundles.c.digest).where(t.bundles.c.digest == bundle.digest)).first()
-            if known:
-                c.execute(sa.update(t.bundles).where(t.bundles.c.digest == bundle.digest).values(values))
-            else:
-                c.execute(sa.insert(t.bundles).values(values))
+            insert_or_update(c, t.bundles, values, ["digest"])
 
     def bundle(self, digest: str) -> BundleRecord | None:
         with self._reads() as c:
@@ -111,34 +116,57 @@ class Store:
             AccessError: unknown, spent or expired; which of these is not told.
         """
         digest = token_hash(token)
+        valid = sa.and_(t.tokens.c.hash == digest, t.tokens.c.expires_ms >= now_ms())
         with self._writes() as c:
-            row = c.execute(sa.select(t.tokens).where(t.tokens.c.hash == digest)).mappings().first()
-            joined = c.execute(sa.select(t.joins).where(t.joins.c.token == digest, t.joins.c.device == device)).first()
-            if row is None or row["expires_ms"] < now_ms() or (row["uses_left"] < 1 and not joined):
+            granted = True
+            if insert_new(c, t.joins, {"token": digest, "device": device}):
+                # One statement reads and spends: of two transactions, the later sees what the earlier left.
+                spend = sa.update(t.tokens).where(valid, t.tokens.c.uses_left > 0).values(uses_left=t.tokens.c.uses_left - 1)
+                granted = bool(c.execute(spend).rowcount)
+            cohort = c.execute(sa.select(t.tokens.c.cohort).where(valid)).scalar()
+            if cohort is None or not granted:
                 raise AccessError(
                     "The join token is unknown, used up or expired: ask for a new one (`refold cloud token`).", code="bad-token"
                 )
-            if not joined:
-                c.execute(sa.update(t.tokens).where(t.tokens.c.hash == digest).values(uses_left=row["uses_left"] - 1))
-                c.execute(sa.insert(t.joins).values(token=digest, device=device))
-            return str(row["cohort"])
+            return str(cohort)
 
-    def put_device(self, device: str, cohort: str, serial: str, expires_ms: int) -> None:
+    def put_device(self, device: str, cohort: str, serial: str, expires_ms: int, key_digest: str | None = None) -> None:
         """Records a new certificate; the device is made when it is new. A revoked one stays revoked.
 
+        Args:
+            key_digest: of the key that enrols, which alone may enrol under this id; None: a renewal, whose old certificate
+                speaks for it.
+
         Raises:
-            AccessError: the device was revoked.
+            AccessError: the device was revoked, or another key enrolled under this id.
         """
+        fresh = DeviceRecord(device, cohort, serial, expires_ms, enrolled_ms=now_ms(), key_digest=key_digest or "")
+        change = {"cohort": cohort, "serial": serial, "expires_ms": expires_ms}
         with self._writes() as c:
-            row = c.execute(sa.select(t.devices).where(t.devices.c.id == device)).mappings().first()
-            if row is None:
-                fresh = DeviceRecord(device, cohort, serial, expires_ms, enrolled_ms=now_ms())
-                c.execute(sa.insert(t.devices).values(_values(fresh)))
+            if insert_new(c, t.devices, _values(fresh)):
                 return
+            row = c.execute(sa.select(t.devices).where(t.devices.c.id == device).with_for_update()).mappings().one()
             if row["revoked_ms"]:
                 raise AccessError(f"Device {device} was revoked.", code="revoked")
-            change = {"cohort": cohort, "serial": serial, "expires_ms": expires_ms}
+            if key_digest is not None and row["key_digest"] != key_digest:
+                raise AccessError(f"Another key enrolled as {device}: make a new key and enrol again.", code="id-taken")
             c.execute(sa.update(t.devices).where(t.devices.c.id == device).values(change))
+
+    def check_key(self, device: str, key_digest: str) -> None:
+        """Whether a key may enrol as `device`. A key of which only 48 bits are known, from an id of before 2026-11-29, counts.
+
+        Raises:
+            AccessError: a device that enrolled with it was revoked, or another key has this id.
+        """
+        d = t.devices.c
+        former = sa.and_(d.key_digest == "", d.id.like(f"%-{key_digest[:12]}"))
+        with self._reads() as c:
+            out = c.execute(sa.select(d.id).where(d.revoked_ms > 0, sa.or_(d.key_digest == key_digest, former))).scalar()
+            taken = c.execute(sa.select(d.id).where(d.id == device, d.key_digest != key_digest)).scalar()
+        if out is not None:
+            raise AccessError(f"Device {out} was revoked: enrol under a new key.", code="revoked")
+        if taken is not None:
+            raise AccessError(f"Another key enrolled as {device}: make a new key and enrol again.", code="id-taken")
 
     def device(self, device: str) -> DeviceRecord | None:
         with self._reads() as c:
@@ -179,25 +207,32 @@ class Store:
 
     def add_samples(self, samples: Sequence[SampleRecord]) -> list[SampleRecord]:
         """Stores all of them or none; returns those that were not there yet: a second time has no effect."""
-        return self._add(t.samples, samples)
-
-    def add_statistics(self, report: StatisticsRecord) -> bool:
-        """False when it was stored already: a second time has no effect."""
-        return bool(self._add(t.statistics, [report]))
-
-    def _add(self, table: sa.Table, records: Sequence[Record]) -> list[Record]:
-        fresh = []
         with self._writes() as c:
-            for record in records:
-                values = _values(record)
-                del values["id"]
-                here = sa.and_(_of(table, record.bundle_digest, record.cohort), table.c.digest == record.digest)
-                if c.execute(sa.select(table.c.id).where(here)).first():
-                    continue
-                _ensure_cohort(c, record.bundle_digest, record.cohort)
-                c.execute(sa.insert(table).values(values))
-                fresh.append(record)
-        return fresh
+            return _insert_all(c, t.samples, samples)
+
+    def add_statistics(self, report: StatisticsRecord, most_frames: int | None = None) -> bool:
+        """False when it was stored already: a second time has no effect, and counts no frames.
+
+        Args:
+            most_frames: that its device may have reported by now, this report included; None: any number.
+
+        Raises:
+            InputError: it would have reported more; nothing was stored.
+        """
+        device = t.devices.c.id == report.device
+        total = t.devices.c.frames + report.frames
+        with self._writes() as c:
+            if not _insert_all(c, t.statistics, [report]):
+                return False
+            within = sa.true() if most_frames is None else total <= most_frames
+            counted = c.execute(sa.update(t.devices).where(device, within).values(frames=total)).rowcount
+            if not counted and most_frames is not None:
+                raise InputError(
+                    f"Device {report.device} reports {report.frames:,} more frames; with those before, that is more than the "
+                    f"{most_frames:,} it can have seen since it enrolled (quota.frames_per_second, quota.frames_ahead).",
+                    code="implausible",
+                )
+        return True
 
     def samples_after(self, bundle_digest: str, cohort: str, after: int, limit: int) -> list[SampleRecord]:
         """The next samples in the order of storing."""
@@ -239,10 +274,9 @@ class Store:
         """
         values = {**_values(decision), "version": decision.version or None}
         with self._writes() as c:
-            _ensure_cohort(c, decision.bundle_digest, decision.cohort)
+            last = lock_cohort(c, decision.bundle_digest, decision.cohort)["last_version"]
             here = _of(t.cohorts, decision.bundle_digest, decision.cohort)
             if decision.state == GOOD:
-                last = c.execute(sa.select(t.cohorts.c.last_version).where(here)).scalar_one()
                 if decision.version != last + 1:
                     raise ReleaseError(f"Version {decision.version} is not the next after {last}.", code="version")
                 version = decision.version
@@ -290,7 +324,7 @@ class Store:
         """
         with self._writes() as c:
             here = _of(t.cohorts, bundle_digest, cohort)
-            current = c.execute(sa.select(t.cohorts.c.current_version).where(here)).scalar()
+            current = c.execute(sa.select(t.cohorts.c.current_version).where(here).with_for_update()).scalar()
             if current is None:
                 raise ReleaseError(f"Cohort {cohort!r} has had no release of this bundle.", code="no-release")
             if to_version == current:
@@ -320,7 +354,7 @@ class Store:
     def touch_cohort(self, bundle_digest: str, cohort: str) -> None:
         """Makes the cohort known, so that a distiller looks after it."""
         with self._writes() as c:
-            _ensure_cohort(c, bundle_digest, cohort)
+            lock_cohort(c, bundle_digest, cohort)
 
     def cohort(self, bundle_digest: str, cohort: str) -> CohortRecord | None:
         return next(iter(self.cohorts(bundle_digest, cohort)), None)
@@ -359,6 +393,7 @@ class Store:
         """Drops rows older than `before_ms` or beyond the newest n of their cohort; returns (samples, statistics) dropped."""
         dropped = [0, 0]
         with self._writes() as c:
+            one_at_a_time(c, FORGETTING)
             pairs = list(c.execute(sa.select(t.cohorts.c.bundle_digest, t.cohorts.c.cohort)))
             for i, (table, most) in enumerate(((t.samples, samples_per_cohort), (t.statistics, statistics_per_cohort))):
                 dropped[i] += c.execute(sa.delete(table).where(table.c.received_ms < before_ms)).rowcount
@@ -370,6 +405,7 @@ class Store:
                     if edge is not None:
                         dropped[i] += c.execute(sa.delete(table).where(here, table.c.id <= edge)).rowcount
             c.execute(sa.delete(t.tokens).where(t.tokens.c.expires_ms < now_ms()))
+            c.execute(sa.delete(t.joins).where(t.joins.c.token.not_in(sa.select(t.tokens.c.hash))))
         return dropped[0], dropped[1]
 
     def referenced(self, digests: Sequence[str]) -> set[str]:
@@ -387,14 +423,20 @@ def _of(table: sa.Table, bundle_digest: str, cohort: str) -> sa.ColumnElement[bo
     return sa.and_(table.c.bundle_digest == bundle_digest, table.c.cohort == cohort)
 
 
-def _ensure_cohort(c: sa.Connection, bundle_digest: str, cohort: str) -> None:
-    if not c.execute(sa.select(t.cohorts.c.cohort).where(_of(t.cohorts, bundle_digest, cohort))).first():
-        c.execute(sa.insert(t.cohorts).values(bundle_digest=bundle_digest, cohort=cohort, current_version=0, last_version=0))
+def _insert_all(c: sa.Connection, table: sa.Table, records: Sequence[Record]) -> list[Record]:
+    for pair in sorted({(r.bundle_digest, r.cohort) for r in records}):  # one order for everybody: no deadlock
+        lock_cohort(c, *pair)
+    return [r for r in records if insert_new(c, table, {k: v for k, v in _values(r).items() if k != "id"})]
 
 
 def _values(record: Any) -> dict[str, Any]:
     values = {name: getattr(record, name) for name in record.__dataclass_fields__}
-    return {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    return {k: _json(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def _json(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Without NaN and infinities: JSON, and with it PostgreSQL, has none."""
+    return {k: v for k, v in numbers.items() if not isinstance(v, float) or math.isfinite(v)}
 
 
 def _bundle(row: Mapping[Any, Any]) -> BundleRecord:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-__all__ = ["METADATA", "bundles", "cohorts", "devices", "joins", "releases", "samples", "statistics", "tokens"]
+__all__ = ["METADATA", "bundles", "cohorts", "devices", "joins", "operators", "releases", "samples", "statistics", "tokens"]
 
 METADATA = sa.MetaData()
 DIGEST = sa.String(64)
@@ -59,6 +59,21 @@ devices = sa.Table(
     sa.Column("domain", NAME, nullable=False),
     sa.Column("metrics", sa.JSON, nullable=False),
     sa.Column("last_error", sa.String(1024), nullable=False),
+    sa.Column("key_digest", DIGEST, nullable=False, server_default=""),
+    sa.Column("frames", sa.BigInteger, nullable=False, server_default="0"),
+)
+
+# Every certificate an operator was given, by serial number: what is not here, or is revoked, may not call Admin.
+operators = sa.Table(
+    "operators",
+    METADATA,
+    sa.Column("serial", sa.String(64), primary_key=True),
+    sa.Column("name", NAME, nullable=False),
+    sa.Column("role", sa.String(32), nullable=False),
+    sa.Column("issued_ms", sa.BigInteger, nullable=False),
+    sa.Column("expires_ms", sa.BigInteger, nullable=False),
+    sa.Column("revoked_ms", sa.BigInteger, nullable=False),
+    sa.Index("operators_by_name", "name"),
 )
 
 samples = sa.Table(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from edge.engine.onnx_graph import OnnxGraph
 from edge.engine.session import open_session, session_options
-from refold.atomic import write_atomically
+from refold.atomic import make_directory, write_atomically
 from refold.errors import BundleError, StorageError
 from refold.norms import ActivationScale, NormState, NormTable
 
@@ -174,7 +174,7 @@ def _read(path: Path) -> tuple[Scope, bytes] | None:
 def _write(path: Path, scope: Scope, content: bytes) -> None:
     body = bytes([scope.value]) + content
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         write_atomically(path, [hashlib.sha256(body).digest(), body])
     except (StorageError, OSError) as e:
         log.warning("The optimised graph is not kept: %s", e)

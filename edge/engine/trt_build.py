@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edge.engine.trt_api import F32, Config, CudaEngine, Network, PlanBuilder, TensorRt
-from refold.atomic import write_atomically
+from refold.atomic import make_directory, write_atomically
 from refold.errors import BundleError, StorageError
 from refold.tensorrt import BuildRecipe
 
@@ -141,7 +141,7 @@ def kept_plan(path: Path) -> bytes | None:
 def keep_plan(path: Path, plan: bytes) -> None:
     """Keeps a plan that has proved itself; a full disk only costs the next start."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         write_atomically(path, [hashlib.sha256(plan).digest(), plan])
     except (StorageError, OSError) as e:
         log.warning("The engine is not kept: %s", e)

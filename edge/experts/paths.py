@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.experts.policies import I64
-from refold.atomic import write_atomically
+from refold.atomic import make_directory, write_atomically
 from refold.errors import StorageError
 from refold.experts import ExpertIndex
 
@@ -167,7 +167,7 @@ class PathTable:
         """In one step; of two processes the later wins. Raises StorageError."""
         if self.file is not None:
             try:
-                self.file.parent.mkdir(parents=True, exist_ok=True)
+                make_directory(self.file.parent)
             except OSError as e:
                 raise StorageError(f"{self.file.parent} cannot be made: {e.strerror or e}.") from e
             write_atomically(self.file, [content])

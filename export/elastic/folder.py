@@ -31,7 +31,7 @@ from export.elastic.layout import Layout
 from export.elastic.space import Configuration, Space
 from export.elastic.supernet import Supernet
 from export.ir import Graph
-from refold.atomic import write_atomically
+from refold.atomic import make_directory, write_atomically
 from refold.errors import InputError, StorageError, UsageError
 from refold.preprocess import Preprocess, Resize
 
@@ -133,7 +133,7 @@ class RunFolder:
     def create(self, settings: Settings, program: ExportedProgram) -> None:
         """Writes settings and model. Raises StorageError when the disk does not take them."""
         try:
-            (self.path / "configurations").mkdir(parents=True, exist_ok=True)
+            make_directory(self.path / "configurations")
         except OSError as e:
             raise StorageError(f"{self.path} cannot be made: {e.strerror or e}.") from e
         out = io.BytesIO()
@@ -152,7 +152,7 @@ class RunFolder:
             StorageError: the folder cannot be made.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
             lock = (self.path / ".lock").open("w")
         except OSError as e:
             raise StorageError(f"{self.path} cannot be made: {e.strerror or e}.") from e
@@ -246,7 +246,7 @@ class RunFolder:
 
     def keep(self, name: str, configuration: Configuration) -> Path:
         path = self.path / "configurations" / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
+        make_directory(path.parent)
         write_atomically(path, [configuration.to_json().encode()])
         return path
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from refold.atomic import sync_directory, write_atomically
+from refold.atomic import make_directory, sync_directory, write_atomically
 from refold.errors import RefoldError, StorageError, UsageError
 from refold.experts import ALIGNMENT, PagedWriter, Record
 
@@ -57,7 +57,7 @@ class Work:
 
     def __enter__(self) -> Work:
         try:
-            self.folder.mkdir(exist_ok=True)
+            make_directory(self.folder)
             self._lock = (self.folder / "lock").open("wb")
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

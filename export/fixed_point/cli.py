@@ -33,7 +33,7 @@ from export.pipeline import MOST_PICTURES, Options, export_model
 from export.preprocessing import parse_preprocess
 from export.progress import counted
 from export.targets import TARGETS
-from refold.atomic import write_atomically
+from refold.atomic import make_directory, write_atomically
 from refold.errors import InputError, ModelError, StorageError, UsageError
 from refold.preprocess import Preprocess
 
@@ -135,7 +135,7 @@ def fixed_point_train(
             else f"There is no directory {bundle.parent} to write {bundle.name} into."
         )
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        make_directory(output)
     except OSError as e:
         raise StorageError(f"{output} cannot be made: {e.strerror or e}. Give another folder with --output.") from e
     console = Console(stderr=True)

@@ -61,14 +61,16 @@ class CohortStatus(_message.Message):
     def __init__(self, bundle_digest: _Optional[str] = ..., bundle_name: _Optional[str] = ..., cohort: _Optional[str] = ..., current_version: _Optional[int] = ..., samples: _Optional[int] = ..., sample_bytes: _Optional[int] = ..., statistics_reports: _Optional[int] = ..., distiller: _Optional[str] = ..., last_gate: _Optional[str] = ...) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("devices", "cohorts", "version")
+    __slots__ = ("devices", "cohorts", "version", "warnings")
     DEVICES_FIELD_NUMBER: _ClassVar[int]
     COHORTS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     devices: _containers.RepeatedCompositeFieldContainer[DeviceStatus]
     cohorts: _containers.RepeatedCompositeFieldContainer[CohortStatus]
     version: str
-    def __init__(self, devices: _Optional[_Iterable[_Union[DeviceStatus, _Mapping]]] = ..., cohorts: _Optional[_Iterable[_Union[CohortStatus, _Mapping]]] = ..., version: _Optional[str] = ...) -> None: ...
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, devices: _Optional[_Iterable[_Union[DeviceStatus, _Mapping]]] = ..., cohorts: _Optional[_Iterable[_Union[CohortStatus, _Mapping]]] = ..., version: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListReleasesRequest(_message.Message):
     __slots__ = ("bundle_digest", "cohort")

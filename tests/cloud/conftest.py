@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
+from databases import BACKENDS, fresh_database
 from fleet_of import Fleet, make_bundle
 
 from cloud.bundles import register
@@ -27,3 +28,10 @@ def fleet(tmp_path: Path, small: Bundle) -> Iterator[Fleet]:
     with Fleet(tmp_path / "fleet", {"REFOLD_CLOUD_WORKERS__MODE": "none"}) as running:
         register(running.store, running.cloud._objects, small.path, [])
         yield running
+
+
+@pytest.fixture(params=BACKENDS)
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty database of every kind there is."""
+    with fresh_database(request.param, tmp_path) as url:
+        yield url

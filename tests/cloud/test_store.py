@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -22,19 +21,9 @@ from refold.errors import AccessError, ReleaseError, StorageError, UsageError
 BUNDLE, COHORT = "b" * 64, "roof"
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    url = f"sqlite:///{tmp_path / 'refold.db'}"
-    if request.param == "postgresql":
-        url = os.environ.get("REFOLD_TEST_POSTGRES", "")
-        if not url:
-            pytest.skip("REFOLD_TEST_POSTGRES is unset: give the URL of an empty database to test against PostgreSQL")
-        engine = sa.create_engine(url)
-        METADATA.drop_all(engine)
-        with engine.begin() as c:
-            c.execute(sa.text("DROP TABLE IF EXISTS alembic_version"))
-        engine.dispose()
-    opened = Store(url)
+@pytest.fixture
+def store(database_url: str) -> Iterator[Store]:
+    opened = Store(database_url)
     yield opened
     opened.close()
 

@@ -11,6 +11,8 @@ import grpc
 
 from cloud.settings import CloudSettings
 from refold.errors import AccessError, NetworkError, RefoldError, ReleaseError, UsageError
+from refold.network import is_tls, join, meaning_of, reason_of
+from refold.network.tls import load_authority, load_pair
 from refold.v1 import admin_pb2_grpc
 
 __all__ = ["Operator"]
@@ -29,13 +31,15 @@ class Operator:
     """
 
     def __init__(self, settings: CloudSettings, certificate: Path, key: Path) -> None:
-        try:
-            credentials = grpc.ssl_channel_credentials(settings.tls.ca.read_bytes(), key.read_bytes(), certificate.read_bytes())
-        except OSError as e:
-            raise UsageError(f"{e.filename} cannot be read: {e.strerror}.") from e
+        pair = load_pair(certificate, key)
+        credentials = grpc.ssl_channel_credentials(load_authority(settings.tls.ca), pair.key_pem, pair.certificate_pem)
+        if not settings.server.port:
+            raise UsageError(
+                "server.port is 0, so the service chose its port when it started: set REFOLD_CLOUD_SERVER__PORT to the one it "
+                "told."
+            )
         host = settings.server.address
-        host = {"0.0.0.0": "localhost", "[::]": "localhost", "::": "localhost"}.get(host, host)
-        self._address = f"{host}:{settings.server.port}"
+        self._address = join({"0.0.0.0": "localhost", "::": "localhost"}.get(host, host), settings.server.port)
         self._channel = grpc.secure_channel(self._address, credentials)
         self.admin = admin_pb2_grpc.AdminStub(self._channel)  # type: ignore[no-untyped-call]
 
@@ -50,9 +54,14 @@ class Operator:
         code = next((str(m.value) for m in e.trailing_metadata() or () if m.key == "refold-code"), None)
         if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
             return NetworkError(
-                f"No service answers at {self._address}: start it with `refold cloud serve`, or check server.address and the "
-                "certificates.",
+                f"No service answers at {self._address}: {reason_of(text) or status.name}. "
+                f"{meaning_of(text)} Start it with `refold cloud serve`, or check server.address and server.port.",
+                code="tls" if is_tls(text) else None,
                 detail=text,
+            )
+        if status is grpc.StatusCode.UNIMPLEMENTED:
+            return NetworkError(
+                f"The server at {self._address} does not know this call: check server.port.", code="unimplemented"
             )
         if status in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
             return AccessError(text, code=code)

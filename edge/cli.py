@@ -182,7 +182,8 @@ def enrol(
     """Exchange a join token for this device's certificate and the release keys it trusts."""
     from edge.enrol import enrol as buy
 
-    names = {("enrol", "address"): "--cloud", ("data",): "--data", **{("enrol", k): f"--{k}" for k in wishes}}
+    names: dict[tuple[str, ...], str] = {("enrol", "address"): "--cloud", ("data",): "--data"}
+    names |= {("enrol", name): f"--{name}" for name in wishes}
     flags = {"data": data, "enrol": {"address": cloud, **wishes}}
     settings = load_settings(config, flags, flag_names=names, assignments=assignments)
     identity = buy(settings.enrol, token, settings.identity_folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
@@ -59,11 +59,17 @@ def section_of(annotation: Any) -> type[Any] | None:
     return None
 
 
+def _annotated(annotation: Any, metadata: Sequence[Any]) -> Any:
+    for entry in metadata:
+        annotation = Annotated[annotation, entry]
+    return annotation
+
+
 def fields_of(section: type[Any]) -> dict[str, Any]:
     """Name and annotation of each setting of a section."""
     if issubclass(section, BaseModel):
         return {
-            name: Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+            name: _annotated(field.annotation, field.metadata) if field.metadata else field.annotation
             for name, field in section.model_fields.items()
         }
     hints = get_type_hints(section, include_extras=True)

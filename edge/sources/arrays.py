@@ -11,6 +11,7 @@ import numpy as np
 from edge.sources.pictures import Skipped, fit
 from edge.sources.source import Picture
 from refold.errors import InputError
+from refold.imaging import open_regular
 from refold.preprocess import Preprocess, Resize
 
 __all__ = ["ArraySource"]
@@ -26,11 +27,14 @@ class ArraySource:
         self._preprocess = preprocess
         self._name = path.name
         try:
-            if path.suffix == ".npy":
-                images = np.load(path, allow_pickle=False, mmap_mode="r")
-            else:
-                with path.open("rb") as f, np.load(f, allow_pickle=False) as archive:
-                    images = archive["images"]
+            with open_regular(path) as f:
+                if path.suffix.lower() == ".npy":
+                    images = np.load(path, allow_pickle=False, mmap_mode="r")
+                else:
+                    with np.load(f, allow_pickle=False) as archive:
+                        images = archive["images"]
+        except InputError as e:
+            raise InputError(f"{path} {e.message}", code=e.code) from e
         except KeyError:
             raise InputError(f"{path} has no array called images.") from None
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:

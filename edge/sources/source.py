@@ -9,8 +9,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.sources.pictures import SUFFIXES, Skipped
+from edge.sources.pictures import Skipped
 from refold.errors import UsageError
+from refold.imaging import is_image_name
 from refold.preprocess import Preprocess
 
 __all__ = ["NoSource", "Picture", "Source", "open_source"]
@@ -85,8 +86,8 @@ def open_source(name: str, preprocess: Preprocess, *, watch: bool = False) -> So
         return FolderSource(path, preprocess, watch=watch)
     if not path.exists():
         raise UsageError(f"There is no source at {name}: give a folder of images, an .npz, a video, camera:N or none.")
-    if path.suffix in (".npz", ".npy"):
+    if path.suffix.lower() in (".npz", ".npy"):
         return ArraySource(path, preprocess)
-    if path.suffix.lower() in SUFFIXES:
+    if is_image_name(path.name):
         return FolderSource(path.parent, preprocess, only=path.name)
     return VideoSource(path, preprocess)

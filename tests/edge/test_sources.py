@@ -266,10 +266,10 @@ def encoded(picture):
 @pytest.mark.parametrize("watch", [False, True])
 def test_an_image_that_is_still_being_written_is_served_when_it_is_whole(folder, watch):
     stop = threading.Event()
-    stream = Stream(lambda: open_source(str(folder), EXACT, watch=watch), stop=stop)
     writer = threading.Thread(target=growing, args=(folder / "3_slow.png", 4))
     writer.start()
     wait((folder / "3_slow.png").exists)
+    stream = Stream(lambda: open_source(str(folder), EXACT, watch=watch), stop=stop)
     frames = []
     for frame in stream:
         frames += [frame] if frame is not None else []

@@ -99,7 +99,7 @@ CASES: dict[str, tuple[str, Make, np.ndarray]] = {
     "grey and alpha png": ("x.png", lambda p: Image.fromarray(LA).save(p), over_white(three(GREY), ALPHA)),
     "rgb png with tRNS": ("x.png", lambda p: Image.fromarray(RGB).save(p, transparency=tuple(map(int, KEY))), keyed()),
     "grey png with tRNS": (
-        "x.png", lambda p: Image.fromarray(GREY).save(p, transparency=int(KEY[0])), three(np.where(GREY == KEY[0], 255, GREY)),
+        "x.png", lambda p: Image.fromarray(GREY).save(p, transparency=int(KEY[0])), three(np.where(np.equal(GREY, KEY[0]), 255, GREY)),
     ),
     "16 bits png": ("x.png", lambda p: Image.fromarray(DEEP).save(p), three(scaled(DEEP, 65_535))),
     "16 bits tiff": ("x.tif", lambda p: Image.fromarray(DEEP).save(p), three(scaled(DEEP, 65_535))),

@@ -80,6 +80,10 @@ class Adaptation:
             self._since, self._offered = 0, now
             self._runner.offer(self._look)
 
+    def run_on(self, runner: Runner) -> None:
+        """Looks at frames on another runner from now on; called before the first frame."""
+        self._runner = runner
+
     # The worker --------------------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:

@@ -47,6 +47,11 @@ class Source(_Section):
     watch: bool = Field(default=False, description="Of a folder: go on with pictures that arrive later.")
     loop: bool = Field(default=False, description="Begin again at the end.")
     fps: float = Field(default=0.0, ge=0, le=10_000, description="Frames per second at most; 0: as fast as they are served.")
+    waits: Literal["auto", "yes", "no"] = Field(
+        default="auto",
+        description="Whether a frame waits until the device's own adaptation has looked at it: no look is dropped, a replay "
+        "repeats itself. auto: frames of a file, an array or a folder that is not watched, without `fps`.",
+    )
     max_frames: int = Field(default=0, ge=0, description="Stop after so many frames; 0: never.")
 
 

@@ -21,6 +21,7 @@ class ArraySource:
     """Raises InputError when the file is damaged or its pictures are not what the model takes."""
 
     live = slow = False
+    replayed = True
 
     def __init__(self, path: Path, preprocess: Preprocess) -> None:
         self.skipped = Skipped()

@@ -67,9 +67,8 @@ class FolderSource:
             raise UsageError(f"{directory} holds no image ({', '.join(sorted(SUFFIXES))}); give another folder or --watch.")
 
     @property
-    def follows(self) -> bool:
-        """Whether images arrive as time goes by."""
-        return self._watch
+    def replayed(self) -> bool:
+        return not self._watch  # those that arrive in a watched folder have somebody waiting for their answers
 
     def _names(self) -> list[str]:
         if self._only is not None:

@@ -30,11 +30,13 @@ class Source(Protocol):
     Attributes:
         skipped: pictures that could not be used.
         live: pictures come whether or not anybody is ready; late ones are dropped and counted.
+        replayed: pictures wait for us: a file's, an array's, a folder's as it is. Not a watched folder's or a camera's.
         slow: getting one takes longer than a queue's hand-over, so that reading ahead pays.
     """
 
     skipped: Skipped
     live: bool
+    replayed: bool
     slow: bool
 
     def __iter__(self) -> Iterator[Picture | None]:
@@ -47,7 +49,7 @@ class Source(Protocol):
 class NoSource:
     """Nothing ever: requests over the network drive the daemon."""
 
-    live = slow = False
+    live = replayed = slow = False
 
     def __init__(self) -> None:
         self.skipped = Skipped()

@@ -123,6 +123,11 @@ class Stream:
         return self._source.slow or self._source.live
 
     @property
+    def replayed(self) -> bool:
+        """A file's frames at no pace of their own: nobody loses anything by waiting."""
+        return self._source.replayed and not self._interval
+
+    @property
     def lost(self) -> int:
         """Pictures of a live source that nobody was ready for."""
         return self._lost + (self._pictures.lost if isinstance(self._pictures, Prefetch) else 0)

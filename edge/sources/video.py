@@ -45,6 +45,7 @@ class VideoSource:
     def __init__(self, origin: Path | int, preprocess: Preprocess) -> None:
         self.skipped = Skipped()
         self.live = isinstance(origin, int) or _is_camera(origin)
+        self.replayed = not self.live
         self._name = f"camera:{origin}" if isinstance(origin, int) else origin.name
         self._preprocess = preprocess
         try:

@@ -37,6 +37,10 @@ DEEP[0, :4] = 0, 1, 65_534, 65_535
 Make = Callable[[Path], Any]
 
 
+def grey_keyed() -> np.ndarray:
+    return np.where(np.equal(GREY, KEY[0]), 255, GREY).astype(np.uint8)
+
+
 SECOND = {"save_all": True, "append_images": [Image.fromarray(RGB[::-1])]}
 
 
@@ -99,7 +103,7 @@ CASES: dict[str, tuple[str, Make, np.ndarray]] = {
     "grey and alpha png": ("x.png", lambda p: Image.fromarray(LA).save(p), over_white(three(GREY), ALPHA)),
     "rgb png with tRNS": ("x.png", lambda p: Image.fromarray(RGB).save(p, transparency=tuple(map(int, KEY))), keyed()),
     "grey png with tRNS": (
-        "x.png", lambda p: Image.fromarray(GREY).save(p, transparency=int(KEY[0])), three(np.where(np.equal(GREY, KEY[0]), 255, GREY)),
+        "x.png", lambda p: Image.fromarray(GREY).save(p, transparency=int(KEY[0])), three(grey_keyed()),
     ),
     "16 bits png": ("x.png", lambda p: Image.fromarray(DEEP).save(p), three(scaled(DEEP, 65_535))),
     "16 bits tiff": ("x.tif", lambda p: Image.fromarray(DEEP).save(p), three(scaled(DEEP, 65_535))),

@@ -57,6 +57,7 @@ class FolderSource:
 
     def __init__(self, directory: Path, preprocess: Preprocess, *, watch: bool = False, only: str | None = None) -> None:
         self.skipped = Skipped()
+        self.replayed = not watch  # of images that arrive in a watched folder somebody waits for the answers
         self._directory = directory
         self._preprocess = preprocess
         self._watch = watch
@@ -65,10 +66,6 @@ class FolderSource:
         self._done: dict[str, _Stamp | tuple[int, int]] = {}
         if not watch and not self._names():
             raise UsageError(f"{directory} holds no image ({', '.join(sorted(SUFFIXES))}); give another folder or --watch.")
-
-    @property
-    def replayed(self) -> bool:
-        return not self._watch  # those that arrive in a watched folder have somebody waiting for their answers
 
     def _names(self) -> list[str]:
         if self._only is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,7 +40,7 @@ def read_image(path: Path, preprocess: Preprocess, name: str = "The image") -> N
 
 
 def decoded(
-    file: BinaryIO, formats: Sequence[str] = FORMATS, *, size: tuple[int, int] | None = None, one_frame: bool = False
+    file: BinaryIO, formats: tuple[str, ...] = FORMATS, *, size: tuple[int, int] | None = None, one_frame: bool = False
 ) -> Image.Image:
     """The first frame, upright and 8-bit RGB, in memory.
 
@@ -58,8 +57,10 @@ def decoded(
             warnings.simplefilter("ignore")  # of a doubtful EXIF block, a bomb below our own limit
             with Image.open(file, formats=formats) as picture:
                 if picture.width * picture.height > LIMITS.image_pixels:
-                    size = f"{picture.width}x{picture.height}"
-                    raise InputError(f"is {size}, more than the limit of {LIMITS.image_pixels} pixels.", code="too-large")
+                    raise InputError(
+                        f"is {picture.width}x{picture.height}, more than the limit of {LIMITS.image_pixels} pixels.",
+                        code="too-large",
+                    )
                 if size is not None and picture.size != size:
                     raise InputError(f"is {picture.size}, its header says {size}.", code="wrong-size")
                 if one_frame and getattr(picture, "n_frames", 1) != 1:

@@ -42,7 +42,7 @@ def slow_looks(monkeypatch):
     observe = TapObserver.observe
 
     def slowly(self, *args):
-        time.sleep(0.003)
+        time.sleep(0.001)
         return observe(self, *args)
 
     monkeypatch.setattr(TapObserver, "observe", slowly)

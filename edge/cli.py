@@ -183,7 +183,7 @@ def status(as_json: bool, **flags: Any) -> None:
 @click.option("--cloud", help="host:port of the cloud's enrolment port.")
 @click.option("--token", required=True, envvar="REFOLD_JOIN_TOKEN", help="One-time join token (or REFOLD_JOIN_TOKEN).")
 @click.option("--ca", type=click.Path(), help="The fleet authority's certificate (PEM).")
-@click.option("--fingerprint", help="Instead of --ca: SHA-256 of the server's certificate, in hex.")
+@click.option("--fingerprint", help="Instead of --ca, or besides it: SHA-256 of the server's certificate, in hex.")
 @click.option("--cohort", help="Cohort wished for; the token may prescribe another.")
 @click.option("--name", help="Begins the device's id; default: the host's name.")
 @set_option

@@ -1,4 +1,6 @@
-"""From an image file to the pixels a model sees: one way for calibration, device and service (docs/adr/020-images.md).
+"""From an image file to the pixels a model sees: one way for calibration, device and service.
+
+The rules and their reasons: docs/adr/020-images-settings-addresses.md.
 
 read_image(path, preprocess)        a file of any common kind, uint8 (height, width, 3) of the model's size
 fit(array, preprocess)              the same for pixels in memory

@@ -164,3 +164,16 @@ def test_an_unset_variable_is_no_fingerprint_and_no_ca():
     for setting in ("ENROL__FINGERPRINT", "ENROL__CA", "ENROL__SERVER_NAME", "INFERENCE__CLIENT_CA"):
         with pytest.raises(UsageError, match=f"REFOLD_EDGE_{setting}: .* is '': it is given and empty"):
             load_settings(None, {}, {f"REFOLD_EDGE_{setting}": ""})
+
+
+def test_trust_that_would_be_ignored_is_refused(tmp_path):
+    from click.testing import CliRunner
+
+    from edge.experts.generate_cli import generate
+    from edge.experts.release import trust
+
+    with pytest.raises(UsageError, match="A cohort goes with --key"):
+        trust(tmp_path, (), "roof")
+    for flag, value in (("--key", "ab" * 32), ("--cohort", "roof")):
+        failure = CliRunner().invoke(generate, [str(tmp_path / "m.refold"), "text", flag, value]).exception
+        assert isinstance(failure, UsageError) and "--release" in failure.message

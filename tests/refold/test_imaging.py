@@ -139,6 +139,31 @@ def test_every_mode_by_its_rule(case: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(got, expected)
 
 
+def test_modes_that_no_common_writer_makes() -> None:
+    from refold.imaging.convert import to_rgb
+
+    rgba = Image.fromarray(RGBA)
+    premultiplied, expected = np.asarray(to_rgb(rgba.convert("RGBa"))), over_white(RGB, ALPHA)
+    assert np.abs(premultiplied.astype(int) - expected).max() <= 1  # multiplied and divided again
+    np.testing.assert_array_equal(np.asarray(to_rgb(Image.fromarray(RGB).convert("RGBX"))), RGB)
+    np.testing.assert_allclose(np.asarray(to_rgb(Image.fromarray(RGB).convert("YCbCr"))).astype(int), RGB, atol=3)
+    palette = PALETTE.convert("PA")
+    palette.putalpha(Image.fromarray(ALPHA))
+    np.testing.assert_array_equal(np.asarray(to_rgb(palette)), over_white(LOOKED_UP, ALPHA))
+    for mode in ("LAB", "HSV", "F"):
+        with pytest.raises(InputError) as e:
+            to_rgb(Image.new(mode, (4, 4)))
+        assert e.value.code == "not-rgb" and mode in e.value.message
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated:DeprecationWarning")
+def test_a_cmyk_jpeg_is_not_inverted(tmp_path: Path) -> None:
+    flat = np.full((16, 16, 4), (200, 40, 10, 30), np.uint8)
+    Image.fromarray(flat, "CMYK").save(tmp_path / "x.jpg", quality=100)  # with Adobe's marker, inverted in the file
+    got = read_image(tmp_path / "x.jpg", Preprocess(16, 16))
+    np.testing.assert_allclose(got.astype(float), cmyk(flat), atol=3)
+
+
 def test_twelve_bits_are_scaled_by_twelve_and_white_may_be_zero() -> None:
     from refold.imaging.convert import to_rgb
 

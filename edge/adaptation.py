@@ -68,7 +68,10 @@ class Adaptation:
     # The frame loop ----------------------------------------------------------------------------------------------------------
 
     def watch(self, frame: int, image: U8, entropy: float, predicted: int) -> None:
-        """Leaves one frame for the adapter, which looks at it while the engine is busy with the next. Waits for nothing."""
+        """Leaves one frame for the adapter, which looks at it while the engine is busy with the next.
+
+        Waits for nothing, but on a runner that does everything at once: then for this look and what comes of it.
+        """
         if not self._watching:
             return
         if len(self._waiting) == FRAMES_WAITING:

@@ -103,20 +103,23 @@ def run(**flags: Any) -> None:
     click.echo(
         f"Served {frames} frames ({m['pictures_skipped']:.0f} pictures skipped, {m['frames_lost']:.0f} frames lost), "
         f"{m['latency_p50_ms']:.2f} ms each, {m['swaps']:.0f} engine swaps, release {status['release_version']}, "
-        f"domain {status['domain']}.{_looks(status)}",
+        f"domain {status['domain']}.{_dropped(status)}",
         err=True,
     )
 
 
-def _looks(status: dict[str, Any]) -> str:
-    """What the adaptation did not see, and how it would have."""
-    dropped = status["looks_dropped"]
-    if not dropped:
-        return ""
-    return (
-        f" The adaptation was behind: {dropped} looks at frames were dropped, so that it adapted to fewer of them than came. "
-        "A file without --fps waits for it; so does any source with --set source.waits=yes."
-    )
+def _dropped(status: dict[str, Any]) -> str:
+    """What workers were too far behind for, and for looks how they would have been taken."""
+    said, looks = "", status["looks_dropped"]
+    if looks:
+        said += (
+            f" The adaptation was behind: {looks} looks at frames were dropped, so that it adapted to fewer of them than came. "
+            "A file without --fps waits for it; so does any source with --set source.waits=yes."
+        )
+    for name, what in {"samples_dropped": "kept samples", "predictions_dropped": "lines of predictions"}.items():
+        if status["metrics"].get(name):
+            said += f" {status['metrics'][name]:.0f} {what} were dropped: the disk was behind."
+    return said
 
 
 def _opening(daemon: Any) -> str:

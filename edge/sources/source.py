@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from edge.sources.pictures import Skipped
 from refold.errors import UsageError
 from refold.imaging import is_image_name
+from refold.imaging.files import kind_of
 from refold.preprocess import Preprocess
 
 __all__ = ["NoSource", "Picture", "Source", "open_source"]
@@ -91,5 +92,7 @@ def open_source(name: str, preprocess: Preprocess, *, watch: bool = False) -> So
     if path.suffix.lower() in (".npz", ".npy"):
         return ArraySource(path, preprocess)
     if is_image_name(path.name):
+        if kind := kind_of(path.stat().st_mode):
+            raise UsageError(f"{path} is {kind}, not a file: give an image, a folder of images, an .npz, a video or camera:N.")
         return FolderSource(path.parent, preprocess, only=path.name)
     return VideoSource(path, preprocess)

@@ -34,7 +34,8 @@ def decode_payload(codec: int, payload: bytes, width: int, height: int) -> NDArr
     try:
         picture = decoded(io.BytesIO(payload), ("WEBP",), size=(width, height), one_frame=True)
     except InputError as e:
-        raise InputError(f"The image {e.message}", code=e.code, detail=e.detail) from e
+        code = "wrong-size" if e.code == "wrong-size" else "unreadable"
+        raise InputError(f"The image {e.message}", code=code, detail=e.detail) from e
     if picture.size != (width, height):
         raise InputError("The image is turned by its EXIF orientation, which uploads have none of.", code="wrong-size")
     return np.asarray(picture, np.uint8)

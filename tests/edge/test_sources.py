@@ -15,7 +15,7 @@ from small_nets import images
 from edge.sources import Stream, fit, load_picture, open_source
 from edge.sources.video import VideoSource
 from refold import Preprocess, Resize
-from refold.errors import InputError, UsageError
+from refold.errors import InputError, RefoldError, UsageError
 
 EXACT = Preprocess(16, 16)
 
@@ -244,6 +244,9 @@ def test_a_source_that_fails_midway_says_so(folder):
     source = open_source(str(folder), EXACT, watch=True)
     source._names = lambda: (_ for _ in ()).throw(UsageError("the folder went away"))
     with pytest.raises(UsageError, match="went away"):
+        list(Stream(lambda: source))
+    source._names = lambda: [][0]
+    with pytest.raises(RefoldError, match="The source failed: IndexError"):
         list(Stream(lambda: source))
 
 

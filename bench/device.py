@@ -59,7 +59,7 @@ def whole_daemon(bundle: Path, frames: Path, folder: Path) -> Daemon:
         EdgeSettings(
             bundle=str(bundle),
             data=str(folder / "data"),
-            source=Source(path=str(frames), loop=True),
+            source=Source(path=str(frames), loop=True, waits="no"),
             predictions=Predictions(path=str(folder / PREDICTIONS), limit_mb=0),
             select=SelectSettings(),
         )

@@ -17,8 +17,14 @@ from cloud.fleet.operator_cli import operator
 from cloud.fleet.options import config_option, json_option, say
 from cloud.settings import CloudSettings, load_settings
 from refold.errors import UsageError
+from refold.network import check_host, join
 
 __all__ = ["cloud"]
+
+set_option = click.option(
+    "--set", "assignments", multiple=True, metavar="SECTION.NAME=VALUE", help="Any setting, over every other source; repeat."
+)
+PORT = click.IntRange(0, 65_535)
 
 
 @click.group()
@@ -29,17 +35,28 @@ def cloud() -> None:
 cloud.add_command(operator)
 
 
+def _host(text: str, flag: str) -> str:
+    try:
+        return check_host(text)
+    except ValueError as e:
+        raise UsageError(f"{flag} {text!r}: {e}.", code="address") from e
+
+
 @cloud.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--host", "hosts", multiple=True, help="Name or address devices use; repeat for several.")
 @click.option("--address", help="Interface to listen on; default: loopback, or all interfaces when --host is given.")
-@click.option("--port", default=7443, show_default=True, help="Devices and operators (mutual TLS).")
-@click.option("--enrol-port", default=7444, show_default=True, help="Enrolment (server TLS).")
+@click.option("--port", default=7443, show_default=True, type=PORT, help="Devices and operators (mutual TLS).")
+@click.option("--enrol-port", default=7444, show_default=True, type=PORT, help="Enrolment (server TLS).")
 @json_option
 def init(directory: Path, hosts: tuple[str, ...], address: str | None, port: int, enrol_port: int, as_json: bool) -> None:
     """Make the authority, certificates, signing key and settings of a new fleet in DIRECTORY."""
     from cloud.provision import LOCAL, default_hosts, provision
 
+    hosts = tuple(_host(h, "--host") for h in hosts)
+    address = None if address is None else _host(address, "--address")
+    if port == enrol_port and port:
+        raise UsageError(f"--port and --enrol-port are both {port}: devices and enrolment need a port each.")
     names = [*hosts, *LOCAL] if hosts else default_hosts()
     config = provision(
         directory, list(dict.fromkeys(names)), port, enrol_port, address or ("0.0.0.0" if hosts else "127.0.0.1")
@@ -63,6 +80,7 @@ def renew_server_command(hosts: tuple[str, ...], config: Path) -> None:
     from cloud.provision import LOCAL, default_hosts, renew_server
 
     tls = load_settings(config).tls
+    hosts = tuple(_host(h, "--host") for h in hosts)
     names = [*hosts, *LOCAL] if hosts else default_hosts()
     renew_server(tls.certificate, tls.key, Authority.load(tls.ca, tls.ca_key), names)
     click.echo(f"{tls.certificate} is now for {', '.join(dict.fromkeys(names))}. Restart the service.")
@@ -109,13 +127,14 @@ def add_bundle(file: Path, teachers: tuple[str, ...], weights: tuple[str, ...], 
 @config_option
 @click.option("--log-json", is_flag=True, help="One JSON object per line on stderr.")
 @click.option("--log-level", default="INFO", show_default=True, type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]))
+@set_option
 @json_option
-def serve(config: Path, log_json: bool, log_level: str, as_json: bool) -> None:
+def serve(config: Path, log_json: bool, log_level: str, assignments: tuple[str, ...], as_json: bool) -> None:
     """Run the service until SIGTERM or Ctrl-C."""
     from cloud.logs import set_up
 
     set_up(log_level, as_json=log_json)
-    settings = load_settings(config)
+    settings = load_settings(config, assignments=assignments)
     asyncio.run(_serve(settings, as_json))
 
 
@@ -138,8 +157,8 @@ async def _serve(settings: CloudSettings, as_json: bool) -> None:
             "enrol_port": service.enrol_port,
             "pid": os.getpid(),
         }
-        text = f"Ready: {address}:{service.port} (devices, operators), {address}:{service.enrol_port} (enrolment)."
-        say(as_json, ready, text)
+        main, enrolment = join(address, service.port), join(address, service.enrol_port)
+        say(as_json, ready, f"Ready: {main} (devices, operators), {enrolment} (enrolment).")
         sys.stdout.flush()
         notify("READY=1")
         await stop.wait()

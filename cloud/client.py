@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 import grpc
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 
 from cloud.settings import CloudSettings
 from refold.errors import AccessError, NetworkError, RefoldError, ReleaseError, UsageError
+from refold.network import is_tls, join, meaning_of, reason_of
+from refold.network.tls import load_authority, load_pair
 from refold.v1 import admin_pb2_grpc
 
 __all__ = ["Operator"]
@@ -36,15 +35,20 @@ class Operator:
     """
 
     def __init__(self, settings: CloudSettings, certificate: Path, key: Path) -> None:
-        try:
-            ca, private, own = settings.tls.ca.read_bytes(), key.read_bytes(), certificate.read_bytes()
-        except OSError as e:
-            raise UsageError(f"{e.filename} cannot be read: {e.strerror}.") from e
-        _check_pair(certificate, own, key, private)
-        credentials = grpc.ssl_channel_credentials(ca, private, own)
+        pair = load_pair(certificate, key, " `refold cloud operator renew` on the server makes them anew.")
+        if pair.expired():
+            ended = f"{pair.certificate.not_valid_after_utc:%Y-%m-%d}"
+            raise AccessError(
+                f"{certificate} expired on {ended}: `refold cloud operator renew` on the server.", code="certificate-expired"
+            )
+        credentials = grpc.ssl_channel_credentials(load_authority(settings.tls.ca), pair.key_pem, pair.certificate_pem)
+        if not settings.server.port:
+            raise UsageError(
+                "server.port is 0, so the service chose its port when it started: set REFOLD_CLOUD_SERVER__PORT to the one it "
+                "told."
+            )
         host = settings.server.address
-        host = {"0.0.0.0": "localhost", "[::]": "localhost", "::": "localhost"}.get(host, host)
-        self._address = f"{host}:{settings.server.port}"
+        self._address = join({"0.0.0.0": "localhost", "::": "localhost"}.get(host, host), settings.server.port)
         self._channel = grpc.secure_channel(self._address, credentials)
         self.admin = admin_pb2_grpc.AdminStub(self._channel)  # type: ignore[no-untyped-call]
 
@@ -59,9 +63,14 @@ class Operator:
         code = next((str(m.value) for m in e.trailing_metadata() or () if m.key == "refold-code"), None)
         if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
             return NetworkError(
-                f"No service answers at {self._address}: start it with `refold cloud serve`, or check server.address and the "
-                "certificates.",
+                f"No service answers at {self._address}: {reason_of(text) or status.name}. "
+                f"{meaning_of(text)} Start it with `refold cloud serve`, or check server.address and server.port.",
+                code="tls" if is_tls(text) else None,
                 detail=text,
+            )
+        if status is grpc.StatusCode.UNIMPLEMENTED:
+            return NetworkError(
+                f"The server at {self._address} does not know this call: check server.port.", code="unimplemented"
             )
         if status in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
             return AccessError(text, code=code)
@@ -76,28 +85,3 @@ class Operator:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._channel.close()
-
-
-def _check_pair(certificate: Path, pem: bytes, key: Path, private: bytes) -> None:
-    """What would otherwise end in a handshake that fails without a reason.
-
-    Raises:
-        UsageError: the files are not a certificate and its key.
-        AccessError: the certificate has expired.
-    """
-    try:
-        loaded = x509.load_pem_x509_certificate(pem)
-        own = serialization.load_pem_private_key(private, password=None).public_key() == loaded.public_key()
-    except (ValueError, TypeError):
-        own = False
-    if not own:
-        raise UsageError(
-            f"{certificate} and {key} are not a certificate and its unencrypted key (PEM): `refold cloud operator renew` on "
-            "the server makes them anew.",
-            code="certificate",
-        )
-    if loaded.not_valid_after_utc <= datetime.datetime.now(datetime.timezone.utc):
-        raise AccessError(
-            f"{certificate} expired on {loaded.not_valid_after_utc:%Y-%m-%d}: `refold cloud operator renew` on the server.",
-            code="certificate-expired",
-        )

@@ -7,13 +7,11 @@ import datetime
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import grpc
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import serialization
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -32,6 +30,8 @@ from cloud.telemetry import MetricsServer
 from cloud.upkeep import Round
 from cloud.workers import Supervisor
 from refold.errors import RefoldError, UsageError
+from refold.network import join
+from refold.network.tls import load_pair
 from refold.signing import SigningKey
 from refold.v1 import adaptation_pb2, adaptation_pb2_grpc, admin_pb2, admin_pb2_grpc, fleet_pb2, fleet_pb2_grpc
 
@@ -116,7 +116,7 @@ class Cloud:
         return server
 
     def _bind(self, server: grpc.aio.Server, port: int, credentials: grpc.ServerCredentials, name: str) -> int:
-        address = f"{self.settings.server.address}:{port}"
+        address = join(self.settings.server.address, port)
         try:
             bound = server.add_secure_port(address, credentials)
         except RuntimeError as e:
@@ -216,17 +216,9 @@ def _public_keys(texts: tuple[str, ...]) -> list[bytes]:
 
 def _server_pair(tls: TlsSettings, authority: Authority) -> tuple[bytes, bytes]:
     """(key, certificate) in PEM, checked: gRPC itself would start with a bad pair and then refuse every caller."""
-    key, certificate = _read(tls.key), _read(tls.certificate)
-    try:
-        loaded = x509.load_pem_x509_certificate(certificate)
-        private = serialization.load_pem_private_key(key, password=None)
-    except (ValueError, TypeError) as e:
-        raise UsageError(f"{tls.certificate} and {tls.key} are not a certificate and its unencrypted key (PEM).") from e
-    if private.public_key() != loaded.public_key():
-        raise UsageError(
-            f"{tls.key} is not the key of {tls.certificate}: `refold cloud renew-server` makes a new pair.", code="certificate"
-        )
-    if loaded.not_valid_after_utc < datetime.datetime.now(datetime.timezone.utc):
+    pair = load_pair(tls.certificate, tls.key, " `refold cloud init` makes it.")
+    loaded = pair.certificate
+    if pair.expired():
         raise UsageError(
             f"{tls.certificate} expired on {loaded.not_valid_after_utc:%Y-%m-%d}: `refold cloud renew-server` makes a new one.",
             code="certificate",
@@ -238,7 +230,7 @@ def _server_pair(tls: TlsSettings, authority: Authority) -> tuple[bytes, bytes]:
             f"{tls.certificate} was not issued by {tls.ca}: devices, which know only that authority, would refuse it.",
             code="certificate",
         ) from e
-    return key, certificate
+    return pair.key_pem, pair.certificate_pem
 
 
 def expiring(tls: TlsSettings, certificate: bytes, authority: Authority) -> list[str]:
@@ -253,10 +245,3 @@ def expiring(tls: TlsSettings, certificate: bytes, authority: Authority) -> list
             f"The fleet's authority {tls.ca} expires on {ends:%Y-%m-%d}: found a new fleet and enrol the devices there."
         )
     return found
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as e:
-        raise UsageError(f"{path} cannot be read: {e.strerror}. `refold cloud init` makes it.", code="certificate") from e

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from refold.configuration import Gathered, Sources, build_settings, read_toml
+from refold.configuration.schema import parse_text, type_at
 from refold.errors import UsageError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from refold.network import HostName
+from refold.network.tls import GivenFile, PublicKey
 
 __all__ = [
     "BundleEntry",
@@ -34,14 +31,15 @@ __all__ = [
 ]
 
 PREFIX = "REFOLD_CLOUD_"
+OWN_DISTILLER = "cloud.lesson:make_lesson"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ServerSettings(_Section):
-    address: str = Field(default="127.0.0.1", description="interface to listen on; 0.0.0.0 for all")
+    address: HostName = Field(default="127.0.0.1", description="interface to listen on; 0.0.0.0 for all")
     port: int = Field(default=7443, ge=0, le=65535, description="mutual TLS: devices and operators; 0 lets the system choose")
     enrol_port: int = Field(default=7444, ge=0, le=65535, description="server TLS only: join token in, device certificate out")
     metrics_port: int = Field(default=0, ge=0, le=65535, description="Prometheus text on loopback; 0 is off")
@@ -53,12 +51,12 @@ class ServerSettings(_Section):
 
 
 class TlsSettings(_Section):
-    ca: Path = Field(default=Path("ca.pem"), description="certificate of the fleet's authority")
-    ca_key: Path = Field(default=Path("ca.key"), description="its private key: signs device certificates")
-    certificate: Path = Field(default=Path("server.pem"), description="the server's certificate")
-    key: Path = Field(default=Path("server.key"), description="its private key")
-    release_key: Path = Field(default=Path("release.key"), description="Ed25519 key that signs releases")
-    more_release_keys: tuple[str, ...] = Field(
+    ca: GivenFile = Field(default=Path("ca.pem"), description="certificate of the fleet's authority")
+    ca_key: GivenFile = Field(default=Path("ca.key"), description="its private key: signs device certificates")
+    certificate: GivenFile = Field(default=Path("server.pem"), description="the server's certificate")
+    key: GivenFile = Field(default=Path("server.key"), description="its private key")
+    release_key: GivenFile = Field(default=Path("release.key"), description="Ed25519 key that signs releases")
+    more_release_keys: tuple[PublicKey, ...] = Field(
         default=(), description="further public keys that devices should trust, 64 hex digits each: for rotation"
     )
     device_days: float = Field(
@@ -134,7 +132,7 @@ class WorkerSettings(_Section):
     restarts: int = Field(default=5, ge=0, description="restarts of a crashing worker before it is left alone")
     restart_s: float = Field(default=2.0, ge=0, description="delay before the first restart, seconds; doubles each time")
     distiller: str = Field(
-        default="cloud.lesson:make_lesson", description="package.module:callable that makes the distiller and its teachers"
+        default=OWN_DISTILLER, description="package.module:callable that makes the distiller and its teachers"
     )
 
 
@@ -192,65 +190,43 @@ class CloudSettings(_Section):
         return self.model_copy(update={"tls": tls, "storage": storage, "bundle": bundles})
 
 
-def load_settings(path: Path, environ: Mapping[str, str] | None = None) -> CloudSettings:
-    """Reads `cloud.toml`; the environment wins over the file, the file over the defaults.
+def load_settings(path: Path, environ: Mapping[str, str] | None = None, *, assignments: Sequence[str] = ()) -> CloudSettings:
+    """Reads `cloud.toml`; `assignments` win over the environment, that over the file, the file over the defaults.
+
+    Args:
+        environ: os.environ unless a test gives another.
+        assignments: `section.name=value`, from the flag --set.
 
     Raises:
-        UsageError: the file is missing, is not TOML, has an unknown key or a value out of range.
+        UsageError: the file is missing, is not TOML, has an unknown name or a value out of range; names who gave it.
     """
     try:
-        values = tomllib.loads(path.read_text())
+        values = read_toml(path)
     except FileNotFoundError:
         raise UsageError(f"There is no {path}: make one with `refold cloud init {path.parent}`.", code="no-config") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"{path} cannot be read: {e}.") from e
-    except tomllib.TOMLDecodeError as e:
-        raise UsageError(f"{path} is not valid TOML: {e}.") from e
-    _overlay_environment(values, os.environ if environ is None else environ)
-    try:
-        return CloudSettings.model_validate(values).anchored(path.parent)
-    except ValidationError as e:
-        raise UsageError(_sentence(path, e)) from e
+    sources = Sources(CloudSettings, PREFIX)
+    sources.file(values, str(path))
+    sources.environment(os.environ if environ is None else environ)
+    sources.assignments(assignments)
+    settings = build_settings(CloudSettings, sources.gathered)
+    if settings.distil and settings.workers.distiller == OWN_DISTILLER:
+        settings = settings.model_copy(update={"distil": _own_distil(sources.gathered)})
+    return settings.anchored(path.parent)
 
 
-def _overlay_environment(values: dict[str, Any], environ: Mapping[str, str]) -> None:
-    for name, text in environ.items():
-        if not name.startswith(PREFIX) or "__" not in name:
-            continue
-        section, _, key = name.removeprefix(PREFIX).lower().partition("__")
-        table = values.setdefault(section, {})
-        if not isinstance(table, dict):
-            raise UsageError(f"{name} names the list [[{section}]], which the environment cannot change.")
-        table[key] = _plain(text)
+def _own_distil(gathered: Gathered) -> dict[str, Any]:
+    """[distil], typed: the product's own distiller says which settings it has; another one judges its table itself."""
+    from cloud.distil.settings import DistilSettings
 
-
-def _plain(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _sentence(path: Path, error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = [str(p) for p in first["loc"]]
-    if first["type"] != "extra_forbidden":
-        return f"{path}: {'.'.join(where)}: {first['msg']}."
-    known = _known(where[:-1])
-    close = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
-    hint = f" Did you mean {close[0]!r}?" if close else f" Known here: {', '.join(sorted(known))}."
-    return f"{path}: there is no setting {'.'.join(where)!r}.{hint}"
-
-
-def _known(path: list[str]) -> list[str]:
-    model: type[BaseModel] = CloudSettings
-    for name in path:
-        if name.isdigit():
-            continue
-        inner: Any = {"bundle": BundleEntry, "teachers": TeacherSpec}.get(name) or model.model_fields[name].annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            model = inner
-    return list(model.model_fields)
+    whole = create_model("Whole", distil=(DistilSettings, DistilSettings()))
+    sources = Sources(whole, PREFIX)
+    names = {path: gathered.giver(path) for path in gathered.below(("distil",))}
+    sources.flags({"distil": gathered.values["distil"]}, names)
+    for name, value in sources.gathered.values["distil"].items():
+        if isinstance(value, str):  # of the environment
+            sources.gathered.values["distil"][name] = parse_text(value, type_at(DistilSettings, (name,)))
+    made = getattr(build_settings(whole, sources.gathered), "distil")  # noqa: B009  (the model is made here)
+    return dict(made.model_dump(include=set(sources.gathered.values["distil"])))
 
 
 def commented_toml(values: Mapping[str, Any]) -> str:

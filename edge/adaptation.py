@@ -68,7 +68,10 @@ class Adaptation:
     # The frame loop ----------------------------------------------------------------------------------------------------------
 
     def watch(self, frame: int, image: U8, entropy: float, predicted: int) -> None:
-        """Leaves one frame for the adapter, which looks at it while the engine is busy with the next. Waits for nothing."""
+        """Leaves one frame for the adapter, which looks at it while the engine is busy with the next.
+
+        Waits for nothing, but on a runner that does everything at once: then for this look and what comes of it.
+        """
         if not self._watching:
             return
         if len(self._waiting) == FRAMES_WAITING:
@@ -79,6 +82,10 @@ class Adaptation:
         if self._since >= self._runner.batch or now - self._offered > LONGEST_WAIT:
             self._since, self._offered = 0, now
             self._runner.offer(self._look)
+
+    def run_on(self, runner: Runner) -> None:
+        """Looks at frames on another runner from now on; called before the first frame."""
+        self._runner = runner
 
     # The worker --------------------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import grpc
 
 from edge.loops import BusyError
-from refold.errors import AccessError, InputError, NetworkError, RefoldError
+from refold.errors import AccessError, InputError, NetworkError, RefoldError, UsageError
 from refold.limits import LIMITS
+from refold.network import is_tls, meaning_of, parse_address, reason_of
 from refold.v1 import adaptation_pb2_grpc, fleet_pb2_grpc
 
 __all__ = ["Credentials", "Link", "error_of", "open_channel"]
@@ -37,7 +38,15 @@ class Credentials(Protocol):
 def open_channel(
     address: str, ca_pem: bytes, *, key_pem: bytes | None = None, certificate_pem: bytes | None = None, server_name: str = ""
 ) -> grpc.Channel:
-    """A lazy channel that trusts `ca_pem` only. Reconnects by itself, at most every 10 s."""
+    """A lazy channel that trusts `ca_pem` only. Reconnects by itself, at most every 10 s.
+
+    Raises:
+        UsageError: `address` is not host:port.
+    """
+    try:
+        target = str(parse_address(address))
+    except ValueError as e:
+        raise UsageError(f"The address {address!r} cannot be used: {e}.", code="address") from e
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", 2 * LIMITS.release_bytes),
         ("grpc.initial_reconnect_backoff_ms", 500),
@@ -48,7 +57,7 @@ def open_channel(
     if server_name:
         options.append(("grpc.ssl_target_name_override", server_name))
     credentials = grpc.ssl_channel_credentials(ca_pem, key_pem, certificate_pem)
-    return grpc.secure_channel(address, credentials, options)
+    return grpc.secure_channel(target, credentials, options)
 
 
 def error_of(error: grpc.RpcError, address: str) -> RefoldError:
@@ -66,13 +75,20 @@ def error_of(error: grpc.RpcError, address: str) -> RefoldError:
         return AccessError(said or "The cloud does not admit this device.", code=name)
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return InputError(said or "The cloud does not accept the request.", code=name)
-    if "SSL_ERROR_SSL" in said or "CERTIFICATE" in said:
-        said = "the two certificates do not accept each other: check the CA, the server's name and both clocks"
-        return NetworkError(f"No secure connection to {address}: {said}.", code="tls", detail=str(error))
+    reason, meaning = reason_of(said), meaning_of(said)
+    why = f": {reason}." + (f" {meaning}" if meaning else "") if reason else "."
+    if is_tls(said):
+        return NetworkError(f"No secure connection to {address}{why}", code="tls", detail=str(error))
     if code is grpc.StatusCode.UNAVAILABLE:
-        return NetworkError(f"The cloud at {address} cannot be reached.", code="unavailable", detail=said)
+        return NetworkError(f"The cloud at {address} cannot be reached{why}", code="unavailable", detail=said)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return NetworkError(f"The cloud at {address} did not answer in time.", code="deadline-exceeded", detail=said)
+        return NetworkError(f"The cloud at {address} did not answer in time{why}", code="deadline-exceeded", detail=said)
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return NetworkError(
+            f"The server at {address} does not know this call: {reason}. Devices call the service's main port (server.port, "
+            "7443), enrolment its other one (server.enrol_port, 7444).",
+            code=name,
+        )
     return NetworkError(f"The cloud at {address} refused: {said or code.name}", code=name)
 
 

@@ -17,7 +17,27 @@ from edge.experts.serve_cli import serve_llm
 from edge.settings import EdgeSettings, load_settings
 from refold.errors import UsageError
 
-__all__ = ["edge"]
+__all__ = ["FLAGS", "edge"]
+
+# The setting behind each flag of `run`, and the value that a flag without one stands for.
+FLAGS: dict[str, tuple[tuple[str, ...], Any]] = {
+    "bundle": (("bundle",), None),
+    "data": (("data",), None),
+    "source": (("source", "path"), None),
+    "watch": (("source", "watch"), True),
+    "loop": (("source", "loop"), True),
+    "fps": (("source", "fps"), None),
+    "max_frames": (("source", "max_frames"), None),
+    "predictions": (("predictions", "path"), None),
+    "cloud": (("cloud", "address"), None),
+    "selector": (("select", "name"), None),
+    "target": (("engine", "target"), None),
+    "threads": (("engine", "threads"), None),
+    "oip_port": (("inference", "port"), None),
+    "metrics_port": (("metrics", "port"), None),
+    "no_adapt": (("adapt", "enabled"), False),
+    "inline": (("mode",), "inline"),
+}
 
 
 @click.group()
@@ -29,11 +49,17 @@ for command in (experts, generate, serve_llm):
     edge.add_command(command)
 
 
+set_option = click.option(
+    "--set", "assignments", multiple=True, metavar="SECTION.NAME=VALUE", help="Any setting, over every other source; repeat."
+)
+
+
 def _common(command: Any) -> Any:
     for option in (
         click.option("--config", type=click.Path(path_type=Path), help="TOML file; flags and REFOLD_EDGE_* override it."),
         click.option("--bundle", type=click.Path(), help="The .refold file to run."),
         click.option("--data", type=click.Path(), help="Directory for everything kept across restarts."),
+        set_option,
     ):
         command = option(command)
     return command
@@ -77,9 +103,23 @@ def run(**flags: Any) -> None:
     click.echo(
         f"Served {frames} frames ({m['pictures_skipped']:.0f} pictures skipped, {m['frames_lost']:.0f} frames lost), "
         f"{m['latency_p50_ms']:.2f} ms each, {m['swaps']:.0f} engine swaps, release {status['release_version']}, "
-        f"domain {status['domain']}.",
+        f"domain {status['domain']}.{_dropped(status)}",
         err=True,
     )
+
+
+def _dropped(status: dict[str, Any]) -> str:
+    """What workers were too far behind for, and for looks how they would have been taken."""
+    said, looks = "", status["looks_dropped"]
+    if looks:
+        said += (
+            f" The adaptation was behind: {looks} looks at frames were dropped, so that it adapted to fewer of them than came. "
+            "A file without --fps waits for it; so does any source with --set source.waits=yes."
+        )
+    for name, what in {"samples_dropped": "kept samples", "predictions_dropped": "lines of predictions"}.items():
+        if status["metrics"].get(name):
+            said += f" {status['metrics'][name]:.0f} {what} were dropped: the disk was behind."
+    return said
 
 
 def _opening(daemon: Any) -> str:
@@ -92,29 +132,26 @@ def _opening(daemon: Any) -> str:
 
 
 def _settings(flags: dict[str, Any]) -> EdgeSettings:
-    once = False if flags.get("once") else None
-    nested: dict[str, Any] = {
-        "bundle": flags.get("bundle"),
-        "data": flags.get("data"),
-        "mode": "inline" if flags.get("inline") else None,
-        "source": {
-            "path": flags.get("source"),
-            "watch": flags.get("watch") if once is None else once,
-            "loop": flags.get("loop") if once is None else once,
-            "fps": flags.get("fps"),
-            "max_frames": flags.get("max_frames"),
-        },
-        "predictions": {"path": flags.get("predictions")},
-        "engine": {"target": flags.get("target"), "threads": flags.get("threads")},
-        "inference": {"port": flags.get("oip_port")},
-        "metrics": {"port": flags.get("metrics_port")},
-        "adapt": {"enabled": False} if flags.get("no_adapt") else {},
-    }
-    if flags.get("cloud"):
-        nested["cloud"] = {"address": flags["cloud"]}
-    if flags.get("selector"):
-        nested["select"] = {"name": flags["selector"]}
-    return load_settings(flags.get("config"), nested)
+    nested: dict[str, Any] = {}
+    names: dict[tuple[str, ...], str] = {}
+
+    def give(path: tuple[str, ...], value: Any, flag: str) -> None:
+        table = nested
+        for name in path[:-1]:
+            table = table.setdefault(name, {})
+        table[path[-1]] = value
+        names[path] = flag
+
+    for flag, (path, meant) in FLAGS.items():
+        value = flags.get(flag)
+        if value is not None and not (value is False and meant is not None):
+            give(path, value if meant is None else meant, f"--{flag.replace('_', '-')}")
+    if flags.get("once"):
+        for flag in ("watch", "loop"):
+            if flags.get(flag):
+                raise UsageError(f"--once and --{flag} contradict each other: give one of them.")
+            give(FLAGS[flag][0], False, "--once")
+    return load_settings(flags.get("config"), nested, flag_names=names, assignments=flags.get("assignments") or ())
 
 
 @edge.command()
@@ -149,15 +186,20 @@ def status(as_json: bool, **flags: Any) -> None:
 @click.option("--cloud", help="host:port of the cloud's enrolment port.")
 @click.option("--token", required=True, envvar="REFOLD_JOIN_TOKEN", help="One-time join token (or REFOLD_JOIN_TOKEN).")
 @click.option("--ca", type=click.Path(), help="The fleet authority's certificate (PEM).")
-@click.option("--fingerprint", help="Instead of --ca: SHA-256 of the server's certificate, in hex.")
+@click.option("--fingerprint", help="Instead of --ca, or besides it: SHA-256 of the server's certificate, in hex.")
 @click.option("--cohort", help="Cohort wished for; the token may prescribe another.")
 @click.option("--name", help="Begins the device's id; default: the host's name.")
-def enrol(config: Path | None, data: str | None, token: str, cloud: str | None, **wishes: Any) -> None:
+@set_option
+def enrol(
+    config: Path | None, data: str | None, token: str, cloud: str | None, assignments: tuple[str, ...], **wishes: Any
+) -> None:
     """Exchange a join token for this device's certificate and the release keys it trusts."""
     from edge.enrol import enrol as buy
 
-    wanted = {"address": cloud, **{k: v for k, v in wishes.items() if v}}
-    settings = load_settings(config, {"data": data, "enrol": wanted})
+    names: dict[tuple[str, ...], str] = {("enrol", "address"): "--cloud", ("data",): "--data"}
+    names |= {("enrol", name): f"--{name}" for name in wishes}
+    flags = {"data": data, "enrol": {"address": cloud, **wishes}}
+    settings = load_settings(config, flags, flag_names=names, assignments=assignments)
     identity = buy(settings.enrol, token, settings.identity_folder)
     click.echo(f"Enrolled as {identity.device_id} in cohort {identity.cohort}; the identity is in {settings.identity_folder}.")
 

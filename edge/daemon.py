@@ -43,7 +43,7 @@ from edge.serving import ServingState
 from edge.settings import EdgeSettings
 from edge.sinks import JsonLines
 from edge.sources import Source, Stream, open_source
-from edge.worker import Inline, Runner, Worker
+from edge.worker import Inline, Runner, Waiting, Worker
 from refold import __version__
 from refold.atomic import write_atomically
 from refold.bundle import Bundle
@@ -111,11 +111,22 @@ class Daemon:
             partial(_open, s, self.bundle), fps=s.source.fps, loop=s.source.loop, max_frames=s.source.max_frames, stop=self.stop
         )
         self._closing.callback(self.stream.close)
+        if s.mode == "threads" and self.frames_wait:
+            self.building = Waiting()
+            self.adaptation.run_on(self.building)
         self.inference = self._inference()
         self.metrics_server = self._metrics_server()
         self._saved_bank = b""
         self._paced = (time.monotonic(), 0)
         self.final_status: dict[str, Any] = {}
+
+    @property
+    def frames_wait(self) -> bool:
+        """Whether each frame waits until the adaptation has looked at it: of a file that is replayed as fast as it can be."""
+        if self.settings.mode == "inline":
+            return True
+        waits = self.settings.source.waits
+        return self.stream.replayed if waits == "auto" else waits == "yes"
 
     # ── parts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -318,6 +329,8 @@ class Daemon:
             "cloud": self.link.state,
             "inference_port": self.inference.port if self.inference else None,
             "metrics_port": self.metrics_server.port if self.metrics_server else None,
+            "frames_wait": self.frames_wait,
+            "looks_dropped": self.adaptation.frames_unwatched,
             "last_skipped": self.stream.last_skipped,
             "last_error": self.error(),
             "unix_ms": time.time_ns() // 1_000_000,

@@ -11,7 +11,7 @@ from PIL import Image, features
 
 from edge.select import Verdict
 from refold.errors import InputError
-from refold.limits import LIMITS
+from refold.imaging import decode_payload as decode_image
 from refold.v1 import samples_pb2 as pb
 
 __all__ = ["decode_image", "encode_image", "make_sample"]
@@ -41,29 +41,6 @@ def encode_image(image: NDArray[np.uint8]) -> tuple[pb.ImageCodec, bytes]:
         if out.tell() < len(raw):
             return pb.IMAGE_CODEC_WEBP_LOSSLESS, out.getvalue()
     return pb.IMAGE_CODEC_RAW_RGB8, raw
-
-
-def decode_image(codec: pb.ImageCodec, payload: bytes, width: int, height: int) -> NDArray[np.uint8]:
-    """The pixels of a sample: uint8 (height, width, 3).
-
-    Raises:
-        InputError: damaged, of another size than announced, or of an unknown codec.
-    """
-    if not 0 < width * height <= LIMITS.image_pixels:
-        raise InputError(f"A picture of {width}x{height} pixels is refused.", code="wrong-size")
-    if codec == pb.IMAGE_CODEC_RAW_RGB8:
-        if len(payload) != width * height * 3:
-            raise InputError(f"{len(payload)} bytes are not a raw picture of {width}x{height}.", code="wrong-size")
-        return np.frombuffer(payload, np.uint8).reshape(height, width, 3)
-    if codec != pb.IMAGE_CODEC_WEBP_LOSSLESS:
-        raise InputError(f"The picture's codec {codec} is unknown: update Refold.", code="codec")
-    try:
-        with Image.open(io.BytesIO(payload), formats=["WEBP"]) as picture:
-            if picture.size != (width, height):
-                raise InputError(f"The picture is {picture.size}, its header says {(width, height)}.", code="wrong-size")
-            return np.asarray(picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise InputError("A picture cannot be decoded: it is damaged.", code="unreadable", detail=str(e)) from e
 
 
 def make_sample(

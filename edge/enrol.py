@@ -31,6 +31,8 @@ from edge.channel import error_of, open_channel
 from edge.link_settings import EnrolSettings, LinkSettings
 from refold.atomic import make_directory, write_atomically
 from refold.errors import AccessError, NetworkError, StorageError, UsageError
+from refold.network import meaning_of, parse_address
+from refold.network.address import ENROL_PORT
 from refold.signing import KeyRing
 from refold.v1 import fleet_pb2, fleet_pb2_grpc
 
@@ -115,7 +117,7 @@ def enrol(settings: EnrolSettings, token: str, directory: Path) -> Identity:
         NetworkError: the cloud cannot be reached.
         StorageError: the identity cannot be written.
     """
-    if not settings.address or not token:
+    if not settings.address or not token.strip():
         raise UsageError("Enrolling needs the address of the cloud's enrolment port and a join token (`refold cloud token`).")
     trusted = _trusted(settings)
     key_pem, request_pem = _pending(directory, settings.name or socket.gethostname())
@@ -211,45 +213,56 @@ def _write(directory: Path, name: str, values: Mapping[str, object]) -> None:
 
 
 def _trusted(settings: EnrolSettings) -> bytes:
-    """The PEM certificate that the enrolment server must be, or be under."""
-    if settings.ca is not None:
-        try:
-            pem = settings.ca.read_bytes()
-            x509.load_pem_x509_certificate(pem)
-            return pem
-        except OSError as e:
-            raise UsageError(f"The CA file {settings.ca} cannot be read: {e.strerror or e}.") from e
-        except ValueError as e:
-            raise UsageError(f"{settings.ca} is not a PEM certificate.") from e
+    """The PEM certificate that the enrolment server must be, or be under. With CA and fingerprint both must fit."""
+    pem = _authority(settings.ca) if settings.ca is not None else None
     wanted = settings.fingerprint.replace(":", "").lower()
+    if pem is not None and not wanted:
+        return pem
     if not wanted:
         raise UsageError(
             "Enrolling sends a secret, so the cloud must be known first: give its CA file, or its certificate's fingerprint."
         )
     if len(wanted) != 64 or set(wanted) - set("0123456789abcdef"):
         raise UsageError("A fingerprint is a SHA-256: 64 hex digits, with or without colons.")
+    if pem is not None and x509.load_pem_x509_certificate(pem).fingerprint(hashes.SHA256()).hex() == wanted:
+        return pem
     for der in _presented(settings.address):
         if hashlib.sha256(der).hexdigest() == wanted:
-            return ssl.DER_cert_to_PEM_cert(der).encode()
+            return pem or ssl.DER_cert_to_PEM_cert(der).encode()
     raise AccessError(
         f"The server at {settings.address} shows another certificate than the fingerprint names: the token was not sent.",
         code="wrong-server",
     )
 
 
+def _authority(path: Path) -> bytes:
+    try:
+        pem = path.read_bytes()
+        x509.load_pem_x509_certificate(pem)
+    except OSError as e:
+        raise UsageError(f"The CA file {path} cannot be read: {e.strerror or e}.") from e
+    except ValueError as e:
+        raise UsageError(f"{path} is not a PEM certificate.") from e
+    return pem
+
+
 def _presented(address: str) -> list[bytes]:
     """The certificates a server shows (DER), unverified: its own, and from Python 3.13 on those it sends along."""
-    host, _, port = address.rpartition(":")
+    try:
+        where = parse_address(address, ENROL_PORT)
+    except ValueError as e:
+        raise UsageError(f"The address {address!r} cannot be used: {e}.", code="address") from e
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
     try:
         with (
-            socket.create_connection((host.strip("[]"), int(port)), TIMEOUT_S) as plain,
-            context.wrap_socket(plain, server_hostname=host.strip("[]")) as secure,
+            socket.create_connection((where.host, where.port), TIMEOUT_S) as plain,
+            context.wrap_socket(plain, server_hostname=where.host) as secure,
         ):
             own = secure.getpeercert(binary_form=True) or b""
             chain = getattr(secure, "get_unverified_chain", None)
             return [own, *chain()] if chain else [own]
     except (OSError, ValueError) as e:
-        raise NetworkError(f"The cloud at {address} cannot be reached: {e}.", code="unavailable") from e
+        meaning = meaning_of(str(e))
+        raise NetworkError(f"The cloud at {address} cannot be reached: {e}. {meaning}".strip(), code="unavailable") from e

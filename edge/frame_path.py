@@ -124,13 +124,13 @@ class FramePath:
         if self.selector is not None:
             verdict = self.selector.judge(probabilities, entropy)
             kept = verdict.keep
+        latency = (time.perf_counter() - started) * 1e3  # before the adaptation, which a replayed frame waits for
         adaptation = self._adaptation
         if adaptation is not None:
             adaptation.watch(frame.number, frame.image, entropy, index)
             domain = adaptation.domain
         else:
             domain = serving.domain
-        latency = (time.perf_counter() - started) * 1e3
         prediction = Prediction(
             frame.number, frame.unix_ms, frame.name, index, float(probabilities[index]), entropy,
             serving.release_version, domain, serving.overlay, kept, latency,

@@ -5,21 +5,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from refold.network import CloudAddress, EnrolAddress, ServerName
+from refold.network.tls import Fingerprint, GivenFile
 
 __all__ = ["EnrolSettings", "LinkSettings", "OutboxSettings", "SelectSettings"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class LinkSettings(_Section):
-    address: str = Field(default="127.0.0.1:7443", pattern=r"^.+:\d+$", description="host:port of the cloud's mutual-TLS port")
-    server_name: str = Field(default="", description="name in the cloud's certificate when it is not the host of `address`")
+    address: CloudAddress = Field(default="127.0.0.1:7443", description="host:port of the cloud's mutual-TLS port")
+    server_name: ServerName = Field(
+        default="", description="name in the cloud's certificate when it is not the host of `address`"
+    )
     heartbeat_s: float = Field(default=30.0, gt=0, description="between heartbeats until the cloud says otherwise")
     poll_wait_s: float = Field(
         default=25.0, ge=0, le=200, description="how long the cloud may hold a poll; below NAT idle times (4 min)"
@@ -69,13 +73,16 @@ class SelectSettings(_Section):
 
 
 class EnrolSettings(_Section):
-    address: str = Field(default="", description="host:port of the cloud's enrolment port")
-    server_name: str = Field(default="", description="name in the cloud's certificate when it is not the host of `address`")
-    ca: Path | None = Field(
+    address: EnrolAddress = Field(default="", description="host:port of the cloud's enrolment port")
+    server_name: ServerName = Field(
+        default="", description="name in the cloud's certificate when it is not the host of `address`"
+    )
+    ca: GivenFile | None = Field(
         default=None, description="the fleet authority's certificate (PEM), brought to the device by other means"
     )
-    fingerprint: str = Field(
-        default="", description="instead of `ca`: SHA-256 of the server's (or its authority's) certificate, in hex"
+    fingerprint: Fingerprint = Field(
+        default="",
+        description="instead of `ca`, or besides it: SHA-256 of the server's (or its authority's) certificate, in hex",
     )
     cohort: str = Field(default="", description="wished for; a token may prescribe another")
     name: str = Field(default="", description="begins the device's id; empty: the host's name")

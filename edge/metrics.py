@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from refold.errors import StorageError, UsageError
+from refold.network import join
 
 __all__ = ["MetricsServer", "prometheus_text", "resident_bytes", "write_status"]
 
@@ -73,10 +75,13 @@ class MetricsServer:
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002  (http.server's name)
                 return None
 
+        class Server(ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
         try:
-            self._server = ThreadingHTTPServer((host, port), Handler)
+            self._server = Server((host, port), Handler)
         except OSError as e:
-            raise UsageError(f"Metrics cannot be served on {host}:{port}: {e.strerror or e}.") from e
+            raise UsageError(f"Metrics cannot be served on {join(host, port)}: {e.strerror or e}.") from e
         self.port = int(self._server.server_address[1])
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()

@@ -1,30 +1,25 @@
 """Everything a device can be told, each with its unit and its reason; the only place numbers of the daemon live.
 
-Values come from, later ones winning: the defaults here, a TOML file, REFOLD_EDGE_<SECTION>__<NAME> in the environment, flags.
-Unknown keys are refused with the nearest known one.
+Values come from, later ones winning: the defaults here, a TOML file, REFOLD_EDGE_<SECTION>__<NAME> in the environment, flags,
+`--set SECTION.NAME=VALUE`. Unknown names are refused with the nearest known one (refold/configuration/).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import os
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from edge.adapt import AdaptSettings
 from edge.link_settings import EnrolSettings, LinkSettings, OutboxSettings, SelectSettings
 from edge.select import make_selector
+from refold.configuration import Sources, build_settings, read_toml
 from refold.errors import UsageError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from refold.network import HostName
+from refold.network.tls import GivenText
 
 __all__ = [
     "EdgeSettings",
@@ -40,7 +35,7 @@ PREFIX = "REFOLD_EDGE_"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Source(_Section):
@@ -52,6 +47,11 @@ class Source(_Section):
     watch: bool = Field(default=False, description="Of a folder: go on with pictures that arrive later.")
     loop: bool = Field(default=False, description="Begin again at the end.")
     fps: float = Field(default=0.0, ge=0, le=10_000, description="Frames per second at most; 0: as fast as they are served.")
+    waits: Literal["auto", "yes", "no"] = Field(
+        default="auto",
+        description="Whether a frame waits until the device's own adaptation has looked at it: no look is dropped, a replay "
+        "repeats itself. auto: frames of a file, an array or a folder that is not watched, without `fps`.",
+    )
     max_frames: int = Field(default=0, ge=0, description="Stop after so many frames; 0: never.")
 
 
@@ -86,14 +86,33 @@ class Inference(_Section):
     """The Open Inference Protocol (KServe v2) over gRPC, for applications on or near the device."""
 
     port: int | None = Field(default=None, ge=0, le=65_535, description="Absent: off. 0: any free port, printed at start.")
-    host: str = Field(default="127.0.0.1", description="Address to listen on; the default is reachable from this machine only.")
-    certificate: str = Field(default="", description="PEM file; with `key` the port speaks TLS.")
-    key: str = Field(default="", description="PEM file of the certificate's private key.")
-    client_ca: str = Field(default="", description="PEM file; with it, only clients with a certificate of this CA are served.")
+    host: HostName = Field(
+        default="127.0.0.1", description="Address to listen on; the default is reachable from this machine only."
+    )
+    certificate: GivenText = Field(default="", description="PEM file; with `key` the port speaks TLS.")
+    key: GivenText = Field(default="", description="PEM file of the certificate's private key.")
+    client_ca: GivenText = Field(
+        default="", description="PEM file; with it, only clients with a certificate of this CA are served."
+    )
     max_batch: int = Field(default=64, ge=1, le=4096, description="Pictures per request.")
     max_mb: int = Field(default=64, ge=1, le=1024, description="MB per request; gRPC refuses more before reading it.")
     threads: int = Field(default=2, ge=1, le=64, description="Requests served at once.")
     observe: bool = Field(default=True, description="Requests of uint8 pictures also go to selector and adapter, as frames do.")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Inference:
+        """A security setting that is only half given would be ignored, and the port plain: it is refused instead."""
+        if bool(self.certificate) != bool(self.key):
+            raise ValueError(
+                "inference.certificate and inference.key belong together, and one of them is missing: without both the port "
+                "would not speak TLS"
+            )
+        if self.client_ca and not self.certificate:
+            raise ValueError(
+                "inference.client_ca is given without inference.certificate and inference.key: a port that does not speak TLS "
+                "asks nobody for a certificate; give all three, or none"
+            )
+        return self
 
 
 class Metrics(_Section):
@@ -103,7 +122,7 @@ class Metrics(_Section):
     port: int | None = Field(
         default=None, ge=0, le=65_535, description="Prometheus text on http://host:port/metrics; absent: off."
     )
-    host: str = Field(default="127.0.0.1", description="Address of that port.")
+    host: HostName = Field(default="127.0.0.1", description="Address of that port.")
 
 
 class EdgeSettings(_Section):
@@ -120,7 +139,7 @@ class EdgeSettings(_Section):
     source: Source = Source()
     predictions: Predictions = Predictions()
     engine: Engine = Engine()
-    adapt: dict[str, Any] = Field(default_factory=dict, description="Settings of edge.adapt.AdaptSettings, by name.")
+    adapt: AdaptSettings = Field(default=AdaptSettings(), description="The device's own adaptation.")
     select: SelectSettings | None = Field(
         default=None, description="Which frames are kept for the cloud; absent: the default selector where there is a cloud."
     )
@@ -141,18 +160,17 @@ class EdgeSettings(_Section):
         return self.select or (SelectSettings() if self.cloud else None)
 
     def adapt_settings(self) -> AdaptSettings:
-        """Raises UsageError for an unknown name or a value out of range."""
-        _check_names(self.adapt, [f.name for f in dataclasses.fields(AdaptSettings)], "adapt.")
-        try:
-            return AdaptSettings(**self.adapt)
-        except TypeError as e:
-            raise UsageError(f"A setting of [adapt] has the wrong type: {e}.") from e
+        """The [adapt] section."""
+        return self.adapt
 
 
 def load_settings(
     path: Path | None = None,
     flags: Mapping[str, Mapping[str, Any] | Any] | None = None,
     environment: Mapping[str, str] | None = None,
+    *,
+    flag_names: Mapping[tuple[str, ...], str] | None = None,
+    assignments: Sequence[str] = (),
 ) -> EdgeSettings:
     """Reads the file, the environment and the flags.
 
@@ -160,33 +178,30 @@ def load_settings(
         path: TOML; None reads none.
         flags: nested as the file; None values are left out.
         environment: os.environ unless a test gives another.
+        flag_names: the flag behind each path of `flags`, for messages.
+        assignments: `section.name=value`, the last word of all.
 
     Raises:
-        UsageError: names the file or variable, the key, what is wrong with it, and the nearest known key.
+        UsageError: names the file, variable or flag, the setting, what is wrong with it, and the nearest known name.
     """
-    values: dict[str, Any] = {}
+    sources = Sources(EdgeSettings, PREFIX)
     if path is not None:
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as e:
-            raise UsageError(f"The configuration {path} cannot be read: {e.strerror or e}.") from e
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-            raise UsageError(f"{path} is not TOML: {e}.") from e
+            values = read_toml(path)
+        except FileNotFoundError as e:
+            raise UsageError(f"The configuration {path} cannot be read: {e.strerror}.") from e
         _resolve_paths(values, path.parent)
-    _merge(values, _from_environment(os.environ if environment is None else environment))
-    _merge(values, flags or {})
-    _check_keys(values, EdgeSettings, "")
-    try:
-        settings = EdgeSettings(**values)
-    except ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(str(p) for p in first["loc"])
-        raise UsageError(f"Setting {where} is {first['input']!r}: {first['msg']}.") from e
-    settings.adapt_settings()
+        sources.file(values, str(path))
+    sources.environment(os.environ if environment is None else environment)
+    sources.flags(flags or {}, flag_names)
+    sources.assignments(assignments)
+    settings = build_settings(EdgeSettings, sources.gathered)
     if settings.select is not None:
-        make_selector(settings.select.name, 2, settings.select.options)
-    if bool(settings.inference.certificate) != bool(settings.inference.key):
-        raise UsageError("inference.certificate and inference.key belong together: give both or neither.")
+        try:
+            make_selector(settings.select.name, 2, settings.select.options)
+        except UsageError as e:
+            giver = ", ".join(dict.fromkeys(map(sources.gathered.giver, sources.gathered.below(("select", "options")))))
+            raise UsageError(f"{giver}: select.options: {e.message}" if giver else e.message) from e
     return settings
 
 
@@ -203,48 +218,3 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
         value = section.get(keys[-1])
         if isinstance(value, str) and value not in ("", "-", "none") and not value.startswith("camera:"):
             section[keys[-1]] = str(folder / value)
-
-
-def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in environment.items():
-        if name.startswith(PREFIX):
-            section = found
-            *outer, last = name[len(PREFIX) :].lower().split("__")
-            for key in outer:
-                section = section.setdefault(key, {})
-            section[last] = value
-    return found
-
-
-def _merge(base: dict[str, Any], extra: Mapping[str, Any]) -> None:
-    for key, value in extra.items():
-        if isinstance(value, Mapping):
-            inner = base.setdefault(key, {})
-            if isinstance(inner, dict):
-                _merge(inner, value)
-        elif value is not None:
-            base[key] = value
-
-
-def _check_keys(values: Mapping[str, Any], model: type[BaseModel], where: str) -> None:
-    _check_names(values, list(model.model_fields), where)
-    for key, value in values.items():
-        annotation = model.model_fields[key].annotation
-        inner = next((t for t in (annotation, *get_args(annotation)) if _is_section(t)), None)
-        if inner is not None:
-            if not isinstance(value, Mapping):
-                raise UsageError(f"{where}{key} is a section: write [{where}{key}] and its settings below.")
-            _check_keys(value, inner, f"{where}{key}.")
-
-
-def _is_section(kind: object) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def _check_names(values: Mapping[str, Any], known: list[str], where: str) -> None:
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {where}{near[0]}?" if near else f"known are: {', '.join(known)}."
-            raise UsageError(f"There is no setting {where}{key}; {hint}")

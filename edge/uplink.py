@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from edge.budget import ByteBudget
-from edge.channel import Link
+from edge.channel import DEAD, Link
 from edge.enrol import Identity, renew
 from edge.link_settings import LinkSettings
 from edge.loops import Backoff, BusyError, Loop, Pause
@@ -98,6 +98,7 @@ class Uplink:
         self._counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
         self._errors: dict[str, str] = {}
         self._refusal = ""
+        self._away = False
         self._offered = settings.offer
         self._batch = settings.batch_bytes
         self._passed_over = 0
@@ -150,7 +151,10 @@ class Uplink:
 
     def _failed(self, name: str, error: RefoldError) -> None:
         with self._lock:
-            news = self._errors.pop(name, "") != error.message
+            before = self._errors.pop(name, "")
+            away = error.code in DEAD and self._away  # gRPC's reasons for one dead cloud change from try to try
+            self._away = error.code in DEAD
+            news = before != error.message and not (away and before)
             self._errors[name] = error.message
             self._counts["failures"] += 1
         (log.warning if news else log.debug)("%s: %s", name, error.message)

@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 
 from refold.errors import RefoldError
 
-__all__ = ["Inline", "Runner", "Worker"]
+__all__ = ["Inline", "Runner", "Waiting", "Worker"]
 
 log = logging.getLogger(__name__)
 Task = Callable[[], None]
@@ -68,6 +68,13 @@ class Inline(Runner):
 
     def _fault(self, task: Task, e: Exception) -> None:
         raise e  # a fault of ours would only make a benchmark wrong in silence
+
+
+class Waiting(Inline):
+    """Does everything at once, and the caller waits for it; a fault is said, and the caller goes on: for replayed files."""
+
+    def _fault(self, task: Task, e: Exception) -> None:
+        Runner._fault(self, task, e)
 
 
 @dataclass

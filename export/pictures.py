@@ -9,15 +9,13 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from refold.errors import InputError, UsageError
-from refold.limits import LIMITS
+from refold.imaging import SUFFIXES, fit, is_image_name, read_image
 from refold.preprocess import Preprocess, Resize
 
-__all__ = ["SUFFIXES", "Pictures", "class_names", "load_pictures", "read_picture"]
+__all__ = ["SUFFIXES", "Pictures", "class_names", "image_files", "load_pictures", "read_picture"]
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
 FEWEST_LEVELS = 8.0  # standard deviation over all pixels of a set below which it shows nothing
 U8 = NDArray[np.uint8]
 
@@ -72,8 +70,13 @@ def _spread(count: int, limit: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, count - 1, min(count, limit)).astype(np.int64))
 
 
+def image_files(folder: Path) -> list[Path]:
+    """Everything below a folder that is named as an image, directories left out; what is no file is named when it is read."""
+    return sorted(p for p in folder.rglob("*") if is_image_name(p.name) and not p.is_dir())
+
+
 def _from_folder(folder: Path, preprocess: Preprocess, limit: int, classes: Sequence[str]) -> Pictures:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
+    files = image_files(folder)
     if not files:
         raise InputError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))}).", code="no-images")
     names = list(classes) or sorted({p.parent.name for p in files if p.parent != folder})
@@ -97,30 +100,7 @@ def _from_folder(folder: Path, preprocess: Preprocess, limit: int, classes: Sequ
 
 def read_picture(file: Path, preprocess: Preprocess) -> U8:
     """uint8 (height, width, 3) as the model takes it. Raises InputError when the file is not such a picture."""
-    try:
-        with Image.open(file) as picture:
-            if picture.width * picture.height > LIMITS.image_pixels:
-                raise InputError(f"{file.name} has more than {LIMITS.image_pixels} pixels.", code="too-large")
-            if picture.mode != "RGB":
-                raise InputError(f"{file.name} is {picture.mode}, not RGB.", code="not-rgb")
-            return _fitted(picture, preprocess, file.name)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise InputError(f"{file.name} cannot be read as a picture.", code="unreadable", detail=str(e)) from e
-
-
-def _fitted(picture: Image.Image, preprocess: Preprocess, name: str) -> U8:
-    size = (preprocess.width, preprocess.height)
-    if preprocess.resize is Resize.EXACT and picture.size != size:
-        raise InputError(f"{name} is {picture.width}x{picture.height}, not {size[0]}x{size[1]}.", code="wrong-size")
-    if preprocess.resize is Resize.STRETCH:
-        picture = picture.resize(size, Image.Resampling.BILINEAR)
-    elif preprocess.resize is Resize.CENTRE_CROP:
-        ratio = preprocess.resize_short / min(picture.size)
-        near = (max(size[0], round(picture.width * ratio)), max(size[1], round(picture.height * ratio)))
-        picture = picture.resize(near, Image.Resampling.BILINEAR)
-        left, top = (near[0] - size[0]) // 2, (near[1] - size[1]) // 2
-        picture = picture.crop((left, top, left + size[0], top + size[1]))
-    return np.asarray(picture, np.uint8)
+    return read_image(file, preprocess, file.name)
 
 
 def _from_npz(file: Path, preprocess: Preprocess, limit: int) -> Pictures:
@@ -142,6 +122,6 @@ def _from_npz(file: Path, preprocess: Preprocess, limit: int) -> Pictures:
     index = _spread(len(images), limit) if len(images) else np.zeros(0, np.int64)
     images = images[index]
     if len(images) and (preprocess.resize is not Resize.EXACT or images.shape[1:3] != (preprocess.height, preprocess.width)):
-        images = np.stack([_fitted(Image.fromarray(i), preprocess, f"{name} in {file.name}") for i in images])
+        images = np.stack([fit(i, preprocess, f"{name} in {file.name}") for i in images])
     shown = (f"{file.name} is empty.",) if not len(images) else ()
     return Pictures(np.ascontiguousarray(images), None if labels is None else labels[index].astype(np.int64), shown)

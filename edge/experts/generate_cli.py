@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge.experts.interrupt import Interrupt
-from refold.errors import InputError
+from refold.errors import InputError, UsageError
 from refold.sizes import parse_size
 
 if TYPE_CHECKING:  # torch loads only when something runs
@@ -161,6 +161,8 @@ def loaded(bundle: Path, settings: Settings) -> Iterator[Running]:
 def generate(bundle: Path, prompt: str, **flags: Any) -> None:
     """Continue PROMPT (- reads it from standard input) with the language model in BUNDLE, in the memory there is."""
     sampling, settings = sampling_of(flags), settings_of(flags)
+    if flags["release"] is None and (flags["keys"] or flags["cohort"]):
+        raise UsageError("--key and --cohort say which releases are trusted: give the release too, with --release.")
     text = _stdin() if prompt == "-" else prompt
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter is no reason to end

@@ -56,6 +56,8 @@ def trust(data: Path, keys: Sequence[str] = (), cohort: str = "") -> Trust:
     Raises:
         UsageError: neither keys nor an identity, or a key that is none.
     """
+    if cohort and not keys:
+        raise UsageError("A cohort goes with --key; an enrolled device's cohort is that of its identity.")
     if not keys:
         identity = Identity.load(data / "identity")
         return Trust(identity.ring, identity.cohort, identity.ca_pem)

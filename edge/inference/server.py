@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from edge.settings import Inference
 from refold.errors import UsageError
 from refold.inference import open_inference_pb2 as pb
 from refold.inference import open_inference_pb2_grpc as service
+from refold.network import join
+from refold.network.tls import load_authority, load_pair
 
 __all__ = ["InferenceServer"]
 
+log = logging.getLogger(__name__)
 NAME = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 GRACE = 5.0  # seconds running requests get at the end
 ENVELOPE = 65536  # bytes of a request around its tensors
@@ -48,10 +52,10 @@ class InferenceServer:
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-        address = f"{settings.host}:{settings.port or 0}"
+        address = join(settings.host, settings.port or 0)
         self._handlers = handlers
         try:
-            if settings.certificate:
+            if settings.certificate or settings.key or settings.client_ca:
                 self.port = self._server.add_secure_port(address, _credentials(settings))
             else:
                 self.port = self._server.add_insecure_port(address)
@@ -72,9 +76,10 @@ class InferenceServer:
 
 
 def _credentials(settings: Inference) -> grpc.ServerCredentials:
-    try:
-        key, certificate = Path(settings.key).read_bytes(), Path(settings.certificate).read_bytes()
-        authority = Path(settings.client_ca).read_bytes() if settings.client_ca else None
-    except OSError as e:
-        raise UsageError(f"The TLS file {e.filename} cannot be read: {e.strerror or e}.") from e
-    return grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=authority is not None)
+    pair = load_pair(Path(settings.certificate), Path(settings.key))
+    if pair.expired():  # served all the same: a device without a battery may only think so
+        log.warning("%s expired on %s: clients will refuse it.", settings.certificate, pair.certificate.not_valid_after_utc)
+    authority = load_authority(Path(settings.client_ca)) if settings.client_ca else None
+    return grpc.ssl_server_credentials(
+        [(pair.key_pem, pair.certificate_pem)], authority, require_client_auth=authority is not None
+    )

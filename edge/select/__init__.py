@@ -15,8 +15,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from edge.select.budget import Budget, BudgetSelector, rate_within
 from edge.select.cema import CemaPaper, CemaPaperSelector, CemaReleased, cema_released
@@ -76,10 +77,17 @@ def _from_mapping(name: str, kind: type[Any], values: object) -> object:
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise UsageError(f"Selector {name!r} has no setting {unknown[0]!r}; it has: {', '.join(known)}.")
+    hints = get_type_hints(kind)
+    numbers: dict[str, object] = {}
     for key, value in values.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value)):
             raise UsageError(f"{key} of selector {name!r} must be a number, not {value!r}.")
+        if hints[key] is int and isinstance(value, float):
+            if not value.is_integer():
+                raise UsageError(f"{key} of selector {name!r} must be a whole number, not {value!r}.")
+            value = int(value)
+        numbers[key] = value
     try:
-        return kind(**values)
+        return kind(**numbers)
     except TypeError as e:
         raise UsageError(f"A setting of selector {name!r} has the wrong type: {', '.join(known)} are numbers.") from e

@@ -11,6 +11,7 @@ import numpy as np
 from edge.sources.pictures import Skipped, fit
 from edge.sources.source import Picture
 from refold.errors import InputError
+from refold.imaging import open_regular
 from refold.preprocess import Preprocess, Resize
 
 __all__ = ["ArraySource"]
@@ -20,17 +21,21 @@ class ArraySource:
     """Raises InputError when the file is damaged or its pictures are not what the model takes."""
 
     live = slow = False
+    replayed = True
 
     def __init__(self, path: Path, preprocess: Preprocess) -> None:
         self.skipped = Skipped()
         self._preprocess = preprocess
         self._name = path.name
         try:
-            if path.suffix == ".npy":
-                images = np.load(path, allow_pickle=False, mmap_mode="r")
-            else:
-                with path.open("rb") as f, np.load(f, allow_pickle=False) as archive:
-                    images = archive["images"]
+            with open_regular(path) as f:
+                if path.suffix.lower() == ".npy":
+                    images = np.load(path, allow_pickle=False, mmap_mode="r")
+                else:
+                    with np.load(f, allow_pickle=False) as archive:
+                        images = archive["images"]
+        except InputError as e:
+            raise InputError(f"{path} {e.message}", code=e.code) from e
         except KeyError:
             raise InputError(f"{path} has no array called images.") from None
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:

@@ -9,8 +9,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.sources.pictures import SUFFIXES, Skipped
+from edge.sources.pictures import Skipped
 from refold.errors import UsageError
+from refold.imaging import is_image_name
+from refold.imaging.files import kind_of
 from refold.preprocess import Preprocess
 
 __all__ = ["NoSource", "Picture", "Source", "open_source"]
@@ -29,11 +31,13 @@ class Source(Protocol):
     Attributes:
         skipped: pictures that could not be used.
         live: pictures come whether or not anybody is ready; late ones are dropped and counted.
+        replayed: pictures wait for us: a file's, an array's, a folder's as it is. Not a watched folder's or a camera's.
         slow: getting one takes longer than a queue's hand-over, so that reading ahead pays.
     """
 
     skipped: Skipped
     live: bool
+    replayed: bool
     slow: bool
 
     def __iter__(self) -> Iterator[Picture | None]:
@@ -46,7 +50,7 @@ class Source(Protocol):
 class NoSource:
     """Nothing ever: requests over the network drive the daemon."""
 
-    live = slow = False
+    live = replayed = slow = False
 
     def __init__(self) -> None:
         self.skipped = Skipped()
@@ -85,8 +89,10 @@ def open_source(name: str, preprocess: Preprocess, *, watch: bool = False) -> So
         return FolderSource(path, preprocess, watch=watch)
     if not path.exists():
         raise UsageError(f"There is no source at {name}: give a folder of images, an .npz, a video, camera:N or none.")
-    if path.suffix in (".npz", ".npy"):
+    if path.suffix.lower() in (".npz", ".npy"):
         return ArraySource(path, preprocess)
-    if path.suffix.lower() in SUFFIXES:
+    if is_image_name(path.name):
+        if kind := kind_of(path.stat().st_mode):
+            raise UsageError(f"{path} is {kind}, not a file: give an image, a folder of images, an .npz, a video or camera:N.")
         return FolderSource(path.parent, preprocess, only=path.name)
     return VideoSource(path, preprocess)

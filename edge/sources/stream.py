@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -13,6 +14,7 @@ from refold.errors import RefoldError
 
 __all__ = ["Prefetch", "Stream"]
 
+log = logging.getLogger(__name__)
 AHEAD = 8  # pictures read before they are wanted: hides a slow card, costs little memory
 REST = 0.05  # seconds before a source that had nothing is asked again
 DEBT = 1.0  # seconds a paced stream may be behind before it gives up catching up
@@ -47,6 +49,9 @@ class Prefetch:
                     self._put(picture)
         except RefoldError as e:
             self.error = e
+        except Exception as e:  # of a decoder, say: without this the stream would look as if it had ended
+            log.exception("the source failed")
+            self.error = RefoldError(f"The source failed: {type(e).__name__}: {e}.")
         finally:
             self._ended = True
             with self._changed:
@@ -121,6 +126,11 @@ class Stream:
     @property
     def _reads_ahead(self) -> bool:
         return self._source.slow or self._source.live
+
+    @property
+    def replayed(self) -> bool:
+        """A file's frames at no pace of their own: nobody loses anything by waiting."""
+        return self._source.replayed and not self._interval
 
     @property
     def lost(self) -> int:

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from export.pictures import SUFFIXES, load_pictures, read_picture
+from export.pictures import image_files, load_pictures, read_picture
 from refold.errors import InputError
+from refold.imaging import FORMATS, open_regular
 from refold.preprocess import Preprocess
 
 __all__ = ["Labelled", "Split", "augmented", "load_labelled", "order_of"]
@@ -87,7 +88,7 @@ def load_labelled(source: Path, preprocess: Preprocess, classes: Sequence[str] =
 
 
 def _folder(folder: Path, preprocess: Preprocess, names: list[str]) -> Labelled:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES and p.parent != folder)
+    files = [p for p in image_files(folder) if p.parent != folder]
     names = names or sorted({p.parent.name for p in files})
     unknown = next((p for p in files if p.parent.name not in names), None)
     if not files or unknown is not None:
@@ -97,9 +98,9 @@ def _folder(folder: Path, preprocess: Preprocess, names: list[str]) -> Labelled:
         )  # fmt: skip
     for file in files:  # the header only: a bad picture must not end a training that has run for hours
         try:
-            with Image.open(file):
+            with open_regular(file) as opened, Image.open(opened, formats=FORMATS):
                 pass
-        except (OSError, ValueError, SyntaxError) as e:
+        except (InputError, OSError, ValueError, SyntaxError) as e:
             raise InputError(f"{file} cannot be read as a picture: remove or repair it.", code="unreadable") from e
     labels = np.asarray([names.index(p.parent.name) for p in files], np.int64)
     return _checked(Labelled(labels, lambda index: np.stack([read_picture(files[int(i)], preprocess) for i in index])), folder)

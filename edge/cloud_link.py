@@ -58,8 +58,15 @@ class CloudLink:
         self._running = False
 
     def restore(self) -> None:
-        """Serves the release that served before the restart. Raises StorageError."""
-        self._connect()
+        """Serves the release that served before the restart.
+
+        While the update state can be neither read nor written the device serves as exported; `look_around` tries again.
+        """
+        try:
+            self._connect()
+        except StorageError as e:
+            log.warning("Working alone, as exported: %s", e.message)
+            self._why_alone = e.message
 
     def start(self) -> None:
         self._running = True
@@ -76,8 +83,7 @@ class CloudLink:
                 log.warning("Working alone: %s", e.message)
             self._why_alone = e.message
             return
-        self._why_alone = ""
-        self.updater = Updater(
+        updater = Updater(
             self._directory.updates,
             self._bundle,
             identity.ring,
@@ -86,7 +92,13 @@ class CloudLink:
             fleet=identity.ca_pem,
             canary=self._adaptation.canary,
         )
-        self.updater.start()
+        try:
+            updater.start()
+        except BaseException:
+            updater.close()
+            raise
+        self._why_alone = ""
+        self.updater = updater
         self.uplink = Uplink(
             self._settings,
             identity,

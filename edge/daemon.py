@@ -7,7 +7,8 @@
                                        ▲
     cloud ═══► uplink ═══► updater ────┘                        verified, admitted, tried, then served
 
-A dead cloud, a full disk or a bad release is said once, kept in the status and tried again; frames go on.
+A dead cloud, a full disk or a bad release is said once, kept in the status and tried again; frames go on. So it is at the start:
+only what no disk decides (bundle, source, ports, a path that is none) can keep a daemon from its first frame.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from edge.directory import DataDirectory
 from edge.engine import EngineFactory, EngineSlot
 from edge.frame_path import Frame, FramePath, Prediction
 from edge.inference import Handlers, InferenceServer
-from edge.metrics import MetricsServer, prometheus_text, resident_bytes, write_status
+from edge.metrics import MetricsServer, prometheus_text, resident_bytes
 from edge.outbox import Outbox
+from edge.runtime import Board, Latest
 from edge.samples import SampleWriter
 from edge.select import BudgetSelector, make_selector, rate_within
 from edge.serving import ServingState
@@ -58,6 +60,9 @@ SWITCH_SECONDS = 0.0005  # how long a worker may hold the interpreter against a 
 TAPS_WAITING = 4  # tapped frames that may wait for the build worker
 LINES_INLINE = 256  # predictions per write when there is no worker
 OBSERVED_WAITING = 256  # answered requests that may wait to be looked at
+RETRY_SECONDS = 1.0  # between looks at whether the disk takes the data directory again
+STUCK_SECONDS = 3.0  # a task at a disk that takes longer is said while it waits
+ENDING_SECONDS = 10.0  # half of what systemd allows before it kills (deploy/refold-edge.service)
 BANK_SECONDS = 60.0  # between writes of the domain bank; what a kill loses is re-learnt in seconds
 
 
@@ -91,15 +96,17 @@ class Daemon:
         s = self.settings
         self.bundle = Bundle.open(s.bundle)
         self.directory = DataDirectory(s.data)
-        self.directory.lock()
+        self.directory.check()
+        with suppress(StorageError):  # tried again, and said, by the storage worker
+            self.directory.lock()
         self._closing.callback(self.directory.unlock)
         self.factory = EngineFactory(self.bundle, s.engine.target or None, threads=s.engine.threads, cache=self.directory.cache)
         engine = self.factory.build(ServingState())
         self.factory.canary(engine)
         self.slot = EngineSlot(engine)
-        self.storage, self.building = self._workers()
-        self.outbox = Outbox(self.directory.outbox, s.outbox.limit_bytes)
+        self.outbox = Outbox(self.directory.outbox, s.outbox.limit_bytes, later=True)
         self._closing.callback(self.outbox.close)
+        self.storage, self.building, self.writing = self._workers()
         self.adaptation = Adaptation(self.factory, self.slot, self._adapter(), self.building, self._keep_report)
         self.link = CloudLink(s, self.bundle, self.directory, self.outbox, self.adaptation, self.heartbeat)
         self._closing.callback(self.link.close)
@@ -113,22 +120,32 @@ class Daemon:
         self._closing.callback(self.stream.close)
         self.inference = self._inference()
         self.metrics_server = self._metrics_server()
+        self._changing = Latest("numbers", self._changing_numbers, {})
+        self._closing.callback(self._changing.close)
+        self.board = Board(self.directory.status, self.status, s.metrics.status_s)
         self._saved_bank = b""
         self._paced = (time.monotonic(), 0)
         self.final_status: dict[str, Any] = {}
 
     # ── parts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _workers(self) -> tuple[Runner, Runner]:
+    def _workers(self) -> tuple[Runner, Runner, Runner]:
+        """Storage, building, predictions: apart, since a database that is locked must not hold up the predictions' file."""
         if self.settings.mode == "inline":
-            return Inline(), Inline()
+            inline = Inline()
+            inline.offer(self.outbox.open)
+            return inline, Inline(), inline
         niceness = self.settings.engine.worker_niceness
         storage = Worker("storage", self.settings.engine.samples_waiting, niceness=niceness)
         building = Worker("building", TAPS_WAITING, niceness=niceness)
-        storage.every(self.settings.predictions.flush_ms / 1e3, self._flush)
-        storage.every(self.settings.metrics.status_s, self.write_status)
+        writing = Worker("predictions", TAPS_WAITING, niceness=niceness)
+        writing.every(self.settings.predictions.flush_ms / 1e3, self._flush)
+        storage.every(RETRY_SECONDS, self.directory.lock, at_once=True)
+        storage.every(RETRY_SECONDS, self.outbox.open, at_once=True)
+        storage.every(self.settings.metrics.status_s, self.look_around)
+        storage.every(self.settings.metrics.status_s, self.follow_budget)
         storage.every(BANK_SECONDS, self.save_bank)
-        return storage, building
+        return storage, building, writing
 
     def _adapter(self) -> Adapter:
         s, table, classes = self.settings.adapt_settings(), self.bundle.norms, self.bundle.manifest.class_count
@@ -198,10 +215,11 @@ class Daemon:
         gc.freeze()  # what lives until the end need not be looked through again: a full collection is 20 ms of no frames
         self._switch_interval = sys.getswitchinterval()
         sys.setswitchinterval(min(SWITCH_SECONDS, self._switch_interval))
-        for worker in (self.storage, self.building):
+        for worker in (self.storage, self.building, self.writing):
             if isinstance(worker, Worker):
                 worker.start()
         self.link.start()
+        self.board.start()
         return self
 
     def run(self) -> int:
@@ -245,7 +263,7 @@ class Daemon:
         assert self.sink is not None
         self.sink.add(prediction)
         if prediction.frame % LINES_INLINE == 0:
-            self.storage.offer(self._flush)
+            self.writing.offer(self._flush)
 
     def _flush(self) -> None:
         if self.sink is not None:
@@ -261,7 +279,11 @@ class Daemon:
             write_atomically(self.directory.bank(self.bundle.digest), [content])
             self._saved_bank = content
 
-    def _follow_budget(self) -> None:
+    def look_around(self) -> None:
+        """Takes up what somebody put into the data directory: an identity, a rollback request."""
+        self.link.look_around()
+
+    def follow_budget(self) -> None:
         """Keeps no more frames than the hour's bytes can carry: what the outbox would evict need not wear out a card."""
         now, frames = time.monotonic(), self.path.frames
         elapsed, served = now - self._paced[0], frames - self._paced[1]
@@ -273,12 +295,15 @@ class Daemon:
 
     # ── what it says of itself ──────────────────────────────────────────────────────────────────────────────────────────
 
+    def _changing_numbers(self) -> dict[str, float]:
+        """What is behind locks that are held while a model changes."""
+        return {**self.adaptation.metrics(), **self.link.metrics()}
+
     def metrics(self) -> dict[str, float]:
-        """A flat snapshot; any thread."""
+        """A flat snapshot; any thread. Waits for no disk and no change of the model."""
         values = {
             **self.path.metrics(),
-            **self.adaptation.metrics(),
-            **self.link.metrics(),
+            **self._changing.get(),
             "frames_lost": float(self.stream.lost),
             "pictures_skipped": float(self.stream.skipped),
             "requests_observed_dropped": float(self.observed_dropped),
@@ -293,9 +318,19 @@ class Daemon:
         }
         return {k: v for k, v in values.items() if math.isfinite(v)}
 
+    def problems(self) -> list[str]:
+        """Everything that is wrong now, a sentence each; waits for nothing."""
+        told = [self.link.last_error]
+        for runner, name in ((self.storage, "storage"), (self.writing, "predictions")):
+            told.append(runner.last_error)
+            if runner.waiting_s > STUCK_SECONDS:
+                told.append(f"The {name} worker has waited {runner.waiting_s:.0f} s for the disk or a lock; frames go on.")
+        told += [self.building.last_error, self._changing.error, self.board.problem]
+        return list(dict.fromkeys(sentence for sentence in told if sentence))
+
     def error(self) -> str:
-        """The latest thing that went wrong, in one sentence; empty when nothing did."""
-        return self.link.last_error or self.storage.last_error or self.building.last_error
+        """The first of `problems`; empty when nothing is wrong."""
+        return next(iter(self.problems()), "")
 
     def heartbeat(self) -> fleet_pb2.HeartbeatRequest:
         """What the uplink sends; it fills in bundle and version."""
@@ -320,40 +355,49 @@ class Daemon:
             "metrics_port": self.metrics_server.port if self.metrics_server else None,
             "last_skipped": self.stream.last_skipped,
             "last_error": self.error(),
-            "unix_ms": time.time_ns() // 1_000_000,
+            "problems": self.problems(),
             "running": True,
             "metrics": self.metrics(),
         }
 
-    def write_status(self) -> None:
-        self.link.look_around()
-        self._follow_budget()
-        write_status(self.directory.status, self.status())
-
     # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def __exit__(self, *exc: object) -> None:
-        """Writes everything that waits, then lets go. An error of the disk is logged: it cannot be helped any more."""
+        """Writes everything that waits, then lets go. An error of the disk is logged: it cannot be helped any more.
+
+        A disk that does not answer is waited for until ENDING_SECONDS after the stop, then what waits for it is given up.
+        """
         self.stop.set()
+        end = time.monotonic() + ENDING_SECONDS
         with _said("inference"):
             if self.inference is not None:
                 self.inference.close()
         self.link.stop()
-        for worker in (self.building, self.storage):
-            worker.close()
+        for worker in (self.building, self.storage, self.writing):
+            worker.close(max(end - time.monotonic(), 0.1))
+        _bounded("saving", self._save, end)
+        self.final_status = dict(self.board.close())
+        _bounded("closing", self._closing.close, end)
+        sys.setswitchinterval(self._switch_interval)
+        gc.unfreeze()
+
+    def _save(self) -> None:
         with _said("samples"):
-            self.samples.write()
+            self.samples.close()
         with _said("predictions"):
             if self.sink is not None:
                 self.sink.close()
         with _said("domain bank"):
             self.save_bank()
-        self.final_status = {**self.status(), "running": False}
-        with _said("status"):
-            write_status(self.directory.status, self.final_status)
-        self._closing.close()
-        sys.setswitchinterval(self._switch_interval)
-        gc.unfreeze()
+
+
+def _bounded(name: str, task: Callable[[], None], end: float) -> None:
+    """Runs the task, but does not wait for it beyond `end`: a thread that hangs in a disk ends with the process."""
+    thread = threading.Thread(target=task, name=name, daemon=True)
+    thread.start()
+    thread.join(max(end - time.monotonic(), 1.0))
+    if thread.is_alive():
+        log.warning("At the end, %s: the disk does not answer; what waits for it is given up.", name)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -10,9 +11,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from refold.atomic import discard
 from refold.errors import StorageError, UsageError
 
 __all__ = ["MetricsServer", "prometheus_text", "resident_bytes", "write_status"]
+
+log = logging.getLogger(__name__)
+CLIENT_S = 10.0  # a client that sends or takes nothing for so long is let go
 
 
 def resident_bytes() -> int:
@@ -35,6 +40,7 @@ def write_status(path: Path, status: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(status, indent=1) + "\n")
         temporary.replace(path)
     except OSError as e:
+        discard(temporary)
         raise StorageError(f"{path} cannot be written: {e.strerror or e}.") from e
 
 
@@ -52,8 +58,17 @@ def _escape(text: str) -> str:
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up is not worth a traceback on stderr."""
+        log.debug("A request for metrics from %s failed", client_address, exc_info=True)
+
+
 class MetricsServer:
-    """GET /metrics on a thread of its own.
+    """GET /metrics, each request on a thread of its own.
+
+    Args:
+        text: made of values in memory: a scraper must get its answer whatever the disk does.
 
     Raises:
         UsageError: the port is taken or not allowed.
@@ -61,6 +76,8 @@ class MetricsServer:
 
     def __init__(self, host: str, port: int, text: Callable[[], str]) -> None:
         class Handler(BaseHTTPRequestHandler):
+            timeout = CLIENT_S
+
             def do_GET(self) -> None:
                 found = self.path == "/metrics"
                 body = text().encode() if found else b"only /metrics is here\n"
@@ -74,7 +91,7 @@ class MetricsServer:
                 return None
 
         try:
-            self._server = ThreadingHTTPServer((host, port), Handler)
+            self._server = _Server((host, port), Handler)
         except OSError as e:
             raise UsageError(f"Metrics cannot be served on {host}:{port}: {e.strerror or e}.") from e
         self.port = int(self._server.server_address[1])

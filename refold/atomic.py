@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from refold.errors import StorageError
 
-__all__ = ["sync_directory", "write_atomically"]
+__all__ = ["discard", "sync_directory", "write_atomically"]
+
+
+def discard(path: Path) -> None:
+    """Removes a file that nobody needs any more, if it is there and can be removed. For error handlers: never raises OSError."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def sync_directory(directory: Path) -> None:
@@ -36,8 +43,8 @@ def write_atomically(path: Path, chunks: Iterable[bytes], *, mode: int = 0o644) 
         temporary.replace(path)
         sync_directory(path.parent)
     except OSError as e:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
         raise StorageError(f"{path} cannot be written: {e.strerror or e}. Free some space or check the disk.") from e
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
         raise

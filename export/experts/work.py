@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from refold.append import append_line
 from refold.atomic import sync_directory, write_atomically
 from refold.errors import RefoldError, StorageError, UsageError
 from refold.experts import ALIGNMENT, PagedWriter, Record
@@ -104,12 +105,7 @@ class Work:
         return [row for row in out if row is not None]
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        path = self.folder / f"{name}.jsonl"
-        try:
-            with path.open("ab") as f:
-                f.write(json.dumps(row).encode() + b"\n")
-        except OSError as e:
-            raise StorageError(f"{path} cannot be written: {e.strerror or e}.") from e
+        append_line(self.folder / f"{name}.jsonl", json.dumps(row).encode())
 
     def note(self, plan: str, loss: float) -> None:
         """Keeps a measurement."""

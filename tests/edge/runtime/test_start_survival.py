@@ -1,0 +1,181 @@
+"""Whatever a daemon survives while it runs, it survives at its start: it serves, says what is wrong, and recovers by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cloud_double import RELEASE_KEY, Authority, Cloud
+from daemon_process import DaemonProcess
+from small_disk import SmallDisk
+from small_nets import images, shifted
+
+from edge.outbox import Outbox
+from refold import Release
+from refold.release import seal
+from refold.v1 import adaptation_pb2 as pb
+
+
+@pytest.fixture
+def disk(tmp_path):
+    with SmallDisk(tmp_path / "disk", options="size=2m,nr_inodes=200") as disk:
+        yield disk
+
+
+@pytest.fixture
+def arguments(bundle, tmp_path):
+    np.savez(tmp_path / "stream.npz", images=images(64, 16, seed=1))
+    rate = ("--fps", "100", "--loop", "--selector", "budget")
+    return ("--bundle", bundle.path, "--source", tmp_path / "stream.npz", *rate)
+
+
+@contextmanager
+def a_life(arguments, data: Path, tmp_path: Path, name: str):
+    """A daemon that served at least once; its predictions and log lie outside the disk."""
+    with DaemonProcess(*arguments, data=data, beside=tmp_path / name) as daemon:
+        daemon.until(lambda: len(daemon.lines()) > 10)
+        yield daemon
+
+
+def stored(daemon: DaemonProcess) -> float:
+    return float(daemon.asked().get("metrics", {}).get("outbox_samples", 0))
+
+
+def wrong_then_well(daemon: DaemonProcess, lift, sentence: str) -> None:
+    """It serves, tells why something is wrong (once in the log), and is well again after `lift`."""
+    daemon.until(lambda: any(sentence in p for p in daemon.asked().get("problems", [])))
+    served = len(daemon.lines())
+    daemon.until(lambda: len(daemon.lines()) > served + 20)
+    said = Counter(line.partition("WARNING")[2] for line in daemon.said().splitlines() if "WARNING" in line)
+    assert any(sentence in line for line in said) and max(said.values()) == 1, said
+    lift()
+    daemon.until(lambda: daemon.asked().get("problems") == [] and stored(daemon) > 0)
+    assert daemon.asked()["metrics"]["samples_failed"] == 0
+    assert daemon.end() == 0, daemon.said()
+    assert daemon.status()["running"] is False and "Traceback" not in daemon.said()
+
+
+def test_a_restart_with_a_full_disk(arguments, disk, tmp_path):
+    Outbox(disk.root / "data" / "outbox.sqlite").close()
+    disk.fill()
+    with a_life(arguments, disk.root / "data", tmp_path, "first") as daemon:
+        wrong_then_well(daemon, disk.free, "disk is full")
+
+
+def test_a_kill_on_a_disk_that_is_full_by_then(arguments, disk, tmp_path):
+    with a_life(arguments, disk.root / "data", tmp_path, "first") as daemon:
+        daemon.until(lambda: stored(daemon) > 0)
+        disk.fill()
+        daemon.until(lambda: daemon.asked()["problems"])
+        kept = stored(daemon)
+        daemon.end(signal.SIGKILL)
+    with a_life(arguments, disk.root / "data", tmp_path, "second") as daemon:
+        daemon.until(lambda: stored(daemon) >= kept)  # what was acknowledged is read on a full disk
+        wrong_then_well(daemon, disk.free, "disk is full")
+
+
+@pytest.mark.parametrize("state", ["full", "read-only", "no inodes"])
+def test_a_first_start_on_a_disk_that_takes_nothing(arguments, disk, tmp_path, state):
+    {"full": disk.fill, "read-only": lambda: disk.read_only(True), "no inodes": disk.use_all_inodes}[state]()
+    with a_life(arguments, disk.root / "data", tmp_path, "first") as daemon:
+        lift = (lambda: disk.read_only(False)) if state == "read-only" else disk.free
+        wrong_then_well(daemon, lift, "Read-only" if state == "read-only" else "cannot be")
+
+
+def test_a_restart_with_a_read_only_disk(arguments, disk, tmp_path):
+    Outbox(disk.root / "data" / "outbox.sqlite").close()
+    disk.read_only(True)
+    with a_life(arguments, disk.root / "data", tmp_path, "first") as daemon:
+        wrong_then_well(daemon, lambda: disk.read_only(False), "outbox.sqlite cannot be used")
+
+
+def test_a_locked_database(arguments, tmp_path):
+    data = tmp_path / "data"
+    Outbox(data / "outbox.sqlite").close()
+    other = sqlite3.connect(data / "outbox.sqlite", isolation_level=None)
+    other.execute("PRAGMA locking_mode=EXCLUSIVE")
+    other.execute("BEGIN EXCLUSIVE")
+    with a_life(arguments, data, tmp_path, "first") as daemon:
+        wrong_then_well(daemon, other.close, "locked")
+
+
+def test_a_directory_in_the_place_of_every_state_file(arguments, bundle, tmp_path):
+    data = tmp_path / "data"
+    names = ("outbox.sqlite", "status.json", "daemon.lock", f"adapter-{bundle.digest[:16]}")
+    for name in names:
+        (data / name / "full").mkdir(parents=True)
+    (data / "cache").write_text("a file in the place of a directory")
+
+    def lift():
+        for name in names:
+            (data / name / "full").rmdir()
+            (data / name).rmdir()
+
+    with a_life(arguments, data, tmp_path, "first") as daemon:
+        daemon.until(lambda: any("status.json cannot be written" in p for p in daemon.asked()["problems"]))
+        wrong_then_well(daemon, lift, "outbox.sqlite cannot be used")
+
+
+def test_a_damaged_outbox_is_set_aside_while_frames_are_served(arguments, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "outbox.sqlite").write_bytes(os.urandom(9000))
+    with a_life(arguments, tmp_path / "data", tmp_path, "first") as daemon:
+        daemon.until(lambda: stored(daemon) > 0)
+        assert daemon.end() == 0
+    assert (tmp_path / "data" / "outbox.sqlite.damaged").is_file() and "set aside" in daemon.said()
+
+
+def test_predictions_wait_for_their_disk(bundle, disk, tmp_path):
+    np.savez(tmp_path / "stream.npz", images=images(40, 16, seed=1))
+    disk.read_only(True)
+    path = disk.root / "predictions.jsonl"
+    command = [sys.executable, "-m", "refold.cli", "edge", "run", "--bundle", bundle.path, "--source", tmp_path / "stream.npz"]
+    command += ["--data", tmp_path / "data", "--predictions", path, "--fps", "20"]
+    process = subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, text=True)
+    try:
+        first = process.stderr.readline()
+        while "Predictions cannot be written" not in first:
+            assert process.poll() is None
+            first = process.stderr.readline()
+        disk.read_only(False)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and "Predictions" not in said
+    assert [json.loads(line)["frame"] for line in path.read_text().splitlines()] == list(range(40))
+
+
+def test_a_device_with_a_release_restarts_on_a_full_disk_and_finds_its_release_again(arguments, bundle, disk, tmp_path):
+    authority, data = Authority(), disk.root / "data"
+    authority.identity().save(data / "identity")
+    cloud = Cloud(authority)
+    cloud.start()
+    signed = seal(Release(bundle.digest, "roof", 1, shifted(bundle.norms, 1)), RELEASE_KEY)
+    cloud.answer_poll = lambda request: None if request.installed_version else pb.PollReleaseResponse(release=signed)
+    with_cloud = (*arguments, "--cloud", f"localhost:{cloud.port}")
+    quick = {"REFOLD_EDGE_CLOUD__POLL_WAIT_S": "1", "REFOLD_EDGE_CLOUD__RETRY_FIRST_S": "0.2"}
+    try:
+        with DaemonProcess(*with_cloud, data=data, beside=tmp_path / "first", **quick) as daemon:
+            daemon.until(lambda: daemon.version() == 1)
+            assert daemon.end() == 0
+        disk.fill()
+        cloud.answer_poll = lambda request: None
+        with DaemonProcess(*with_cloud, data=data, beside=tmp_path / "second", **quick) as daemon:
+            daemon.until(lambda: len(daemon.lines()) > 10)
+            assert daemon.version() in (0, 1)  # as exported, or the release it can prove
+            daemon.until(lambda: daemon.asked().get("problems"))
+            disk.free()
+            daemon.until(lambda: daemon.version() == 1 and daemon.asked()["cloud"] == "connected")
+            assert daemon.end() == 0
+        assert "Traceback" not in daemon.said()
+    finally:
+        cloud.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -123,12 +124,11 @@ def _settings(flags: dict[str, Any]) -> EdgeSettings:
 @edge.command()
 @_common
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
-@click.pass_context
-def status(context: click.Context, as_json: bool, **flags: Any) -> None:
+def status(as_json: bool, **flags: Any) -> None:
     """Ask the daemon how it is, or print what it last wrote.
 
-    Ends with 11 when what it prints is stale: no daemon runs and the last one did not end by itself, or one runs and neither answers
-    nor writes.
+    Ends with 11 when what it prints is stale: no daemon runs and the last one did not end by itself, or one runs that neither
+    answers nor writes.
     """
     from edge.runtime.query import find_status
 
@@ -146,7 +146,7 @@ def status(context: click.Context, as_json: bool, **flags: Any) -> None:
             click.echo(f"{key:<28} {value:.6g}")
     if staleness.reason:
         click.echo(f"refold: {staleness.sentence()}", err=True)
-        context.exit(STALE)
+        sys.exit(STALE)
 
 
 @edge.command()

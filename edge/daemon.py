@@ -7,8 +7,8 @@
                                        ▲
     cloud ═══► uplink ═══► updater ────┘                        verified, admitted, tried, then served
 
-A dead cloud, a full disk or a bad release is said once, kept in the status and tried again; frames go on. So it is at the start:
-only what no disk decides (bundle, source, ports, a path that is none) can keep a daemon from its first frame.
+A dead cloud, a full disk or a bad release is said once, kept in the status and tried again; frames go on. So it is at the
+start: only what no disk decides (bundle, source, ports, a path that is none) can keep a daemon from its first frame.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Daemon:
         self._closing.callback(self.stream.close)
         self.inference = self._inference()
         self.metrics_server = self._metrics_server()
-        self._changing = Latest("numbers", self._changing_numbers, {})
+        self._changing: Latest[dict[str, float]] = Latest("numbers", self._changing_numbers, {})
         self._closing.callback(self._changing.close)
         self.board = Board(self.directory.status, self.status, s.metrics.status_s)
         self._saved_bank = b""

@@ -127,9 +127,7 @@ def _locked(descriptor: int, how: int) -> bool:
     try:
         fcntl.flock(descriptor, how | fcntl.LOCK_NB)
     except OSError as e:
-        if e.errno in HELD:
-            return False
-        return True  # a file system without locks cannot keep two daemons apart
+        return e.errno not in HELD  # a file system without locks cannot keep two daemons apart
     return True
 
 

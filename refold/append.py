@@ -1,7 +1,7 @@
 """Files of lines that are appended to: after a crash, a full disk or a power cut, the next line stands on a line of its own.
 
-A process killed in the middle of a write, or a disk that filled up, leaves a file whose last line is torn. Appended to as it is,
-that half and the next line become one line that is neither. `open_append` looks at the end first:
+A process killed in the middle of a write, or a disk that filled up, leaves a file whose last line is torn. Appended to as it
+is, that half and the next line become one line that is neither. `open_append` looks at the end first:
 
     whole value, only its newline missing     the newline is added: nothing is lost, and it is as valid as it was
     a line of JSON cut short, or zeros        is cut off: it must neither pass for a line nor spoil the next

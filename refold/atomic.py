@@ -13,7 +13,7 @@ __all__ = ["discard", "sync_directory", "write_atomically"]
 
 
 def discard(path: Path) -> None:
-    """Removes a file that nobody needs any more, if it is there and can be removed. For error handlers: never raises OSError."""
+    """Removes a file that nobody needs any more, if it is there and can be removed. Raises no OSError: for error handlers."""
     with suppress(OSError):
         path.unlink(missing_ok=True)
 

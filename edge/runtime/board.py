@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from edge.metrics import write_status
-from edge.runtime.status_socket import StatusSocket
 from edge.runtime.staleness import stamp
+from edge.runtime.status_socket import StatusSocket
 from refold.errors import RefoldError, StorageError
 
 __all__ = ["Board"]

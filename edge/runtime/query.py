@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -53,9 +52,10 @@ def _read(directory: DataDirectory) -> dict[str, Any]:
     except FileNotFoundError:
         if _held(directory):
             raise UsageError(
-                f"A daemon runs on {directory.root.absolute()}, but it can neither be asked nor has it written a status: look at "
-                "its log and at the disk.", code="no-status",
-            ) from None  # fmt: skip
+                f"A daemon runs on {directory.root.absolute()}, but it does not answer and has not written a status: "
+                "look at its log and at the disk.",
+                code="no-status",
+            ) from None
         raise UsageError(f"No daemon has run on {directory.root.absolute()} yet.", code="no-status") from None
     except (OSError, ValueError) as e:
         raise UsageError(f"{directory.status} cannot be read: {e}.", code="no-status") from e
@@ -70,4 +70,4 @@ def _held(directory: DataDirectory) -> bool | None:
 
 
 def _exists(pid: int) -> bool:
-    return pid > 0 and os.path.exists(f"/proc/{pid}")
+    return pid > 0 and Path(f"/proc/{pid}").exists()

@@ -1,7 +1,7 @@
 """How old a status is, and whether its daemon still lives: pure functions of what the status says and of what is seen now.
 
-A status carries two clocks. Within one boot its age is told by the kernel's since-boot clock, which no clock setting moves (many
-devices have no battery-backed clock); across a boot only the wall clock is left, and the daemon of then is gone anyway.
+A status carries two clocks. Within one boot its age is told by the kernel's since-boot clock, which no clock setting moves, and
+many devices have no battery-backed clock; across a boot only the wall clock is left, and the daemon of then is gone anyway.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Where a daemon can be asked for its status when its disk cannot be written or read: a socket without a file.
 
 The name is in Linux's abstract namespace (unix(7)): it needs no directory, and ends with the process. It is made of the data
-directory's path and inode, so that two containers on one network do not answer for each other. Both sides look at who is at the
-other end (SO_PEERCRED): the kernel's own answer is believed, a name can be taken by anybody. Elsewhere than on Linux there is no
-such socket, and only the file tells.
+directory's path and inode, so that two containers on one network do not answer for each other. A name can be taken by
+anybody, so both sides ask the kernel who is at the other end (SO_PEERCRED). Elsewhere than on Linux there is no such socket,
+and only the file tells.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LARGEST = 4 * 2**20  # bytes of an answer; a status has a few thousand
 def _name(directory: Path) -> bytes:
     where = os.path.realpath(directory)
     try:
-        found = os.stat(where)
+        found = Path(where).stat()
         inode = f"{found.st_dev}:{found.st_ino}"
     except OSError:
         inode = "-"
@@ -88,23 +88,23 @@ class StatusSocket:
         threading.Thread(target=self._serve, args=(listening,), name="status-socket", daemon=True).start()
 
     def _serve(self, listening: socket.socket) -> None:
-        with listening:
-            while listening is self._socket:
-                try:
-                    peer, _ = listening.accept()
-                except OSError:
-                    time.sleep(0.1)  # too many open files, or let go
-                    continue
-                with peer, suppress(OSError):
-                    if _trusted(peer, self._directory):
-                        peer.settimeout(TIMEOUT_S)
-                        peer.sendall(self._latest())
+        while listening is self._socket:
+            try:
+                peer, _ = listening.accept()
+            except OSError:
+                time.sleep(0.1)  # too many open files, or let go
+                continue
+            with peer, suppress(OSError):
+                if _trusted(peer, self._directory):
+                    peer.settimeout(TIMEOUT_S)
+                    peer.sendall(self._latest())
 
     def _let_go(self) -> None:
         listening, self._socket, self._name = self._socket, None, b""
         if listening is not None:
             with suppress(OSError):
                 listening.shutdown(socket.SHUT_RDWR)  # ends accept
+            listening.close()
 
     def close(self) -> None:
         self._closing = True

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from refold.atomic import write_atomically
+from refold.atomic import write_atomically, write_new
 from refold.errors import AccessError, UsageError
 
 __all__ = ["Authority", "Peer", "peer_of", "read_request", "write_private"]
@@ -190,12 +189,13 @@ def peer_of(pem: bytes) -> Peer:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Writes a private key, readable by its owner only; never overwrites one. Raises UsageError when it exists."""
+    """Writes a private key, readable by its owner only; never overwrites one.
+
+    Raises:
+        UsageError: the file exists.
+        StorageError: it cannot be written; no half of a key is left.
+    """
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        write_new(path, content, mode=0o600)
     except FileExistsError:
         raise UsageError(f"{path} exists; a private key is never overwritten. Move it away first.") from None
-    with os.fdopen(descriptor, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())

@@ -29,7 +29,7 @@ from cryptography.x509.oid import NameOID
 
 from edge.channel import error_of, open_channel
 from edge.link_settings import EnrolSettings, LinkSettings
-from refold.atomic import write_atomically
+from refold.atomic import discard, write_atomically
 from refold.errors import AccessError, NetworkError, StorageError, UsageError
 from refold.signing import KeyRing
 from refold.v1 import fleet_pb2, fleet_pb2_grpc
@@ -123,7 +123,7 @@ def enrol(settings: EnrolSettings, token: str, directory: Path) -> Identity:
     request = fleet_pb2.EnrollRequest(join_token=token, csr_pem=request_pem, cohort=settings.cohort)
     identity = _ask(channel, settings.address, request, key_pem)
     identity.save(directory)
-    (directory / PENDING).unlink(missing_ok=True)
+    discard(directory / PENDING)
     return identity
 
 
@@ -140,7 +140,7 @@ def renew(identity: Identity, settings: LinkSettings, directory: Path) -> Identi
     request = fleet_pb2.EnrollRequest(csr_pem=request_pem, cohort=identity.cohort)
     renewed = _ask(channel, settings.address, request, key_pem)
     renewed.save(directory)
-    (directory / PENDING).unlink(missing_ok=True)
+    discard(directory / PENDING)
     return renewed
 
 

@@ -53,8 +53,8 @@ def open_append(path: Path, *, json_lines: bool = True) -> BinaryIO:
         raise
 
 
-def append_line(path: Path, line: bytes) -> None:
-    """Adds one line, mending the end of the file first.
+def append_line(path: Path, line: bytes, *, sync: bool = False) -> None:
+    """Adds one line of JSON, mending the end of the file first; with `sync` it survives a power cut.
 
     Raises:
         StorageError: the disk is full, read-only or failing; half a line at the end is mended by the next call.
@@ -64,6 +64,8 @@ def append_line(path: Path, line: bytes) -> None:
             rest = line + b"\n"
             while rest:
                 rest = rest[f.write(rest) or 0 :]
+            if sync:
+                os.fsync(f.fileno())
     except OSError as e:
         raise StorageError(f"{path} cannot be written: {e.strerror or e}. Free some space or check the disk.") from e
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from refold.atomic import write_new
 from refold.errors import SignatureError, UsageError
 from refold.v1 import norms_pb2 as pb
 
@@ -48,16 +48,19 @@ class SigningKey:
         return cls(private)
 
     def save(self, path: Path) -> None:
-        """Writes the key, readable by its owner only; never overwrites an existing one."""
+        """Writes the key, readable by its owner only; never overwrites an existing one.
+
+        Raises:
+            UsageError: the file exists.
+            StorageError: it cannot be written; no half of a key is left.
+        """
         pem = self._private.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            write_new(path, pem, mode=0o600)
         except FileExistsError:
             raise UsageError(f"{path} exists; a signing key is never overwritten. Move it away first.") from None
-        with os.fdopen(descriptor, "wb") as f:
-            f.write(pem)
 
     def sign(self, payload: bytes) -> pb.Signature:
         return pb.Signature(key_id=self.key_id, ed25519=self._private.sign(payload))

@@ -14,6 +14,7 @@ import fcntl
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -77,12 +78,14 @@ class Work:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self._lock is not None
         if isinstance(error, RefoldError) and self.evaluations:
-            self._clear(lambda p: p.suffix not in (".json", ".jsonl") or p.stem.isdigit())
+            with suppress(OSError):  # the error on its way out is the one to report
+                self._clear(lambda p: p.suffix not in (".json", ".jsonl") or p.stem.isdigit())
         elif error is None or isinstance(error, RefoldError):
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 
     def _clear(self, which: Callable[[Path], bool]) -> None:
+        """Raises OSError: something cannot be removed."""
         for path in self.folder.iterdir():
             if which(path):
                 path.unlink()
@@ -115,7 +118,10 @@ class Work:
     def written(self, bits: int, make: Callable[[int, int], bytes], keys: list[Key], done: Callable[[], None]) -> PagedWriter:
         """All records of one width: those already there, and the others from `make`. `done` is called for each."""
         name = str(bits)
-        rows = [Record(**row) for row in self._lines(name)]
+        try:
+            rows = [Record(**row) for row in self._lines(name)]
+        except OSError as e:
+            raise StorageError(f"{self.folder} cannot be used: {e.strerror or e}.") from e
         writer = PagedWriter.resume(self.folder / f"{name}.records", rows, lambda _: done())
         if [(r.layer, r.expert) for r in writer.records] != keys[: len(writer.records)]:
             writer.close()
@@ -130,7 +136,10 @@ class Work:
         return writer
 
     def free(self) -> int:
-        return shutil.disk_usage(self.folder).free
+        try:
+            return shutil.disk_usage(self.folder).free
+        except OSError as e:
+            raise StorageError(f"{self.folder} cannot be looked at: {e.strerror or e}.") from e
 
     def publish(self, name: str, output: Path) -> None:
         """Renames a finished file of the folder to the output."""

@@ -65,9 +65,15 @@ class JsonLines:
                 self._file = open_append(self._path)
             except OSError as e:
                 raise self._storage_error(e) from e
-            # The half of a line that was written to the file before was cut off, or is in another file.
-            self._lines, self._written = self._lines[self._lines.rfind(b"\n", 0, self._written) + 1 :], 0
+            self._lines, self._written = self._unwritten(), 0
         return self._file
+
+    def _unwritten(self) -> bytes:
+        """The lines that were not written whole before the file was let go: `open_append` ends a line that misses its newline
+        only, and cuts off a shorter part."""
+        if self._written and self._lines[self._written : self._written + 1] == b"\n":
+            return self._lines[self._written + 1 :]
+        return self._lines[self._lines.rfind(b"\n", 0, self._written) + 1 :]
 
     def _storage_error(self, e: OSError) -> StorageError:
         return StorageError(f"Predictions cannot be written to {self._path or 'standard output'}: {e.strerror or e}.")

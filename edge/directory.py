@@ -15,6 +15,7 @@ import errno
 import fcntl
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -63,7 +64,7 @@ class DataDirectory:
     def check(self) -> None:
         """Raises StorageError when the path leads through a file: no disk that recovers will make a directory of it."""
         for path in (self.root, *self.root.absolute().parents):
-            if path.exists() and not path.is_dir():
+            if _is(path.exists) and not path.is_dir():
                 raise StorageError(f"The data directory {self.root} cannot be made: {path} is not a directory.")
 
     def lock(self) -> None:
@@ -109,7 +110,7 @@ class DataDirectory:
     @property
     def locked_by_another(self) -> bool:
         """Raises StorageError when that cannot be found out."""
-        if self._locks or not self.root.is_dir():
+        if self._locks or not _is(self.root.exists):
             return False
         try:
             free = self._take(fcntl.LOCK_SH)
@@ -121,6 +122,14 @@ class DataDirectory:
     def unlock(self) -> None:
         _close(self._locks)
         self._locks = []
+
+
+def _is(question: Callable[[], bool]) -> bool:
+    """False where this user may not even look (Python raises PermissionError)."""
+    try:
+        return question()
+    except OSError:
+        return False
 
 
 def _locked(descriptor: int, how: int) -> bool:

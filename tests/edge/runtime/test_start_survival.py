@@ -19,8 +19,12 @@ from daemon_process import DaemonProcess
 from small_disk import SmallDisk
 from small_nets import images, shifted
 
+from edge.directory import DataDirectory
+from edge.frame_path import Prediction
 from edge.outbox import Outbox
+from edge.sinks import JsonLines
 from refold import Release
+from refold.errors import StorageError
 from refold.release import seal
 from refold.v1 import adaptation_pb2 as pb
 
@@ -167,8 +171,18 @@ def test_a_device_with_a_release_restarts_on_a_full_disk_and_finds_its_release_a
         with DaemonProcess(*with_cloud, data=data, beside=tmp_path / "first", **quick) as daemon:
             daemon.until(lambda: daemon.version() == 1)
             assert daemon.end() == 0
-        disk.fill()
         cloud.answer_poll = lambda request: None
+        (state,) = (data / "updates").glob("*/updates.sqlite")
+        other = sqlite3.connect(state, isolation_level=None)
+        other.execute("PRAGMA locking_mode=EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        with DaemonProcess(*with_cloud, data=data, beside=tmp_path / "locked", **quick) as daemon:
+            daemon.until(lambda: len(daemon.lines()) > 10 and "locked" in daemon.asked().get("last_error", ""))
+            assert daemon.version() == 0  # nothing says which release this device may run
+            other.close()
+            daemon.until(lambda: daemon.version() == 1 and daemon.asked()["cloud"] == "connected")
+            assert daemon.end() == 0
+        disk.fill()
         with DaemonProcess(*with_cloud, data=data, beside=tmp_path / "second", **quick) as daemon:
             daemon.until(lambda: len(daemon.lines()) > 10)
             assert daemon.version() in (0, 1)  # as exported, or the release it can prove
@@ -179,3 +193,41 @@ def test_a_device_with_a_release_restarts_on_a_full_disk_and_finds_its_release_a
         assert "Traceback" not in daemon.said()
     finally:
         cloud.stop()
+
+
+def test_without_permission_everything_is_said_and_tried_again(tmp_path):
+    """As another user than the directory's."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    tmp_path.chmod(0o700)
+    data = DataDirectory(tmp_path / "data")
+    os.seteuid(65534)
+    try:
+        data.check()
+        with pytest.raises(StorageError, match="Permission denied"):
+            data.lock()
+        assert data.locked_by_another is False
+        outbox = Outbox(data.outbox, later=True)
+        with pytest.raises(StorageError, match="Permission denied"):
+            outbox.open()
+        assert len(outbox) == 0
+        sink = JsonLines(str(tmp_path / "p.jsonl"))
+        sink.add(Prediction(0, 0, "", 0, 1.0, 0.0, 0, "d0", False, False, 0.0))
+        with pytest.raises(StorageError, match="Permission denied"):
+            sink.flush()
+    finally:
+        os.seteuid(0)
+    data.lock()
+    outbox.database._again = 0.0
+    outbox.open()
+    sink.close()
+    assert outbox.database.writable and (tmp_path / "p.jsonl").read_text().count("\n") == 1
+    outbox.close()
+    data.unlock()
+
+
+def test_a_file_in_the_way_of_the_directory_is_a_mistake_and_not_a_disk(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(StorageError, match="is not a directory"):
+            DataDirectory(path).check()

@@ -38,7 +38,7 @@ from edge.frame_path import Frame, FramePath, Prediction
 from edge.inference import Handlers, InferenceServer
 from edge.metrics import MetricsServer, prometheus_text, resident_bytes
 from edge.outbox import Outbox
-from edge.runtime import Board, Latest
+from edge.runtime import Board, Latest, bounded
 from edge.samples import SampleWriter
 from edge.select import BudgetSelector, make_selector, rate_within
 from edge.serving import ServingState
@@ -62,6 +62,7 @@ LINES_INLINE = 256  # predictions per write when there is no worker
 OBSERVED_WAITING = 256  # answered requests that may wait to be looked at
 RETRY_SECONDS = 1.0  # between looks at whether the disk takes the data directory again
 STUCK_SECONDS = 3.0  # a task at a disk that takes longer is said while it waits
+ANSWER_SECONDS = 2.0  # that a start waits for a disk, and for whoever only looks whether a daemon runs
 ENDING_SECONDS = 10.0  # half of what systemd allows before it kills (deploy/refold-edge.service)
 BANK_SECONDS = 60.0  # between writes of the domain bank; what a kill loses is re-learnt in seconds
 
@@ -96,11 +97,11 @@ class Daemon:
         s = self.settings
         self.bundle = Bundle.open(s.bundle)
         self.directory = DataDirectory(s.data)
-        self.directory.check()
-        with suppress(StorageError):  # tried again, and said, by the storage worker
-            self.directory.lock()
+        self._refused: UsageError | None = None
         self._closing.callback(self.directory.unlock)
-        self.factory = EngineFactory(self.bundle, s.engine.target or None, threads=s.engine.threads, cache=self.directory.cache)
+        self._disk_answers = self._begin_directory()
+        cache = self.directory.cache if self._disk_answers else None
+        self.factory = EngineFactory(self.bundle, s.engine.target or None, threads=s.engine.threads, cache=cache)
         engine = self.factory.build(ServingState())
         self.factory.canary(engine)
         self.slot = EngineSlot(engine)
@@ -110,7 +111,8 @@ class Daemon:
         self.adaptation = Adaptation(self.factory, self.slot, self._adapter(), self.building, self._keep_report)
         self.link = CloudLink(s, self.bundle, self.directory, self.outbox, self.adaptation, self.heartbeat)
         self._closing.callback(self.link.close)
-        self.link.restore()
+        if self._disk_answers:
+            self.link.restore()
         self.samples = SampleWriter(self.bundle, self.outbox, self.storage, s.engine.samples_waiting)
         self.sink = self._sink()
         self.path = self._frame_path()
@@ -122,17 +124,44 @@ class Daemon:
         self.metrics_server = self._metrics_server()
         self._changing: Latest[dict[str, float]] = Latest("numbers", self._changing_numbers, {})
         self._closing.callback(self._changing.close)
-        self.board = Board(self.directory.status, self.status, s.metrics.status_s)
+        self.board = Board(self.directory.status, self.status, s.metrics.status_s, lambda: self.directory.held)
         self._saved_bank = b""
         self._paced = (time.monotonic(), 0)
         self.final_status: dict[str, Any] = {}
 
     # ── parts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _begin_directory(self) -> bool:
+        """False when the disk does not answer: what is read from it at a start is left for later, or left out."""
+
+        def begin() -> None:
+            self.directory.check()
+            with suppress(StorageError):  # tried again, and said, by the storage worker
+                self.directory.lock()
+
+        if bounded("directory", begin, ANSWER_SECONDS):
+            return True
+        log.warning("The disk of %s does not answer: beginning without it.", self.directory.root)
+        return False
+
+    def _hold(self) -> None:
+        """Takes the directory; the storage worker's first task, and nothing is written there before. Raises as `lock`.
+
+        Another daemon that holds it, found out only when the disk answers at last, ends this one.
+        """
+        try:
+            self.directory.lock()
+        except UsageError as e:
+            self._refused = e
+            self.outbox.close()
+            self.stop.set()
+            raise
+
     def _workers(self) -> tuple[Runner, Runner, Runner]:
         """Storage, building, predictions: apart, since a database that is locked must not hold up the predictions' file."""
         if self.settings.mode == "inline":
             inline = Inline()
+            inline.offer(self._hold)
             inline.offer(self.outbox.open)
             return inline, Inline(), inline
         niceness = self.settings.engine.worker_niceness
@@ -140,7 +169,8 @@ class Daemon:
         building = Worker("building", TAPS_WAITING, niceness=niceness)
         writing = Worker("predictions", TAPS_WAITING, niceness=niceness)
         writing.every(self.settings.predictions.flush_ms / 1e3, self._flush)
-        storage.every(RETRY_SECONDS, self.directory.lock, at_once=True)
+        storage.offer(self._hold)
+        storage.every(RETRY_SECONDS, self._hold)
         storage.every(RETRY_SECONDS, self.outbox.open, at_once=True)
         storage.every(self.settings.metrics.status_s, self.look_around)
         storage.every(self.settings.metrics.status_s, self.follow_budget)
@@ -151,12 +181,16 @@ class Daemon:
         s, table, classes = self.settings.adapt_settings(), self.bundle.norms, self.bundle.manifest.class_count
         make = partial(Adapter, table, s, classes, reference=self._reference(), bundle_digest=self.bundle.digest)
         path = self.directory.bank(self.bundle.digest)
+        self._bank_unread = not self._disk_answers
         try:
-            content = path.read_bytes()
-            return Adapter.load(content, table, s, classes, **make.keywords)
+            if self._disk_answers:
+                return Adapter.load(path.read_bytes(), table, s, classes, **make.keywords)
         except FileNotFoundError:
             pass
-        except (OSError, StorageError) as e:
+        except StorageError as e:
+            log.warning("The domain bank %s is not used: %s", path, e)
+        except OSError as e:
+            self._bank_unread = True
             log.warning("The domain bank %s is not used: %s", path, e)
         return make()
 
@@ -175,7 +209,11 @@ class Daemon:
 
     def _sink(self) -> JsonLines | None:
         s = self.settings.predictions
-        return JsonLines(s.path, self.bundle.manifest.classes, limit_bytes=s.limit_mb * 10**6) if s.path else None
+        if not s.path:
+            return None
+        sink = JsonLines(s.path, self.bundle.manifest.classes, limit_bytes=s.limit_mb * 10**6, later=True)
+        bounded("predictions", sink.check, ANSWER_SECONDS)
+        return sink
 
     def _frame_path(self) -> FramePath:
         keep, inline = self.settings.selection, self.settings.mode == "inline"
@@ -223,7 +261,11 @@ class Daemon:
         return self
 
     def run(self) -> int:
-        """Serves frames until the source ends or `stop` is set; returns how many were served."""
+        """Serves frames until the source ends or `stop` is set; returns how many were served.
+
+        Raises:
+            UsageError: another daemon turned out to hold the directory, whose disk did not answer at the start.
+        """
         path, observed, stop = self.path, self._observed, self.stop
         for frame in self.stream:
             if frame is not None:
@@ -233,6 +275,8 @@ class Daemon:
             if stop.is_set():
                 break
         self._look_at_requests(True)
+        if self._refused is not None:
+            raise self._refused
         return path.frames
 
     def _look_at_requests(self, all_of_them: bool) -> None:
@@ -273,7 +317,14 @@ class Daemon:
         self.outbox.put_report(report)
 
     def save_bank(self) -> None:
-        """Keeps the domains met. Raises StorageError: the old file stays."""
+        """Keeps the domains met. Raises StorageError: the old file stays.
+
+        A file that could not be read at the start is not replaced: it may hold more than what was met since.
+        """
+        if not self.directory.held:
+            return
+        if self._bank_unread and self.directory.bank(self.bundle.digest).is_file():
+            return
         content = self.adaptation.dump()
         if content != self._saved_bank:
             write_atomically(self.directory.bank(self.bundle.digest), [content])
@@ -375,11 +426,15 @@ class Daemon:
         self.link.stop()
         for worker in (self.building, self.storage, self.writing):
             worker.close(max(end - time.monotonic(), 0.1))
-        _bounded("saving", self._save, end)
-        self.final_status = dict(self.board.close())
-        _bounded("closing", self._closing.close, end)
+        for name, task in (("saving", self._save), ("closing", self._close)):
+            if not bounded(name, task, max(end - time.monotonic(), 1.0)):
+                log.warning("At the end, %s: the disk does not answer; what waits for it is given up.", name)
         sys.setswitchinterval(self._switch_interval)
         gc.unfreeze()
+
+    def _close(self) -> None:
+        self.final_status = dict(self.board.close())
+        self._closing.close()
 
     def _save(self) -> None:
         with _said("samples"):
@@ -389,15 +444,6 @@ class Daemon:
                 self.sink.close()
         with _said("domain bank"):
             self.save_bank()
-
-
-def _bounded(name: str, task: Callable[[], None], end: float) -> None:
-    """Runs the task, but does not wait for it beyond `end`: a thread that hangs in a disk ends with the process."""
-    thread = threading.Thread(target=task, name=name, daemon=True)
-    thread.start()
-    thread.join(max(end - time.monotonic(), 1.0))
-    if thread.is_alive():
-        log.warning("At the end, %s: the disk does not answer; what waits for it is given up.", name)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,7 +25,7 @@ from refold.errors import StorageError, UsageError
 __all__ = ["DataDirectory"]
 
 HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
-PATIENCE_S = 1.0  # somebody who only looks whether a daemon runs holds the lock for an instant
+PATIENCE_S = 0.5  # somebody who only looks whether a daemon runs holds the lock for an instant
 
 
 class DataDirectory:
@@ -37,6 +38,7 @@ class DataDirectory:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
         self._locks: list[int] = []
+        self._taking = threading.Lock()  # a thread that hangs in the disk must not compete with the one that tries again
 
     @property
     def cache(self) -> Path:
@@ -75,6 +77,10 @@ class DataDirectory:
             UsageError: another daemon holds it.
             StorageError: it cannot be made.
         """
+        with self._taking:
+            self._lock()
+
+    def _lock(self) -> None:
         if self._locks:
             return
         try:
@@ -106,6 +112,11 @@ class DataDirectory:
             return False
         self._locks = taken
         return True
+
+    @property
+    def held(self) -> bool:
+        """Whether this process holds the directory. Waits for nothing."""
+        return bool(self._locks)
 
     @property
     def locked_by_another(self) -> bool:

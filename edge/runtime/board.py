@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from edge.metrics import write_status
+from edge.runtime.bounded import bounded
 from edge.runtime.staleness import stamp
 from edge.runtime.status_socket import StatusSocket
 from refold.errors import RefoldError, StorageError
@@ -25,6 +26,7 @@ from refold.errors import RefoldError, StorageError
 __all__ = ["Board"]
 
 log = logging.getLogger(__name__)
+FOLLOW_S = 0.5  # that a start waits for a look at the directory
 STUCK_S = 5.0  # a write that takes longer is said
 
 
@@ -35,10 +37,13 @@ class Board:
         path: of the file; its folder is the data directory.
         collect: the status without its stamp; called every `every_s` on a thread of the board's.
         every_s: seconds between looks.
+        ours: whether the file is this process's to write; must return at once.
     """
 
-    def __init__(self, path: Path, collect: Callable[[], dict[str, Any]], every_s: float) -> None:
-        self._path, self._collect, self._every_s = path, collect, every_s
+    def __init__(
+        self, path: Path, collect: Callable[[], dict[str, Any]], every_s: float, ours: Callable[[], bool] = lambda: True
+    ) -> None:
+        self._path, self._collect, self._every_s, self._ours = path, collect, every_s, ours
         self._latest: dict[str, Any] = {}
         self._ended = threading.Event()
         self._changed = threading.Condition()
@@ -54,7 +59,7 @@ class Board:
         self._take()
         self._socket = StatusSocket(self._path.parent, lambda: json.dumps(self._latest).encode())
         with suppress(StorageError):  # said by the thread that writes, which tries again
-            self._socket.follow()
+            bounded("status-name", self._socket.follow, FOLLOW_S)
         self._collecting.start()
         self._writing.start()
 
@@ -93,7 +98,8 @@ class Board:
             try:
                 if self._socket is not None:
                     self._socket.follow()
-                write_status(self._path, told)
+                if self._ours():
+                    write_status(self._path, told)
                 self._problem = ""
             except RefoldError as e:
                 if e.message != self._problem:

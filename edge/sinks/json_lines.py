@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+import threading
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -35,22 +36,30 @@ class JsonLines:
         path: the file, or "-" for standard output. A named pipe is never waited for.
         classes: names by index; may be empty.
         limit_bytes: size at which a file is set aside; 0 never.
+        later: open the file at the first `flush` (or `check`).
 
     Raises:
         StorageError: the path is a directory or leads through a file: no disk that recovers will mend that.
     """
 
-    def __init__(self, path: str, classes: Sequence[str] = (), *, limit_bytes: int = 0) -> None:
+    def __init__(self, path: str, classes: Sequence[str] = (), *, limit_bytes: int = 0, later: bool = False) -> None:
         self.dropped = 0
         self._path = None if path == "-" else Path(path)
         self._labels = [json.dumps(name) for name in classes]
         self._limit = limit_bytes
         self._waiting: deque[Prediction] = deque()
         self._file: BinaryIO | None = None
+        self._opening = threading.Lock()  # a check may hang in a disk when the first flush comes
         self._lines = b""  # formatted, not yet all on the disk
         self._written = 0  # bytes of them that are: a full disk may take half a line
+        if not later:
+            self.check()
+
+    def check(self) -> None:
+        """Opens the file if that is possible now. Raises StorageError as the constructor."""
         try:
-            self._open()
+            with self._opening:
+                self._open()
         except StorageError as e:
             if isinstance(e.__cause__, FileExistsError | NotADirectoryError | IsADirectoryError):
                 raise
@@ -91,7 +100,8 @@ class JsonLines:
             if not self._lines:
                 lines = [self._line(self._waiting.popleft()) for _ in range(min(BATCH, len(self._waiting)))]
                 self._lines, self._written = "".join(lines).encode(), 0
-            file = self._open()
+            with self._opening:
+                file = self._open()
             try:
                 while self._written < len(self._lines):
                     taken = file.write(self._lines[self._written :])

@@ -78,6 +78,13 @@ class DaemonProcess:
             assert time.monotonic() < end, self.said()
             time.sleep(0.02)
 
+    def until_said(self, words: str, seconds: float = 60.0) -> None:
+        """Waits for words in its log, whether it still runs or not."""
+        end = time.monotonic() + seconds
+        while words not in self.said():
+            assert time.monotonic() < end, self.said()
+            time.sleep(0.02)
+
     def end(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
         return self.wait()

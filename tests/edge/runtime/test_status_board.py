@@ -22,7 +22,8 @@ from small_disk import SmallDisk
 from small_nets import images
 
 from edge.directory import DataDirectory
-from edge.runtime import Board, Latest, judge, stamp
+from edge.outbox import Outbox
+from edge.runtime import Board, Latest, bounded, judge, stamp
 from edge.runtime.query import find_status
 from edge.runtime.status_socket import StatusSocket, ask
 from refold.errors import StorageError, UsageError
@@ -77,6 +78,58 @@ def test_a_disk_that_hangs_stops_neither_frames_nor_what_is_said(arguments, tmp_
             daemon.until(lambda: daemon.asked()["problems"] == [])
             assert daemon.end() == 0
         assert "Traceback" not in daemon.said()
+
+
+def test_a_second_daemon_that_cannot_see_the_first_at_once_ends_when_it_can(arguments, tmp_path):
+    with SmallDisk(tmp_path / "disk", "ext4") as disk:
+        data = disk.root / "data"
+        with DaemonProcess(*arguments, data=data, beside=tmp_path / "first") as first:
+            first.until(lambda: first.asked().get("metrics", {}).get("outbox_samples", 0) > 0)
+            disk.freeze()
+            try:
+                with DaemonProcess(*arguments, data=data, beside=tmp_path / "second") as second:
+                    second.until(lambda: len(second.lines()) > 5)
+                    disk.thaw()
+                    assert second.wait() == 2 and "Another daemon runs" in second.said().splitlines()[-1]
+            finally:
+                disk.thaw()
+            assert "Traceback" not in second.said() and first.asked()["pid"] == first.process.pid
+            assert first.end() == 0
+            assert first.status()["pid"] == first.process.pid
+
+
+@pytest.mark.slow  # it waits for the ten seconds that an end is given
+def test_a_disk_that_hangs_does_not_keep_a_daemon_from_ending(arguments, tmp_path):
+    with SmallDisk(tmp_path / "disk", "ext4") as disk:
+        with DaemonProcess(*arguments, data=disk.root / "data", beside=tmp_path / "beside") as daemon:
+            daemon.until(lambda: daemon.asked().get("metrics", {}).get("outbox_samples", 0) > 0)
+            disk.freeze()
+            try:
+                daemon.until(lambda: any("waited" in problem for problem in daemon.asked()["problems"]))
+                daemon.process.send_signal(signal.SIGTERM)
+                daemon.until_said("given up")
+            finally:
+                disk.thaw()
+            assert daemon.wait() == 0
+        assert "Traceback" not in daemon.said()
+
+
+def test_a_disk_that_hangs_at_the_start_is_left_for_later(arguments, tmp_path):
+    with SmallDisk(tmp_path / "disk", "ext4") as disk:
+        data = disk.root / "data"
+        Outbox(data / "outbox.sqlite").close()
+        (data / "daemon.lock").touch()
+        disk.freeze()
+        try:
+            with DaemonProcess(*arguments, data=data, beside=tmp_path / "beside") as daemon:
+                daemon.until(lambda: len(daemon.lines()) > 20)
+                daemon.until(lambda: any("waited" in problem for problem in daemon.asked()["problems"]))
+                assert "does not answer: beginning without it" in daemon.said()
+                disk.thaw()
+                daemon.until(lambda: daemon.asked()["problems"] == [] and daemon.asked()["metrics"]["outbox_samples"] > 0)
+                assert daemon.end() == 0
+        finally:
+            disk.thaw()
 
 
 def test_a_killed_daemon_is_stale_and_so_is_one_that_hangs(arguments, tmp_path):
@@ -139,6 +192,20 @@ def test_a_status_of_an_older_version_is_dated_by_the_wall_clock():
     old = {"running": True, "unix_ms": now - 50_000}
     answer = judge(old, held=True, answered=False, now_unix_ms=now, boot_id="b", boot_s=1.0)
     assert answer.age_s == 50 and answer.reason == "silent" and answer.since_unix_ms == now - 50_000
+
+
+def test_a_bounded_task_is_waited_for_only_so_long_and_its_error_is_told():
+    ended, go = threading.Event(), threading.Event()
+
+    def task() -> None:
+        go.wait(10)
+        ended.set()
+
+    assert not bounded("test", task, 0.01) and not ended.is_set()
+    go.set()
+    assert ended.wait(10) and bounded("test", task, 10)
+    with pytest.raises(ZeroDivisionError):
+        bounded("test", lambda: 1 // 0, 10)
 
 
 def test_a_lock_that_is_held_for_ever_delays_nobody():

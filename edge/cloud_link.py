@@ -19,6 +19,7 @@ from edge.outbox import Outbox
 from edge.settings import EdgeSettings
 from edge.updater import Updater
 from edge.uplink import Callbacks, Uplink
+from refold.atomic import write_atomically
 from refold.bundle import Bundle
 from refold.errors import StorageError, UsageError
 from refold.v1 import fleet_pb2
@@ -173,10 +174,7 @@ def roll_back(settings: EdgeSettings) -> str:
     """
     directory = DataDirectory(settings.data)
     if directory.locked_by_another:
-        try:
-            directory.rollback_request.write_text("rolled back by hand on the device\n")
-        except OSError as e:
-            raise StorageError(f"{directory.rollback_request} cannot be written: {e.strerror or e}.") from e
+        write_atomically(directory.rollback_request, [b"rolled back by hand on the device\n"])
         return "Asked the running daemon to go back to the release before; `refold edge status` shows when it has."
     if not settings.bundle:
         raise UsageError("Which bundle? Give --bundle FILE.refold or --config.")

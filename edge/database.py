@@ -6,7 +6,7 @@ at the start or later, keeps being tried: the first use after it is gone works.
 
     normally            as above
     a full disk         the index of the log needs 32 kB of its own, which are then kept in memory (`locking_mode=exclusive`)
-    a read-only disk    what was committed is read from a private copy; every change is a StorageError
+    a read-only disk    what was committed is read from a copy in memory; every change is a StorageError
 
 https://www.sqlite.org/wal.html, sections 5 (read-only) and 7 (exclusive locking, no shared memory)
 """
@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,9 @@ class Database:
         self._expendable = expendable
         self._opened = opened
         self._connection: sqlite3.Connection | None = None
-        self._copy: Path | None = None  # what the connection reads, when it is not the file itself
+        self._copy = False  # whether the connection reads a copy and not the file itself
         self._existed = False
+        self._inode: tuple[int, int] | None = None
         self._closed = False
         self._why: StorageError | None = None
         self._again = 0.0
@@ -94,17 +95,20 @@ class Database:
     @property
     def writable(self) -> bool:
         """False while the file could not be opened, or only a copy of it is read. Waits for nothing."""
-        return self._connection is not None and self._copy is None
+        return self._connection is not None and not self._copy
 
     def _use(self, *, writing: bool) -> sqlite3.Connection:
         """The connection; opens one when there is none that will do, at most every RETRY_S."""
         if self._closed:
             raise StorageError(f"{self.path} is closed.")
-        if self._connection is not None and self._copy is None:
-            return self._connection
+        if self._connection is not None and not self._copy:
+            if self._identity() == self._inode:
+                return self._connection
+            self._switch_to(None)  # SQLite would go on writing to a file that nobody will ever find again
+            self._again = 0.0
         if time.monotonic() >= self._again:
             try:
-                self._switch_to(self._open_file(), None)
+                self._switch_to(self._open_file())
             except StorageError as e:
                 self._why, self._again = e, time.monotonic() + RETRY_S
         if self._connection is not None and not (writing and self._copy):
@@ -125,8 +129,16 @@ class Database:
         except sqlite3.Error as e:
             connection.close()
             raise self._storage_error(e) from e
-        self._existed = True
+        self._existed, self._inode = True, self._identity()
         return connection
+
+    def _identity(self) -> tuple[int, int] | None:
+        """Which file is at the path now; None: none, or that cannot be seen."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
 
     def _open_or_mend(self) -> sqlite3.Connection:
         try:
@@ -146,6 +158,10 @@ class Database:
             raise self._storage_error(e) from e
 
     def _open(self, path: Path, *, exclusive: bool = False) -> sqlite3.Connection:
+        if (
+            path == self.path and path.is_file() and not os.access(path, os.W_OK)
+        ):  # SQLite would open it, and write later or never
+            raise sqlite3.OperationalError("it may not be written")
         connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         try:
             if exclusive:
@@ -167,30 +183,29 @@ class Database:
         return connection
 
     def _read_copy(self) -> None:
-        """Connects to a private copy of file and log: what was committed, for as long as the file cannot be opened."""
-        folder: Path | None = None
+        """Connects to a copy of file and log in memory: what was committed, for as long as the file cannot be opened."""
         try:
             if sum(p.stat().st_size for p in self._files() if p.is_file()) > COPIED_BYTES:
                 return
-            folder = Path(tempfile.mkdtemp(prefix="refold-", dir=MEMORY_FOLDER if os.access(MEMORY_FOLDER, os.W_OK) else None))
-            for source in self._files()[:2]:  # without the index, which belongs to the processes that use the file
-                if source.is_file():
-                    shutil.copyfile(source, folder / source.name)
-            self._switch_to(self._open(folder / self.path.name), folder)
+            place = MEMORY_FOLDER if os.access(MEMORY_FOLDER, os.W_OK) else None
+            with tempfile.TemporaryDirectory(prefix="refold-", dir=place, ignore_cleanup_errors=True) as folder:
+                for source in self._files()[:2]:  # without the index, which belongs to the processes that use the file
+                    if source.is_file():
+                        shutil.copyfile(source, Path(folder) / source.name)
+                copied = self._open(Path(folder) / self.path.name)
+                memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+                with closing(copied):
+                    copied.backup(memory)
+            self._switch_to(memory, copy=True)
             self._existed = True
         except (OSError, sqlite3.Error) as e:
             log.warning("%s cannot even be read: %s", self.path, e)
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
 
-    def _switch_to(self, connection: sqlite3.Connection | None, copy: Path | None) -> None:
-        before, self._connection = self._connection, connection
-        old, self._copy = self._copy, copy
+    def _switch_to(self, connection: sqlite3.Connection | None, *, copy: bool = False) -> None:
+        before, self._connection, self._copy = self._connection, connection, copy
         if before is not None:
             with suppress(sqlite3.Error):
                 before.close()
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
 
     # ── damage ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -221,17 +236,17 @@ class Database:
     def _failed(self, e: sqlite3.Error) -> StorageError:
         """After a statement that failed: a connection that will not recover by itself is replaced, at most every RETRY_S."""
         if not _is_busy(e) and not _is_full(e) and not self._closed and time.monotonic() >= self._again:
-            self._switch_to(None, None)
+            self._switch_to(None)
             with suppress(StorageError):
                 self._use(writing=False)
             self._again = time.monotonic() + RETRY_S
         return self._storage_error(e)
 
     def _mend(self, reason: sqlite3.DatabaseError) -> StorageError:
-        self._switch_to(None, None)
+        self._switch_to(None)
         try:
             self._move_aside(reason)
-            self._switch_to(self._open_file(), None)
+            self._switch_to(self._open_file())
         except StorageError as e:
             return e
         return StorageError(f"{self.path} was damaged: it was set aside and a new one begun.", code="damaged")
@@ -283,7 +298,7 @@ class Database:
             log.warning("%s is in use by a thread that does not come back: left open.", self.path)
             return
         try:
-            self._switch_to(None, None)
+            self._switch_to(None)
         finally:
             self.lock.release()
 

@@ -18,11 +18,13 @@ def check_output(path: Path) -> None:
     """Finds out before long work whether its result can be written to `path`; leaves nothing and touches no file that is there.
 
     Raises:
-        UsageError: the path is a directory, or lies in none.
+        UsageError: the path is a directory or a device, or lies in no directory.
         StorageError: the disk is full or read-only, or the directory is not this user's to write.
     """
     if path.is_dir():
         raise UsageError(f"{path} is a directory: give the name of a file to write.")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is a device or a pipe: a result is renamed into place and would replace it. Give a file.")
     if not path.parent.is_dir():
         raise UsageError(f"There is no directory {path.parent} to write {path.name} into.")
     probe = path.with_name(f".{path.name}.{os.getpid()}.probe")

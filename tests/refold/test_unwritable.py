@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,11 @@ def test_paths_that_no_disk_will_mend(tmp_path):
         check_output(tmp_path)
     with pytest.raises(UsageError, match="There is no directory"):
         check_output(tmp_path / "none" / "m.refold")
+    os.mkfifo(tmp_path / "pipe")
+    for special in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(UsageError, match="device or a pipe"):
+            check_output(special)
+    (tmp_path / "pipe").unlink()
     (tmp_path / "m.refold").write_bytes(b"the earlier one")
     check_output(tmp_path / "m.refold")
     discard(tmp_path / "none" / "x")

@@ -118,9 +118,9 @@ class Database:
 
     def _open_file(self) -> sqlite3.Connection:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             if self._existed and not self._expendable and not self.path.exists():
                 raise StorageError(f"{self.path} was removed while it was in use: restart the device's daemon.", code="removed")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             connection = self._open_or_mend()
         except OSError as e:
             raise StorageError(f"{self.path} cannot be made: {e.strerror or e}.") from e
@@ -158,9 +158,7 @@ class Database:
             raise self._storage_error(e) from e
 
     def _open(self, path: Path, *, exclusive: bool = False) -> sqlite3.Connection:
-        if (
-            path == self.path and path.is_file() and not os.access(path, os.W_OK)
-        ):  # SQLite would open it, and write later or never
+        if path == self.path and path.is_file() and not os.access(path, os.W_OK):  # SQLite would open it, for reading only
             raise sqlite3.OperationalError("it may not be written")
         connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         try:

@@ -1,4 +1,4 @@
-"""A database is used as far as its disk lets it: read when full or read-only, opened again by itself, never begun anew silently."""
+"""A database is used as far as its disk lets it: read when full or read-only, opened again, never begun anew in silence."""
 
 from __future__ import annotations
 

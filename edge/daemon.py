@@ -19,6 +19,7 @@ import math
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -59,6 +60,7 @@ U8 = NDArray[np.uint8]
 SWITCH_SECONDS = 0.0005  # how long a worker may hold the interpreter against a frame; Python's own 5 ms is ten frames
 TAPS_WAITING = 4  # tapped frames that may wait for the build worker
 LINES_INLINE = 256  # predictions per write when there is no worker
+REPORTS_WAITING = 32  # statistics that may wait for the disk; the outbox keeps no more either
 OBSERVED_WAITING = 256  # answered requests that may wait to be looked at
 RETRY_SECONDS = 1.0  # between looks at whether the disk takes the data directory again
 STUCK_SECONDS = 3.0  # a task at a disk that takes longer is said while it waits
@@ -105,6 +107,7 @@ class Daemon:
         engine = self.factory.build(ServingState())
         self.factory.canary(engine)
         self.slot = EngineSlot(engine)
+        self._reports: deque[samples_pb2.StatisticsReport] = deque(maxlen=REPORTS_WAITING)
         self.outbox = Outbox(self.directory.outbox, s.outbox.limit_bytes, later=True)
         self._closing.callback(self.outbox.close)
         self.storage, self.building, self.writing = self._workers()
@@ -114,6 +117,8 @@ class Daemon:
         if self._disk_answers:
             self.link.restore()
         self.samples = SampleWriter(self.bundle, self.outbox, self.storage, s.engine.samples_waiting)
+        if isinstance(self.storage, Worker):
+            self.storage.every(RETRY_SECONDS, self.samples.write)
         self.sink = self._sink()
         self.path = self._frame_path()
         self.stream = Stream(
@@ -172,6 +177,7 @@ class Daemon:
         storage.offer(self._hold)
         storage.every(RETRY_SECONDS, self._hold)
         storage.every(RETRY_SECONDS, self.outbox.open, at_once=True)
+        storage.every(RETRY_SECONDS, self._write_reports)
         storage.every(self.settings.metrics.status_s, self.look_around)
         storage.every(self.settings.metrics.status_s, self.follow_budget)
         storage.every(BANK_SECONDS, self.save_bank)
@@ -314,7 +320,19 @@ class Daemon:
             self.sink.flush()
 
     def _keep_report(self, report: samples_pb2.StatisticsReport) -> None:
-        self.outbox.put_report(report)
+        """Whoever looks at frames must not wait for the disk either; of one state the newest report counts."""
+        self._reports.append(report)
+        self.storage.offer(self._write_reports)
+
+    def _write_reports(self) -> None:
+        while self._reports:
+            report = self._reports.popleft()
+            try:
+                self.outbox.put_report(report)
+            except StorageError:
+                if len(self._reports) < REPORTS_WAITING:
+                    self._reports.appendleft(report)
+                raise
 
     def save_bank(self) -> None:
         """Keeps the domains met. Raises StorageError: the old file stays.
@@ -439,6 +457,8 @@ class Daemon:
     def _save(self) -> None:
         with _said("samples"):
             self.samples.close()
+        with _said("statistics"):
+            self._write_reports()
         with _said("predictions"):
             if self.sink is not None:
                 self.sink.close()

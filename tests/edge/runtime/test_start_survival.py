@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +20,18 @@ from daemon_process import DaemonProcess
 from small_disk import SmallDisk
 from small_nets import images, shifted
 
+from edge.daemon import Daemon
 from edge.directory import DataDirectory
-from edge.frame_path import Prediction
+from edge.frame_path import Frame, Prediction
 from edge.outbox import Outbox
+from edge.select import Verdict
+from edge.settings import load_settings
 from edge.sinks import JsonLines
 from refold import Release
 from refold.errors import StorageError
 from refold.release import seal
 from refold.v1 import adaptation_pb2 as pb
+from refold.v1 import samples_pb2
 
 
 @pytest.fixture
@@ -48,6 +53,13 @@ def a_life(arguments, data: Path, tmp_path: Path, name: str):
     with DaemonProcess(*arguments, data=data, beside=tmp_path / name) as daemon:
         daemon.until(lambda: len(daemon.lines()) > 10)
         yield daemon
+
+
+def until(true, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
 
 
 def stored(daemon: DaemonProcess) -> float:
@@ -231,3 +243,20 @@ def test_a_file_in_the_way_of_the_directory_is_a_mistake_and_not_a_disk(tmp_path
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(StorageError, match="is not a directory"):
             DataDirectory(path).check()
+
+
+def test_samples_and_statistics_wait_for_a_disk_and_reach_it_without_another_frame(bundle, tmp_path):
+    data = tmp_path / "data"
+    (data / "outbox.sqlite" / "full").mkdir(parents=True)
+    flags = {"bundle": str(bundle.path), "data": str(data), "source": {"path": "none"}, "select": {"name": "budget"}}
+    with Daemon(load_settings(None, flags, {})) as daemon:
+        answer = Prediction(0, 0, "", 0, 1.0, 0.0, 0, "d0", False, True, 0.0)
+        for i, picture in enumerate(images(3, 16)):
+            assert daemon.samples.add(Frame(i, picture, str(i), 1000), Verdict(True, 1.0, 0.5, "kept", False), answer)
+        report = samples_pb2.StatisticsReport(bundle_digest="b", release_version=1, domain="d1", digest="x")
+        daemon._keep_report(report)
+        until(lambda: any("outbox.sqlite" in problem for problem in daemon.problems()))
+        (data / "outbox.sqlite" / "full").rmdir()
+        (data / "outbox.sqlite").rmdir()
+        until(lambda: len(daemon.outbox) == 3 and daemon.outbox.reports(2) == [report] and not daemon.problems())
+        assert daemon.samples.failed == 0

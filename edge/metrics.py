@@ -58,12 +58,6 @@ def _escape(text: str) -> str:
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-class _Server(ThreadingHTTPServer):
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up is not worth a traceback on stderr."""
-        log.debug("A request for metrics from %s failed", client_address, exc_info=True)
-
-
 class MetricsServer:
     """GET /metrics, each request on a thread of its own.
 
@@ -91,10 +85,11 @@ class MetricsServer:
                 return None
 
         try:
-            self._server = _Server((host, port), Handler)
+            self._server = ThreadingHTTPServer((host, port), Handler)
         except OSError as e:
             raise UsageError(f"Metrics cannot be served on {host}:{port}: {e.strerror or e}.") from e
         self.port = int(self._server.server_address[1])
+        self._server.handle_error = _failed  # type: ignore[method-assign]
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()
 
@@ -102,3 +97,8 @@ class MetricsServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(5.0)
+
+
+def _failed(request: object, client_address: object) -> None:
+    """A client that hangs up is not worth a traceback on stderr."""
+    log.debug("A request for metrics from %s failed", client_address, exc_info=True)

@@ -99,19 +99,12 @@ def test_a_kill_on_a_disk_that_is_full_by_then(arguments, disk, tmp_path):
         wrong_then_well(daemon, disk.free, "disk is full")
 
 
-@pytest.mark.parametrize("state", ["full", "read-only", "no inodes"])
+@pytest.mark.parametrize("state", ["read-only", "no inodes"])
 def test_a_first_start_on_a_disk_that_takes_nothing(arguments, disk, tmp_path, state):
-    {"full": disk.fill, "read-only": lambda: disk.read_only(True), "no inodes": disk.use_all_inodes}[state]()
+    {"read-only": lambda: disk.read_only(True), "no inodes": disk.use_all_inodes}[state]()
     with a_life(arguments, disk.root / "data", tmp_path, "first") as daemon:
         lift = (lambda: disk.read_only(False)) if state == "read-only" else disk.free
         wrong_then_well(daemon, lift, "Read-only" if state == "read-only" else "cannot be")
-
-
-def test_a_restart_with_a_read_only_disk(arguments, disk, tmp_path):
-    Outbox(disk.root / "data" / "outbox.sqlite").close()
-    disk.read_only(True)
-    with a_life(arguments, disk.root / "data", tmp_path, "first") as daemon:
-        wrong_then_well(daemon, lambda: disk.read_only(False), "outbox.sqlite cannot be used")
 
 
 def test_a_locked_database(arguments, tmp_path):

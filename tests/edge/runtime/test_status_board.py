@@ -61,7 +61,7 @@ def test_a_database_that_is_locked_while_it_runs_stops_neither_status_nor_metric
         assert daemon.end() == 0
 
 
-def test_a_disk_that_hangs_stops_neither_frames_nor_what_is_said(arguments, tmp_path):
+def test_a_disk_that_hangs_stops_neither_frames_nor_what_is_said_and_a_second_daemon_ends(arguments, tmp_path):
     with SmallDisk(tmp_path / "disk", "ext4") as disk:
         data = disk.root / "data"
         with DaemonProcess(*arguments, data=data, beside=tmp_path / "beside") as daemon:
@@ -73,29 +73,15 @@ def test_a_disk_that_hangs_stops_neither_frames_nor_what_is_said(arguments, tmp_
                 daemon.until(lambda: daemon.asked()["metrics"]["frames"] > served + 20 and len(daemon.lines()) > served)
                 told = status_command(data, "--json")
                 assert told.returncode == 0 and json.loads(told.stdout)["running"] and json.loads(told.stdout)["last_error"]
-            finally:
-                disk.thaw()
-            daemon.until(lambda: daemon.asked()["problems"] == [])
-            assert daemon.end() == 0
-        assert "Traceback" not in daemon.said()
-
-
-def test_a_second_daemon_that_cannot_see_the_first_at_once_ends_when_it_can(arguments, tmp_path):
-    with SmallDisk(tmp_path / "disk", "ext4") as disk:
-        data = disk.root / "data"
-        with DaemonProcess(*arguments, data=data, beside=tmp_path / "first") as first:
-            first.until(lambda: first.asked().get("metrics", {}).get("outbox_samples", 0) > 0)
-            disk.freeze()
-            try:
                 with DaemonProcess(*arguments, data=data, beside=tmp_path / "second") as second:
-                    second.until(lambda: len(second.lines()) > 5)
+                    second.until(lambda: len(second.lines()) > 5)  # it cannot see yet that another one is there
                     disk.thaw()
                     assert second.wait() == 2 and "Another daemon runs" in second.said().splitlines()[-1]
             finally:
                 disk.thaw()
-            assert "Traceback" not in second.said() and first.asked()["pid"] == first.process.pid
-            assert first.end() == 0
-            assert first.status()["pid"] == first.process.pid
+            daemon.until(lambda: daemon.asked()["problems"] == [])
+            assert daemon.end() == 0 and daemon.status()["pid"] == daemon.process.pid
+        assert "Traceback" not in daemon.said() + second.said()
 
 
 @pytest.mark.slow  # it waits for the ten seconds that an end is given

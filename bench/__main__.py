@@ -12,6 +12,7 @@ import click
 
 from bench.machine import commit, machine
 from bench.result import Options, Result, console, show
+from refold.atomic import check_output
 from refold.errors import RefoldError
 
 BENCHES = {
@@ -63,13 +64,14 @@ def main(
 ) -> None:
     """Runs one benchmark and writes NAME.json and NAME.png (NAME-quick.* with --quick)."""
     target = target or out / f"{name}{'-quick' if quick else ''}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
     options = Options(
         quick=quick, only=only, resume=resume, processes=processes, seed=seed, target=target, steps=steps,
         minutes=minutes, work=work, keep=keep,
     )  # fmt: skip
     started = time.monotonic()
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        check_output(target)
         module = importlib.import_module(f"bench.{name.replace('-', '_')}")
         result: Result = module.run(options)
         result.machine, result.commit, result.seconds = machine(), commit(), round(time.monotonic() - started, 1)

@@ -191,7 +191,12 @@ def peer_of(pem: bytes) -> Peer:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Writes a private key, readable by its owner only; never overwrites one. Raises UsageError when it exists."""
+    """Writes a private key, readable by its owner only; never overwrites one.
+
+    Raises:
+        UsageError: the file exists.
+        StorageError: it cannot be written; no half of a key is left.
+    """
     try:
         write_new(path, content, mode=0o600)
     except FileExistsError:

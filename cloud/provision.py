@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from cloud.identity import Authority, write_private
 from cloud.settings import commented_toml
-from refold.atomic import make_directory, write_atomically
-from refold.errors import StorageError, UsageError
+from refold.atomic import discard, make_directory, write_atomically
+from refold.errors import RefoldError, StorageError, UsageError
 from refold.signing import SigningKey
 
 __all__ = ["LOCAL", "default_hosts", "provision", "renew_server"]
@@ -32,8 +33,10 @@ def provision(directory: Path, hosts: Sequence[str], port: int, enrol_port: int,
     config = directory / "cloud.toml"
     if config.exists() or (directory / "ca.key").exists():
         raise UsageError(f"{directory} already holds a fleet: nothing was changed. Choose another directory.", code="exists")
+    before: set[Path] | None = None
     try:
         make_directory(directory, mode=0o700)
+        before = set(directory.iterdir())
         authority = Authority.make(f"Refold fleet of {socket.gethostname()}"[:64])
         authority.save(directory / "ca.pem", directory / "ca.key")
         _write_pair(directory / "server.pem", directory / "server.key", authority.issue_server(hosts))
@@ -43,9 +46,19 @@ def provision(directory: Path, hosts: Sequence[str], port: int, enrol_port: int,
         write_atomically(directory / "release.pub", [key.public.hex().encode() + b"\n"])
         chosen = {"server": {"address": address, "port": port, "enrol_port": enrol_port}}
         write_atomically(config, [commented_toml(chosen).encode()])
-    except OSError as e:
-        raise StorageError(f"{directory} cannot be written: {e.strerror}.") from e
+    except (OSError, RefoldError) as e:
+        _take_back(directory, before)  # half a fleet would stand in the way of the next try
+        if isinstance(e, OSError):
+            raise StorageError(f"{directory} cannot be written: {e.strerror}.") from e
+        raise
     return config
+
+
+def _take_back(directory: Path, before: set[Path] | None) -> None:
+    if before is not None:
+        with suppress(OSError):
+            for path in set(directory.iterdir()) - before:
+                discard(path)
 
 
 def renew_server(certificate: Path, key: Path, authority: Authority, hosts: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection, parent_process
 from pathlib import Path
@@ -213,7 +214,8 @@ def work(job: Job, link: connection.Connection, *, own_process: bool = True) -> 
         lesson = find_maker(job.workers.distiller)(bundle, record.teachers, job.distil, threads=job.workers.threads)
         worker = Worker(job, store, objects, bundle, lesson)
     except RefoldError as e:
-        link.send(("fatal", e.message))
+        with suppress(OSError):  # the service may be gone
+            link.send(("fatal", e.message))
         return
     try:
         _loop(job, link, worker)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from demo.report import Life
+from refold.append import open_append
 from refold.errors import NetworkError, RefoldError, StorageError
 
 __all__ = ["Hold", "Process", "Processes", "free_port", "refold_command"]
@@ -160,7 +161,7 @@ class Processes:
         log = self.folder / f"{name}.log"
         leashed = [sys.executable, "-m", "demo.leash", str(os.getpid()), *command]
         try:
-            with log.open("ab") as out:
+            with open_append(log, json_lines=False) as out:
                 popen = subprocess.Popen(
                     leashed,
                     stdin=subprocess.DEVNULL,

@@ -59,7 +59,7 @@ class SystemClock:
 
 
 class ByteBudget:
-    """A sliding hour in the outbox's file. Thread-safe.
+    """A sliding hour in the outbox's file, read when first asked. Thread-safe. Each method may raise StorageError.
 
     Args:
         bytes_per_hour: None for no limit, 0 for nothing.
@@ -70,8 +70,7 @@ class ByteBudget:
         self.bytes_per_hour = bytes_per_hour
         self._database = outbox.database
         self._clock = clock or SystemClock()
-        self._base = self._resume()
-        self._start = self._clock.steady()
+        self._resumed: tuple[float, float] | None = None  # seconds counted before, and the clock when they were read
 
     def _resume(self) -> float:
         for seconds, wall, boot, steady in self._database.rows("SELECT seconds, wall, boot, steady FROM clock"):
@@ -81,7 +80,11 @@ class ByteBudget:
         return 0.0
 
     def _now(self) -> float:
-        return self._base + max(self._clock.steady() - self._start, 0.0)
+        """Raises StorageError while what was counted before the start cannot be read: nothing may be sent on a guess."""
+        if self._resumed is None:
+            self._resumed = (self._resume(), self._clock.steady())
+        base, start = self._resumed
+        return base + max(self._clock.steady() - start, 0.0)
 
     def spent(self) -> int:
         """Bytes counted in the last hour."""

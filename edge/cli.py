@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ FLAGS: dict[str, tuple[tuple[str, ...], Any]] = {
     "no_adapt": (("adapt", "enabled"), False),
     "inline": (("mode",), "inline"),
 }
+
+STALE = 11  # docs/errors.md
 
 
 @click.group()
@@ -100,6 +103,8 @@ def run(**flags: Any) -> None:
         click.echo(json.dumps(status))
         return
     m = status["metrics"]
+    for problem in status["problems"]:
+        click.echo(f"Still wrong at the end: {problem}", err=True)
     click.echo(
         f"Served {frames} frames ({m['pictures_skipped']:.0f} pictures skipped, {m['frames_lost']:.0f} frames lost), "
         f"{m['latency_p50_ms']:.2f} ms each, {m['swaps']:.0f} engine swaps, release {status['release_version']}, "
@@ -158,26 +163,28 @@ def _settings(flags: dict[str, Any]) -> EdgeSettings:
 @_common
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def status(as_json: bool, **flags: Any) -> None:
-    """Print what the daemon last said of itself."""
-    from edge.directory import DataDirectory
+    """Ask the daemon how it is, or print what it last wrote.
+
+    Ends with 11 when what it prints is stale: no daemon runs and the last one did not end by itself, or one runs that neither
+    answers nor writes.
+    """
+    from edge.runtime.query import find_status
 
     settings = _settings(flags)
-    directory = DataDirectory(settings.data)
-    try:
-        told = json.loads(directory.status.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"No daemon has run on {directory.root.absolute()} yet.", code="no-status") from None
-    except (OSError, ValueError) as e:
-        raise UsageError(f"{directory.status} cannot be read: {e}.", code="no-status") from e
-    told["running"] = directory.locked_by_another
+    told, staleness = find_status(Path(settings.data))
     if as_json:
         click.echo(json.dumps(told))
-        return
-    for key, value in told.items():
-        if key != "metrics":
-            click.echo(f"{key:<20} {value}")
-    for key, value in sorted(told["metrics"].items()):
-        click.echo(f"{key:<28} {value:.6g}")
+    else:
+        for key, value in told.items():
+            if key not in ("metrics", "problems"):
+                click.echo(f"{key:<20} {value}")
+        for problem in told.get("problems", []):
+            click.echo(f"{'problem':<20} {problem}")
+        for key, value in sorted(told.get("metrics", {}).items()):
+            click.echo(f"{key:<28} {value:.6g}")
+    if staleness.reason:
+        click.echo(f"refold: {staleness.sentence()}", err=True)
+        sys.exit(STALE)
 
 
 @edge.command()

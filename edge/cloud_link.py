@@ -19,6 +19,7 @@ from edge.outbox import Outbox
 from edge.settings import EdgeSettings
 from edge.updater import Updater
 from edge.uplink import Callbacks, Uplink
+from refold.atomic import write_atomically
 from refold.bundle import Bundle
 from refold.errors import StorageError, UsageError
 from refold.v1 import fleet_pb2
@@ -58,8 +59,15 @@ class CloudLink:
         self._running = False
 
     def restore(self) -> None:
-        """Serves the release that served before the restart. Raises StorageError."""
-        self._connect()
+        """Serves the release that served before the restart.
+
+        While the update state can be neither read nor written the device serves as exported; `look_around` tries again.
+        """
+        try:
+            self._connect()
+        except StorageError as e:
+            log.warning("Working alone, as exported: %s", e.message)
+            self._why_alone = e.message
 
     def start(self) -> None:
         self._running = True
@@ -76,8 +84,7 @@ class CloudLink:
                 log.warning("Working alone: %s", e.message)
             self._why_alone = e.message
             return
-        self._why_alone = ""
-        self.updater = Updater(
+        updater = Updater(
             self._directory.updates,
             self._bundle,
             identity.ring,
@@ -86,7 +93,13 @@ class CloudLink:
             fleet=identity.ca_pem,
             canary=self._adaptation.canary,
         )
-        self.updater.start()
+        try:
+            updater.start()
+        except BaseException:
+            updater.close()
+            raise
+        self._why_alone = ""
+        self.updater = updater
         self.uplink = Uplink(
             self._settings,
             identity,
@@ -161,10 +174,7 @@ def roll_back(settings: EdgeSettings) -> str:
     """
     directory = DataDirectory(settings.data)
     if directory.locked_by_another:
-        try:
-            directory.rollback_request.write_text("rolled back by hand on the device\n")
-        except OSError as e:
-            raise StorageError(f"{directory.rollback_request} cannot be written: {e.strerror or e}.") from e
+        write_atomically(directory.rollback_request, [b"rolled back by hand on the device\n"])
         return "Asked the running daemon to go back to the release before; `refold edge status` shows when it has."
     if not settings.bundle:
         raise UsageError("Which bundle? Give --bundle FILE.refold or --config.")

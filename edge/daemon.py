@@ -7,7 +7,8 @@
                                        ▲
     cloud ═══► uplink ═══► updater ────┘                        verified, admitted, tried, then served
 
-A dead cloud, a full disk or a bad release is said once, kept in the status and tried again; frames go on.
+A dead cloud, a full disk or a bad release is said once, kept in the status and tried again; frames go on. So it is at the
+start: only what no disk decides (bundle, source, ports, a path that is none) can keep a daemon from its first frame.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -35,8 +37,9 @@ from edge.directory import DataDirectory
 from edge.engine import EngineFactory, EngineSlot
 from edge.frame_path import Frame, FramePath, Prediction
 from edge.inference import Handlers, InferenceServer
-from edge.metrics import MetricsServer, prometheus_text, resident_bytes, write_status
+from edge.metrics import MetricsServer, prometheus_text, resident_bytes
 from edge.outbox import Outbox
+from edge.runtime import Board, Latest, bounded
 from edge.samples import SampleWriter
 from edge.select import BudgetSelector, make_selector, rate_within
 from edge.serving import ServingState
@@ -57,7 +60,12 @@ U8 = NDArray[np.uint8]
 SWITCH_SECONDS = 0.0005  # how long a worker may hold the interpreter against a frame; Python's own 5 ms is ten frames
 TAPS_WAITING = 4  # tapped frames that may wait for the build worker
 LINES_INLINE = 256  # predictions per write when there is no worker
+REPORTS_WAITING = 32  # statistics that may wait for the disk; the outbox keeps no more either
 OBSERVED_WAITING = 256  # answered requests that may wait to be looked at
+RETRY_SECONDS = 1.0  # between looks at whether the disk takes the data directory again
+STUCK_SECONDS = 3.0  # a task at a disk that takes longer is said while it waits
+ANSWER_SECONDS = 2.0  # that a start waits for a disk, and for whoever only looks whether a daemon runs
+ENDING_SECONDS = 10.0  # half of what systemd allows before it kills (deploy/refold-edge.service)
 BANK_SECONDS = 60.0  # between writes of the domain bank; what a kill loses is re-learnt in seconds
 
 
@@ -91,20 +99,26 @@ class Daemon:
         s = self.settings
         self.bundle = Bundle.open(s.bundle)
         self.directory = DataDirectory(s.data)
-        self.directory.lock()
+        self._refused: UsageError | None = None
         self._closing.callback(self.directory.unlock)
-        self.factory = EngineFactory(self.bundle, s.engine.target or None, threads=s.engine.threads, cache=self.directory.cache)
+        self._disk_answers = self._begin_directory()
+        cache = self.directory.cache if self._disk_answers else None
+        self.factory = EngineFactory(self.bundle, s.engine.target or None, threads=s.engine.threads, cache=cache)
         engine = self.factory.build(ServingState())
         self.factory.canary(engine)
         self.slot = EngineSlot(engine)
-        self.storage, self.building = self._workers()
-        self.outbox = Outbox(self.directory.outbox, s.outbox.limit_bytes)
+        self._reports: deque[samples_pb2.StatisticsReport] = deque(maxlen=REPORTS_WAITING)
+        self.outbox = Outbox(self.directory.outbox, s.outbox.limit_bytes, later=True)
         self._closing.callback(self.outbox.close)
+        self.storage, self.building, self.writing = self._workers()
         self.adaptation = Adaptation(self.factory, self.slot, self._adapter(), self.building, self._keep_report)
         self.link = CloudLink(s, self.bundle, self.directory, self.outbox, self.adaptation, self.heartbeat)
         self._closing.callback(self.link.close)
-        self.link.restore()
+        if self._disk_answers:
+            self.link.restore()
         self.samples = SampleWriter(self.bundle, self.outbox, self.storage, s.engine.samples_waiting)
+        if isinstance(self.storage, Worker):
+            self.storage.every(RETRY_SECONDS, self.samples.write)
         self.sink = self._sink()
         self.path = self._frame_path()
         self.stream = Stream(
@@ -116,6 +130,9 @@ class Daemon:
             self.adaptation.run_on(self.building)
         self.inference = self._inference()
         self.metrics_server = self._metrics_server()
+        self._changing: Latest[dict[str, float]] = Latest("numbers", self._changing_numbers, {})
+        self._closing.callback(self._changing.close)
+        self.board = Board(self.directory.status, self.status, s.metrics.status_s, lambda: self.directory.held)
         self._saved_bank = b""
         self._paced = (time.monotonic(), 0)
         self.final_status: dict[str, Any] = {}
@@ -130,27 +147,67 @@ class Daemon:
 
     # ── parts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _workers(self) -> tuple[Runner, Runner]:
+    def _begin_directory(self) -> bool:
+        """False when the disk does not answer: what is read from it at a start is left for later, or left out."""
+
+        def begin() -> None:
+            self.directory.check()
+            with suppress(StorageError):  # tried again, and said, by the storage worker
+                self.directory.lock()
+
+        if bounded("directory", begin, ANSWER_SECONDS):
+            return True
+        log.warning("The disk of %s does not answer: beginning without it.", self.directory.root)
+        return False
+
+    def _hold(self) -> None:
+        """Takes the directory; the storage worker's first task, and nothing is written there before. Raises as `lock`.
+
+        Another daemon that holds it, found out only when the disk answers at last, ends this one.
+        """
+        try:
+            self.directory.lock()
+        except UsageError as e:
+            self._refused = e
+            self.outbox.close()
+            self.stop.set()
+            raise
+
+    def _workers(self) -> tuple[Runner, Runner, Runner]:
+        """Storage, building, predictions: apart, since a database that is locked must not hold up the predictions' file."""
         if self.settings.mode == "inline":
-            return Inline(), Inline()
+            inline = Inline()
+            inline.offer(self._hold)
+            inline.offer(self.outbox.open)
+            return inline, Inline(), inline
         niceness = self.settings.engine.worker_niceness
         storage = Worker("storage", self.settings.engine.samples_waiting, niceness=niceness)
         building = Worker("building", TAPS_WAITING, niceness=niceness)
-        storage.every(self.settings.predictions.flush_ms / 1e3, self._flush)
-        storage.every(self.settings.metrics.status_s, self.write_status)
+        writing = Worker("predictions", TAPS_WAITING, niceness=niceness)
+        writing.every(self.settings.predictions.flush_ms / 1e3, self._flush)
+        storage.offer(self._hold)
+        storage.every(RETRY_SECONDS, self._hold)
+        storage.every(RETRY_SECONDS, self.outbox.open, at_once=True)
+        storage.every(RETRY_SECONDS, self._write_reports)
+        storage.every(self.settings.metrics.status_s, self.look_around)
+        storage.every(self.settings.metrics.status_s, self.follow_budget)
         storage.every(BANK_SECONDS, self.save_bank)
-        return storage, building
+        return storage, building, writing
 
     def _adapter(self) -> Adapter:
         s, table, classes = self.settings.adapt_settings(), self.bundle.norms, self.bundle.manifest.class_count
         make = partial(Adapter, table, s, classes, reference=self._reference(), bundle_digest=self.bundle.digest)
         path = self.directory.bank(self.bundle.digest)
+        self._bank_unread = not self._disk_answers
         try:
-            content = path.read_bytes()
-            return Adapter.load(content, table, s, classes, **make.keywords)
+            if self._disk_answers:
+                return Adapter.load(path.read_bytes(), table, s, classes, **make.keywords)
         except FileNotFoundError:
             pass
-        except (OSError, StorageError) as e:
+        except StorageError as e:
+            log.warning("The domain bank %s is not used: %s", path, e)
+        except OSError as e:
+            self._bank_unread = True
             log.warning("The domain bank %s is not used: %s", path, e)
         return make()
 
@@ -169,7 +226,11 @@ class Daemon:
 
     def _sink(self) -> JsonLines | None:
         s = self.settings.predictions
-        return JsonLines(s.path, self.bundle.manifest.classes, limit_bytes=s.limit_mb * 10**6) if s.path else None
+        if not s.path:
+            return None
+        sink = JsonLines(s.path, self.bundle.manifest.classes, limit_bytes=s.limit_mb * 10**6, later=True)
+        bounded("predictions", sink.check, ANSWER_SECONDS)
+        return sink
 
     def _frame_path(self) -> FramePath:
         keep, inline = self.settings.selection, self.settings.mode == "inline"
@@ -209,14 +270,19 @@ class Daemon:
         gc.freeze()  # what lives until the end need not be looked through again: a full collection is 20 ms of no frames
         self._switch_interval = sys.getswitchinterval()
         sys.setswitchinterval(min(SWITCH_SECONDS, self._switch_interval))
-        for worker in (self.storage, self.building):
+        for worker in (self.storage, self.building, self.writing):
             if isinstance(worker, Worker):
                 worker.start()
         self.link.start()
+        self.board.start()
         return self
 
     def run(self) -> int:
-        """Serves frames until the source ends or `stop` is set; returns how many were served."""
+        """Serves frames until the source ends or `stop` is set; returns how many were served.
+
+        Raises:
+            UsageError: another daemon turned out to hold the directory, whose disk did not answer at the start.
+        """
         path, observed, stop = self.path, self._observed, self.stop
         for frame in self.stream:
             if frame is not None:
@@ -226,6 +292,8 @@ class Daemon:
             if stop.is_set():
                 break
         self._look_at_requests(True)
+        if self._refused is not None:
+            raise self._refused
         return path.frames
 
     def _look_at_requests(self, all_of_them: bool) -> None:
@@ -256,23 +324,46 @@ class Daemon:
         assert self.sink is not None
         self.sink.add(prediction)
         if prediction.frame % LINES_INLINE == 0:
-            self.storage.offer(self._flush)
+            self.writing.offer(self._flush)
 
     def _flush(self) -> None:
         if self.sink is not None:
             self.sink.flush()
 
     def _keep_report(self, report: samples_pb2.StatisticsReport) -> None:
-        self.outbox.put_report(report)
+        """Whoever looks at frames must not wait for the disk either; of one state the newest report counts."""
+        self._reports.append(report)
+        self.storage.offer(self._write_reports)
+
+    def _write_reports(self) -> None:
+        while self._reports:
+            report = self._reports.popleft()
+            try:
+                self.outbox.put_report(report)
+            except StorageError:
+                if len(self._reports) < REPORTS_WAITING:
+                    self._reports.appendleft(report)
+                raise
 
     def save_bank(self) -> None:
-        """Keeps the domains met. Raises StorageError: the old file stays."""
+        """Keeps the domains met. Raises StorageError: the old file stays.
+
+        A file that could not be read at the start is not replaced: it may hold more than what was met since.
+        """
+        if not self.directory.held:
+            return
+        if self._bank_unread and self.directory.bank(self.bundle.digest).is_file():
+            return
         content = self.adaptation.dump()
         if content != self._saved_bank:
             write_atomically(self.directory.bank(self.bundle.digest), [content])
             self._saved_bank = content
 
-    def _follow_budget(self) -> None:
+    def look_around(self) -> None:
+        """Takes up what somebody put into the data directory: an identity, a rollback request."""
+        self.link.look_around()
+
+    def follow_budget(self) -> None:
         """Keeps no more frames than the hour's bytes can carry: what the outbox would evict need not wear out a card."""
         now, frames = time.monotonic(), self.path.frames
         elapsed, served = now - self._paced[0], frames - self._paced[1]
@@ -284,12 +375,15 @@ class Daemon:
 
     # ── what it says of itself ──────────────────────────────────────────────────────────────────────────────────────────
 
+    def _changing_numbers(self) -> dict[str, float]:
+        """What is behind locks that are held while a model changes."""
+        return {**self.adaptation.metrics(), **self.link.metrics()}
+
     def metrics(self) -> dict[str, float]:
-        """A flat snapshot; any thread."""
+        """A flat snapshot; any thread. Waits for no disk and no change of the model."""
         values = {
             **self.path.metrics(),
-            **self.adaptation.metrics(),
-            **self.link.metrics(),
+            **self._changing.get(),
             "frames_lost": float(self.stream.lost),
             "pictures_skipped": float(self.stream.skipped),
             "requests_observed_dropped": float(self.observed_dropped),
@@ -304,9 +398,19 @@ class Daemon:
         }
         return {k: v for k, v in values.items() if math.isfinite(v)}
 
+    def problems(self) -> list[str]:
+        """Everything that is wrong now, a sentence each; waits for nothing."""
+        told = [self.link.last_error]
+        for runner, name in ((self.storage, "storage"), (self.writing, "predictions")):
+            told.append(runner.last_error)
+            if runner.waiting_s > STUCK_SECONDS:
+                told.append(f"The {name} worker has waited {runner.waiting_s:.0f} s for the disk or a lock; frames go on.")
+        told += [self.building.last_error, self._changing.error, self.board.problem]
+        return list(dict.fromkeys(sentence for sentence in told if sentence))
+
     def error(self) -> str:
-        """The latest thing that went wrong, in one sentence; empty when nothing did."""
-        return self.link.last_error or self.storage.last_error or self.building.last_error
+        """The first of `problems`; empty when nothing is wrong."""
+        return next(iter(self.problems()), "")
 
     def heartbeat(self) -> fleet_pb2.HeartbeatRequest:
         """What the uplink sends; it fills in bundle and version."""
@@ -333,40 +437,46 @@ class Daemon:
             "looks_dropped": self.adaptation.frames_unwatched,
             "last_skipped": self.stream.last_skipped,
             "last_error": self.error(),
-            "unix_ms": time.time_ns() // 1_000_000,
+            "problems": self.problems(),
             "running": True,
             "metrics": self.metrics(),
         }
 
-    def write_status(self) -> None:
-        self.link.look_around()
-        self._follow_budget()
-        write_status(self.directory.status, self.status())
-
     # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def __exit__(self, *exc: object) -> None:
-        """Writes everything that waits, then lets go. An error of the disk is logged: it cannot be helped any more."""
+        """Writes everything that waits, then lets go. An error of the disk is logged: it cannot be helped any more.
+
+        A disk that does not answer is waited for until ENDING_SECONDS after the stop, then what waits for it is given up.
+        """
         self.stop.set()
+        end = time.monotonic() + ENDING_SECONDS
         with _said("inference"):
             if self.inference is not None:
                 self.inference.close()
         self.link.stop()
-        for worker in (self.building, self.storage):
-            worker.close()
+        for worker in (self.building, self.storage, self.writing):
+            worker.close(max(end - time.monotonic(), 0.1))
+        for name, task in (("saving", self._save), ("closing", self._close)):
+            if not bounded(name, task, max(end - time.monotonic(), 1.0)):
+                log.warning("At the end, %s: the disk does not answer; what waits for it is given up.", name)
+        sys.setswitchinterval(self._switch_interval)
+        gc.unfreeze()
+
+    def _close(self) -> None:
+        self.final_status = dict(self.board.close())
+        self._closing.close()
+
+    def _save(self) -> None:
         with _said("samples"):
-            self.samples.write()
+            self.samples.close()
+        with _said("statistics"):
+            self._write_reports()
         with _said("predictions"):
             if self.sink is not None:
                 self.sink.close()
         with _said("domain bank"):
             self.save_bank()
-        self.final_status = {**self.status(), "running": False}
-        with _said("status"):
-            write_status(self.directory.status, self.final_status)
-        self._closing.close()
-        sys.setswitchinterval(self._switch_interval)
-        gc.unfreeze()
 
 
 @contextmanager

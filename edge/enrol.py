@@ -29,7 +29,7 @@ from cryptography.x509.oid import NameOID
 
 from edge.channel import error_of, open_channel
 from edge.link_settings import EnrolSettings, LinkSettings
-from refold.atomic import make_directory, write_atomically
+from refold.atomic import discard, make_directory, write_atomically
 from refold.errors import AccessError, NetworkError, StorageError, UsageError
 from refold.network import meaning_of, parse_address
 from refold.network.address import ENROL_PORT
@@ -125,7 +125,7 @@ def enrol(settings: EnrolSettings, token: str, directory: Path) -> Identity:
     request = fleet_pb2.EnrollRequest(join_token=token, csr_pem=request_pem, cohort=settings.cohort)
     identity = _ask(channel, settings.address, request, key_pem)
     identity.save(directory)
-    (directory / PENDING).unlink(missing_ok=True)
+    discard(directory / PENDING)
     return identity
 
 
@@ -142,7 +142,7 @@ def renew(identity: Identity, settings: LinkSettings, directory: Path) -> Identi
     request = fleet_pb2.EnrollRequest(csr_pem=request_pem, cohort=identity.cohort)
     renewed = _ask(channel, settings.address, request, key_pem)
     renewed.save(directory)
-    (directory / PENDING).unlink(missing_ok=True)
+    discard(directory / PENDING)
     return renewed
 
 

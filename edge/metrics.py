@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -11,10 +12,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from refold.atomic import discard
 from refold.errors import StorageError, UsageError
 from refold.network import join
 
 __all__ = ["MetricsServer", "prometheus_text", "resident_bytes", "write_status"]
+
+log = logging.getLogger(__name__)
+CLIENT_S = 10.0  # a client that sends or takes nothing for so long is let go
 
 
 def resident_bytes() -> int:
@@ -37,6 +42,7 @@ def write_status(path: Path, status: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(status, indent=1) + "\n")
         temporary.replace(path)
     except OSError as e:
+        discard(temporary)
         raise StorageError(f"{path} cannot be written: {e.strerror or e}.") from e
 
 
@@ -55,7 +61,10 @@ def _escape(text: str) -> str:
 
 
 class MetricsServer:
-    """GET /metrics on a thread of its own.
+    """GET /metrics, each request on a thread of its own.
+
+    Args:
+        text: made of values in memory: a scraper must get its answer whatever the disk does.
 
     Raises:
         UsageError: the port is taken or not allowed.
@@ -63,6 +72,8 @@ class MetricsServer:
 
     def __init__(self, host: str, port: int, text: Callable[[], str]) -> None:
         class Handler(BaseHTTPRequestHandler):
+            timeout = CLIENT_S
+
             def do_GET(self) -> None:
                 found = self.path == "/metrics"
                 body = text().encode() if found else b"only /metrics is here\n"
@@ -83,6 +94,7 @@ class MetricsServer:
         except OSError as e:
             raise UsageError(f"Metrics cannot be served on {join(host, port)}: {e.strerror or e}.") from e
         self.port = int(self._server.server_address[1])
+        self._server.handle_error = _failed  # type: ignore[method-assign]
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()
 
@@ -90,3 +102,8 @@ class MetricsServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(5.0)
+
+
+def _failed(request: object, client_address: object) -> None:
+    """A client that hangs up is not worth a traceback on stderr."""
+    log.debug("A request for metrics from %s failed", client_address, exc_info=True)

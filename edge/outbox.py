@@ -19,7 +19,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from sqlite3 import Connection
 
 from edge.database import Database
 from refold.errors import InputError
@@ -59,15 +61,34 @@ class Outbox:
     Args:
         path: the SQLite file; made when missing, set aside when damaged (see `edge.database`).
         limit_bytes: of headers and payloads together; pages make the file up to half as large again, its log adds up to 8 MB.
+        later: open the file at the first use (or `open`); until then the totals are 0.
 
     Raises:
-        StorageError: the file cannot be opened.
+        StorageError: the file cannot be opened. Not with `later`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], limit_bytes: int = 64 * 2**20) -> None:
-        self.database = Database(path, SCHEMA)
+    def __init__(self, path: str | os.PathLike[str], limit_bytes: int = 64 * 2**20, *, later: bool = False) -> None:
         self.limit_bytes = limit_bytes
         self._callbacks: list[Callable[[], None]] = []
+        self._totals: dict[str, int] = {}  # as of the last commit: asked for by threads that must not wait for a disk
+        self.database = Database(path, SCHEMA, later=later, expendable=True, opened=self._count)
+
+    def open(self) -> None:
+        """Opens the file when it is not open, and tells of what is in it. Raises StorageError: it cannot be written now."""
+        if not self.database.writable:
+            self.database.open()
+            self._tell()
+
+    def _count(self, t: Connection) -> None:
+        self._totals = {str(name): int(value) for name, value in t.execute("SELECT name, value FROM totals")}
+
+    @contextmanager
+    def _changing(self) -> Iterator[Connection]:
+        with self.database.lock:
+            with self.database.transaction() as t:
+                yield t
+                totals = t.execute("SELECT name, value FROM totals").fetchall()
+            self._totals = {str(name): int(value) for name, value in totals}
 
     def subscribe(self, callback: Callable[[], None]) -> None:
         """`callback` runs on the putting thread after each put that kept something; it must not block."""
@@ -89,7 +110,7 @@ class Outbox:
         """`put` for several in one commit: all are durable or none. Returns how many are in the outbox afterwards."""
         for header, payload in samples:
             _check(header, payload)
-        with self.database.transaction() as t:
+        with self._changing() as t:
             for header, payload in samples:
                 raw = header.SerializeToString(deterministic=True)
                 score = header.score if math.isfinite(header.score) else 0.0
@@ -149,7 +170,7 @@ class Outbox:
 
     def forget(self, digests: Iterable[str]) -> int:
         """Removes samples; unknown digests are no error. Returns how many there were."""
-        with self.database.transaction() as t:
+        with self._changing() as t:
             return sum(t.execute("DELETE FROM samples WHERE digest = ?", (digest,)).rowcount for digest in set(digests))
 
     def demote(self, digests: Iterable[str]) -> None:
@@ -179,21 +200,18 @@ class Outbox:
         with self.database.transaction() as t:
             t.execute("DELETE FROM reports WHERE digest = ?", (digest,))
 
-    def _total(self, name: str) -> int:
-        return int(self.database.rows("SELECT value FROM totals WHERE name = ?", (name,))[0][0])
-
     def __len__(self) -> int:
-        return self._total("samples")
+        return self._totals.get("samples", 0)
 
     @property
     def bytes(self) -> int:
-        """Bytes of headers and payloads now in the outbox."""
-        return self._total("bytes")
+        """Bytes of headers and payloads now in the outbox. Like the other totals, known without waiting for the disk."""
+        return self._totals.get("bytes", 0)
 
     @property
     def evicted(self) -> int:
         """Samples given up for better ones since the file was made."""
-        return self._total("evicted")
+        return self._totals.get("evicted", 0)
 
     def close(self) -> None:
         self.database.close()

@@ -10,6 +10,7 @@ from edge.outbox import Outbox
 from edge.select import Verdict
 from edge.worker import Runner
 from refold.bundle import Bundle
+from refold.errors import StorageError
 from refold.v1 import samples_pb2 as pb
 
 __all__ = ["SampleWriter"]
@@ -18,7 +19,7 @@ PER_COMMIT = 16  # samples in one transaction: an fsync costs more than encoding
 
 
 class SampleWriter:
-    """Takes what the selector keeps. `stored` counts what reached the disk, `failed` what a full disk refused.
+    """Takes what the selector keeps. `stored` counts what reached the disk, `failed` what could not be stored for good.
 
     Args:
         queue: kept frames that may wait; beyond it they are refused (and counted by the frame path).
@@ -36,19 +37,32 @@ class SampleWriter:
     def add(self, frame: Frame, verdict: Verdict, prediction: Prediction) -> bool:
         """Never waits; False when too many wait already."""
         if len(self._waiting) >= self._queue:
+            self._runner.offer(self.write)  # what waits may be waiting for a disk
             return False
         self._waiting.append((frame, verdict, prediction))
         return self._runner.offer(self.write) or len(self._waiting) > 1
 
     def write(self) -> None:
-        """Encodes and stores what waits. Raises StorageError when the disk is full: those samples are lost and counted."""
+        """Encodes and stores what waits. Raises StorageError when the disk is full or stuck: those samples go on waiting."""
         while self._waiting:
             some = [self._waiting.popleft() for _ in range(min(len(self._waiting), PER_COMMIT))]
             try:
                 self.stored += self._outbox.put_many([self._sample(*one) for one in some])
+            except StorageError:
+                self._waiting.extendleft(reversed(some))
+                raise
             except Exception:
                 self.failed += len(some)
                 raise
+
+    def close(self) -> None:
+        """Stores what waits, for the last time. Raises StorageError: it is lost, and counted."""
+        try:
+            self.write()
+        except StorageError:
+            self.failed += len(self._waiting)
+            self._waiting.clear()
+            raise
 
     def _sample(self, frame: Frame, verdict: Verdict, prediction: Prediction) -> tuple[pb.SampleHeader, bytes]:
         return make_sample(

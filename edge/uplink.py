@@ -97,6 +97,7 @@ class Uplink:
         self._lock = threading.Lock()
         self._counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
         self._errors: dict[str, str] = {}
+        self._disk_errors: set[str] = set()  # whose present error is one of this device's disk
         self._refusal = ""
         self._away = False
         self._offered = settings.offer
@@ -111,8 +112,17 @@ class Uplink:
         outbox.subscribe(self.wake)
 
     def _loop(self, name: str, step: Callable[[], Pause]) -> Loop:
-        backoff = Backoff(self.settings.retry_first_s, self.settings.retry_most_s)
-        return Loop(f"uplink-{name}", step, backoff, self._failed)
+        backoff, thread = Backoff(self.settings.retry_first_s, self.settings.retry_most_s), f"uplink-{name}"
+
+        def stepping() -> Pause:
+            pause = step()
+            with self._lock:
+                if thread in self._disk_errors:  # a step that needed the disk and no call is over that error as well
+                    self._disk_errors.discard(thread)
+                    self._errors.pop(thread, None)
+            return pause
+
+        return Loop(thread, stepping, backoff, self._failed)
 
     def start(self) -> None:
         for loop in self._loops:
@@ -157,6 +167,7 @@ class Uplink:
             news = before != error.message and not (away and before)
             self._errors[name] = error.message
             self._counts["failures"] += 1
+            (self._disk_errors.add if isinstance(error, StorageError) else self._disk_errors.discard)(name)
         (log.warning if news else log.debug)("%s: %s", name, error.message)
 
     # ── one call ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -25,6 +25,13 @@ class Runner:
 
     def __init__(self) -> None:
         self._failing: dict[Task, str] = {}
+        self._since: float | None = None
+
+    @property
+    def waiting_s(self) -> float:
+        """Seconds since the task that runs now was begun; 0 when none runs. Any thread."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
 
     @property
     def last_error(self) -> str:
@@ -39,6 +46,7 @@ class Runner:
         """Does what is queued, then stops."""
 
     def _run(self, task: Task) -> None:
+        self._since = time.monotonic()
         try:
             task()
         except RefoldError as e:
@@ -48,13 +56,15 @@ class Runner:
         else:
             if self._failing:
                 self._failing.pop(task, None)
+        finally:
+            self._since = None
 
     def _fault(self, task: Task, e: Exception) -> None:
         """Something nobody foresaw: with its traceback in the log, and the device goes on."""
         self._tell(task, f"{type(e).__name__}: {e}", e)
 
     def _tell(self, task: Task, sentence: str, fault: Exception | None = None) -> None:
-        if self._failing.get(task) != sentence:  # a full disk is said once, not at every frame
+        if sentence not in self._failing.values():  # a full disk is said once, not at every frame and not by every task
             log.warning("%s", sentence, exc_info=fault)
         self._failing[task] = sentence
 
@@ -103,9 +113,9 @@ class Worker(Runner):
         self._closing = False
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
 
-    def every(self, seconds: float, task: Task) -> None:
-        """Also runs `task` about every `seconds`. Call before `start`."""
-        self._periodic.append(_Periodic(time.monotonic() + seconds, seconds, task))
+    def every(self, seconds: float, task: Task, *, at_once: bool = False) -> None:
+        """Also runs `task` about every `seconds`, the first time after that, or `at_once`. Call before `start`."""
+        self._periodic.append(_Periodic(time.monotonic() + (0.0 if at_once else seconds), seconds, task))
 
     def start(self) -> None:
         self._thread.start()

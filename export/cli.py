@@ -21,6 +21,7 @@ from export.pictures import class_names, load_pictures
 from export.pipeline import EVERY_TARGET, MOST_PICTURES, Exported, Options, export_model
 from export.preprocessing import parse_preprocess
 from export.targets import TARGETS
+from refold.atomic import check_output
 from refold.signing import SigningKey
 from refold.sizes import parse_size
 
@@ -103,6 +104,7 @@ def export_one(
     The norms stay updatable: a release of a few kilobytes changes them on a device without touching an integer.
     """
     torch.set_num_threads(threads)
+    check_output(output)
     started = time.monotonic()
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

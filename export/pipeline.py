@@ -41,6 +41,7 @@ from export.scales import Scale
 from export.student import student_program
 from export.targets import TARGETS, Artefact, TargetProfile, target_named, write
 from refold import __version__
+from refold.atomic import check_output
 from refold.bundle import Bundle, write_bundle
 from refold.codec import table_to_pb
 from refold.errors import GateError, ModelError, RefoldError, UsageError
@@ -265,8 +266,7 @@ def export_model(
         GateError: a self-check failed; nothing was written.
         StorageError: the disk is full or not writable.
     """  # fmt: skip
-    if not output.parent.is_dir():
-        raise UsageError(f"There is no directory {output.parent} to write {output.name} into.")
+    check_output(output)
     recipe = make_recipe(model, preprocess, pictures, options, progress, given)
     classes = recipe.model.graph.shapes[recipe.model.graph.output][-1]
     if options.classes and len(options.classes) != classes:

@@ -31,7 +31,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from refold.atomic import make_directory, sync_directory, write_atomically
+from refold.atomic import discard, make_directory, sync_directory, write_atomically
 from refold.codec import table_from_pb
 from refold.errors import BundleError, NormStateError, StorageError, UsageError
 from refold.limits import LIMITS
@@ -215,7 +215,10 @@ class Bundle:
         root = Path(directory)
         for part in self.manifest.parts:
             target = root / part.path
-            make_directory(target.parent)
+            try:
+                make_directory(target.parent)
+            except OSError as e:
+                raise StorageError(f"{target.parent} cannot be made: {e.strerror or e}. Give another directory.") from e
             write_atomically(target, self._told(part.path, progress))
         write_atomically(root / MANIFEST, [self._manifest_bytes])
         return root
@@ -301,13 +304,20 @@ def write_bundle(path: str | os.PathLike[str], manifest: pb.Manifest, parts: Map
         temporary.replace(path)
         sync_directory(path.parent)
     except OSError as e:
-        temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        raise StorageError(f"The bundle {path} cannot be written: {e.strerror or e} ({free} bytes free there).") from e
+        discard(temporary)
+        raise StorageError(f"The bundle {path} cannot be written: {e.strerror or e} ({_free(path.parent)}).") from e
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
         raise
     return Bundle.open(path)
+
+
+def _free(folder: Path) -> str:
+    """For messages: asked where something has gone wrong already."""
+    try:
+        return f"{shutil.disk_usage(folder).free} bytes free there"
+    except OSError as e:
+        return f"{folder}: {e.strerror or e}"
 
 
 def member(name: str, compression: int = zipfile.ZIP_DEFLATED) -> zipfile.ZipInfo:

@@ -7,12 +7,12 @@ import json
 import logging
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from refold import __version__
-from refold.errors import RefoldError
+from refold.errors import RefoldError, StorageError
 
 __all__ = ["main"]
 
@@ -78,10 +78,18 @@ def main(argv: list[str] | None = None) -> Any:
     except RefoldError as e:
         if os.environ.get("REFOLD_DEBUG"):
             raise
-        if "--json" in args:
-            click.echo(json.dumps({"error": {"code": e.code, "message": e.message}}))
-        click.echo(f"refold: {e.message}", err=True)
-        sys.exit(e.exit_code)
+        _end(e, args)
+    except OSError as e:
+        if os.environ.get("REFOLD_DEBUG"):
+            raise
+        _end(StorageError(f"{f'{e.filename}: ' if e.filename else ''}{e.strerror or e}. Check the path and the disk."), args)
+
+
+def _end(e: RefoldError, args: list[str]) -> NoReturn:
+    if "--json" in args:
+        click.echo(json.dumps({"error": {"code": e.code, "message": e.message}}))
+    click.echo(f"refold: {e.message}", err=True)
+    sys.exit(e.exit_code)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,12 @@ class SigningKey:
         return cls(private)
 
     def save(self, path: Path) -> None:
-        """Writes the key, readable by its owner only; never overwrites an existing one."""
+        """Writes the key, readable by its owner only; never overwrites an existing one.
+
+        Raises:
+            UsageError: the file exists.
+            StorageError: it cannot be written; no half of a key is left.
+        """
         pem = self._private.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )

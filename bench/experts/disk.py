@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import random
@@ -13,6 +14,7 @@ from pathlib import Path
 
 __all__ = ["READ_AHEAD", "direct", "evict", "rate", "read_ahead", "resident"]
 
+log = logging.getLogger(__name__)
 READ_AHEAD = 128  # KiB, Linux's default; with the 8 MiB of some servers a mapping reads its experts nine times
 
 
@@ -38,7 +40,10 @@ def read_ahead(folder: Path, kib: int = READ_AHEAD, devices: Path = Path("/sys/c
     try:
         yield kib
     finally:
-        told.write_text(str(before))
+        try:
+            told.write_text(str(before))
+        except OSError as e:
+            log.warning("%s stays at %d KiB instead of %d: %s", told, kib, before, e)
 
 
 def evict(path: Path) -> None:

@@ -12,6 +12,8 @@ from bench.experts.job import Outcome
 from bench.experts.lines import Line, Plan
 from bench.experts.measure import Run
 from bench.experts.shape import Shape
+from refold.append import append_line
+from refold.atomic import write_atomically
 
 __all__ = ["Journal"]
 
@@ -28,7 +30,7 @@ class Journal:
         if resume:
             self._done = self._read()
         if not self._done:
-            path.write_text(json.dumps(self._head) + "\n")
+            write_atomically(path, [json.dumps(self._head).encode() + b"\n"])
 
     def _read(self) -> dict[tuple[str, int], dict[str, object]]:
         """A last line that was cut off is left out, and cut off."""
@@ -46,7 +48,7 @@ class Journal:
             except (ValueError, KeyError, TypeError):
                 break
             whole.append(line)
-        self.path.write_text("\n".join(whole) + "\n")
+        write_atomically(self.path, [("\n".join(whole) + "\n").encode()])
         return found
 
     def has_all(self, lines: Sequence[Line]) -> bool:
@@ -72,8 +74,7 @@ class Journal:
             "read-ahead": run.read_ahead, "own": run.own, "finished": finished,
             "outcome": None if run.outcome is None else asdict(run.outcome),
         }  # fmt: skip
-        with self.path.open("a") as f:
-            f.write(json.dumps(told) + "\n")
+        append_line(self.path, json.dumps(told).encode())
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -127,16 +127,16 @@ def disturbed(table: NormTable, seed: int = 1) -> tuple[dict[str, NormState], tu
 
 
 def _optimise(model: bytes, table: NormTable, shape: tuple[int, ...], packed: Packed) -> tuple[Scope, bytes]:
-    with tempfile.TemporaryDirectory(prefix="refold-") as scratch:
-        path = Path(scratch) / "optimised.onnx"
-        options = session_options()
-        options.optimized_model_filepath = str(path)
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="refold-", ignore_cleanup_errors=True) as scratch:
+            path = Path(scratch) / "optimised.onnx"
+            options = session_options()
+            options.optimized_model_filepath = str(path)
             open_session(model, table.tensors() | packed(), options, disabled_optimizers=[SHARING])
             content = path.read_bytes()
-        except OSError as e:
-            log.warning("The optimised graph cannot be kept (%s): engines are built from the original.", e)
-            return Scope.NOTHING, model
+    except (OSError, BundleError) as e:  # no room for temporary files; a model that does not open is found out again
+        log.warning("The optimised graph cannot be made (%s): engines are built from the original.", _reason(e))
+        return Scope.NOTHING, model
     graph = OnnxGraph(content)
     content = graph.with_external(graph.initialisers() & set(table.tensors()))
     wanted = frozenset(OnnxGraph(content).externals())
@@ -158,6 +158,10 @@ def _optimise(model: bytes, table: NormTable, shape: tuple[int, ...], packed: Pa
     if scope is Scope.NOTHING:
         log.warning("The optimised graph is not exact at other norms: engines are built from the original, a little slower.")
     return scope, content
+
+
+def _reason(e: OSError | BundleError) -> str:
+    return e.detail if isinstance(e, BundleError) and e.detail else str(e)
 
 
 def _read(path: Path) -> tuple[Scope, bytes] | None:

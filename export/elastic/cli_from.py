@@ -15,6 +15,7 @@ from export.elastic.folder import RunFolder
 from export.elastic.space import bit_operations, byte_count
 from export.pipeline import MOST_PICTURES, Options, export_model
 from export.targets import TARGETS, target_named
+from refold.atomic import check_output
 from refold.signing import SigningKey
 
 __all__ = ["export_from"]
@@ -44,6 +45,7 @@ def export_from(
 ) -> None:  # fmt: skip
     """Export one configuration of an elastic training into a bundle, integers and scales as they were trained."""
     torch.set_num_threads(threads)
+    check_output(output)
     started, console = time.monotonic(), Console(stderr=True, quiet=as_json)
     signers = [SigningKey.load(k) for k in keys]
     console.print("opening the run", highlight=False)

@@ -23,7 +23,7 @@ from export.elastic.search import Budget, Evolution
 from export.elastic.space import bit_operations, byte_count
 from export.progress import counted
 from export.targets import TARGETS, target_named
-from refold.atomic import write_atomically
+from refold.atomic import check_output, write_atomically
 from refold.errors import UsageError
 
 __all__ = ["parse_amount", "search"]
@@ -85,6 +85,7 @@ def search(
     console.print("opening the run", highlight=False)
     qmax = target_named(target).qmax
     shop = Workshop.open(folder, data, qmax, pictures)
+    check_output(run / f"search-{name}.json")
     times = _latencies(shop, target, console) if asked[2] else None
     budgets = _budgets(shop, asked, times)
     pairs_file = run / f"pairs-{folder.digest()[:12]}-{qmax}-{len(shop.judge.held)}.jsonl"

@@ -31,7 +31,7 @@ from export.elastic.layout import Layout
 from export.elastic.space import Configuration, Space
 from export.elastic.supernet import Supernet
 from export.ir import Graph
-from refold.atomic import make_directory, write_atomically
+from refold.atomic import check_output, make_directory, write_atomically
 from refold.errors import InputError, StorageError, UsageError
 from refold.preprocess import Preprocess, Resize
 
@@ -161,6 +161,7 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as e:
                 raise UsageError(f"Another process is training in {self.path}: wait for it, or give another folder.") from e
+            check_output(self.path / "settings.json")
             yield
 
     @property
@@ -246,7 +247,10 @@ class RunFolder:
 
     def keep(self, name: str, configuration: Configuration) -> Path:
         path = self.path / "configurations" / f"{name}.json"
-        make_directory(path.parent)
+        try:
+            make_directory(path.parent)
+        except OSError as e:
+            raise StorageError(f"{path.parent} cannot be made: {e.strerror or e}.") from e
         write_atomically(path, [configuration.to_json().encode()])
         return path
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +11,7 @@ import numpy as np
 from export.elastic.genome import Genome, GenomeSampler
 from export.elastic.judge import Judge
 from export.elastic.space import Form
-from refold.atomic import sync_directory
-from refold.errors import StorageError
+from refold.append import append_line
 
 __all__ = ["Pairs", "measured_pairs"]
 
@@ -64,15 +62,4 @@ def _append(path: Path, genome: Genome, accuracy: float) -> None:
         "form": [form.per_channel, form.weight_symmetric, form.activation_symmetric],
         "w": "".join(map(str, genome.weight_bits)), "a": "".join(map(str, genome.activation_bits)), "accuracy": accuracy,
     }  # fmt: skip
-    try:
-        text = path.read_bytes() if path.is_file() else b""
-        with path.open("r+b" if text else "wb") as f:
-            f.seek(text.rfind(b"\n") + 1)
-            f.truncate()
-            f.write(json.dumps(row).encode() + b"\n")
-            f.flush()
-            os.fsync(f.fileno())
-        if not text:
-            sync_directory(path.parent)
-    except OSError as e:
-        raise StorageError(f"{path} cannot be written: {e.strerror or e}.") from e
+    append_line(path, json.dumps(row).encode(), sync=True)

@@ -39,7 +39,7 @@ from export.experts.checkpoint import Checkpoint
 from export.experts.factor_llama2c import convert_llama2c, is_llama2c
 from export.experts.factor_router import RouterSettings, Shares
 from export.experts.tokens import windows_of
-from refold.atomic import make_directory, write_atomically
+from refold.atomic import check_output, make_directory, write_atomically
 from refold.errors import InputError, ModelError, StorageError, UsageError
 from refold.experts import Resident, Tensor
 from refold.experts.tensors import packed
@@ -157,10 +157,15 @@ def factor(source: Path, folder: Path, how: Factoring, stage: Stage, step: Step)
 def _factored(source: Path, folder: Path, how: Factoring, stage: Stage, step: Step) -> Factored:
     if not folder.parent.is_dir():
         raise StorageError(f"{folder.parent} does not exist: make it, or write elsewhere.")
-    make_directory(folder)
     dense = folder / "dense"
+    try:
+        make_directory(folder)
+        if is_llama2c(source):
+            make_directory(dense)
+    except OSError as e:
+        raise StorageError(f"{folder} cannot be made: {e.strerror or e}.") from e
+    check_output(folder / DONE)
     if is_llama2c(source):
-        make_directory(dense)
         key = _digest(source.read_bytes())
         convert_llama2c(source, dense)
     else:

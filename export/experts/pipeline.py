@@ -20,6 +20,7 @@ from export.experts.report import Searched, Told, heat_map
 from export.experts.source import Source
 from export.experts.tokens import Windows, bytes_as_tokens, windows_of
 from export.experts.work import Variant, Work
+from refold.atomic import check_output
 from refold.errors import StorageError, UsageError
 from refold.experts import BITS, PagedModel, PagedWriter, Rest, encode, record_bytes
 from refold.signing import SigningKey
@@ -127,6 +128,7 @@ def export_experts(
     started, watch = time.monotonic(), watch or Watcher()
     if not output.parent.is_dir():
         raise StorageError(f"{output} cannot be written: there is no folder {output.parent}.")
+    check_output(output)
     watch.stage("reading the checkpoint's headers", 1)
     source = Source.open(folder, options.group, options.unused)
     source.checkpoint.generation_files()  # a fault is told now, not after hours

@@ -14,11 +14,13 @@ import fcntl
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from refold.append import append_line
 from refold.atomic import make_directory, sync_directory, write_atomically
 from refold.errors import RefoldError, StorageError, UsageError
 from refold.experts import ALIGNMENT, PagedWriter, Record
@@ -76,12 +78,14 @@ class Work:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self._lock is not None
         if isinstance(error, RefoldError) and self.evaluations:
-            self._clear(lambda p: p.suffix not in (".json", ".jsonl") or p.stem.isdigit())
+            with suppress(OSError):  # the error on its way out is the one to report
+                self._clear(lambda p: p.suffix not in (".json", ".jsonl") or p.stem.isdigit())
         elif error is None or isinstance(error, RefoldError):
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 
     def _clear(self, which: Callable[[Path], bool]) -> None:
+        """Raises OSError: something cannot be removed."""
         for path in self.folder.iterdir():
             if which(path):
                 path.unlink()
@@ -104,12 +108,7 @@ class Work:
         return [row for row in out if row is not None]
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        path = self.folder / f"{name}.jsonl"
-        try:
-            with path.open("ab") as f:
-                f.write(json.dumps(row).encode() + b"\n")
-        except OSError as e:
-            raise StorageError(f"{path} cannot be written: {e.strerror or e}.") from e
+        append_line(self.folder / f"{name}.jsonl", json.dumps(row).encode())
 
     def note(self, plan: str, loss: float) -> None:
         """Keeps a measurement."""
@@ -119,7 +118,10 @@ class Work:
     def written(self, bits: int, make: Callable[[int, int], bytes], keys: list[Key], done: Callable[[], None]) -> PagedWriter:
         """All records of one width: those already there, and the others from `make`. `done` is called for each."""
         name = str(bits)
-        rows = [Record(**row) for row in self._lines(name)]
+        try:
+            rows = [Record(**row) for row in self._lines(name)]
+        except OSError as e:
+            raise StorageError(f"{self.folder} cannot be used: {e.strerror or e}.") from e
         writer = PagedWriter.resume(self.folder / f"{name}.records", rows, lambda _: done())
         if [(r.layer, r.expert) for r in writer.records] != keys[: len(writer.records)]:
             writer.close()
@@ -134,7 +136,10 @@ class Work:
         return writer
 
     def free(self) -> int:
-        return shutil.disk_usage(self.folder).free
+        try:
+            return shutil.disk_usage(self.folder).free
+        except OSError as e:
+            raise StorageError(f"{self.folder} cannot be looked at: {e.strerror or e}.") from e
 
     def publish(self, name: str, output: Path) -> None:
         """Renames a finished file of the folder to the output."""

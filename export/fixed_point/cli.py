@@ -33,7 +33,7 @@ from export.pipeline import MOST_PICTURES, Options, export_model
 from export.preprocessing import parse_preprocess
 from export.progress import counted
 from export.targets import TARGETS
-from refold.atomic import make_directory, write_atomically
+from refold.atomic import check_output, make_directory, write_atomically
 from refold.errors import InputError, ModelError, StorageError, UsageError
 from refold.preprocess import Preprocess
 
@@ -128,16 +128,15 @@ def fixed_point_train(
     given = {**{k: v for k, v in given.items() if v is not None}, **_settings(changed)}
     settings = as_published(**given) if published else for_integers(longest, **given)
     settings = in_float32(settings) if float32 else settings
-    if bundle is not None and (float32 or not bundle.parent.is_dir()):
-        raise UsageError(
-            "A float32 training has no integers to export: leave --bundle out, or --float32."
-            if float32
-            else f"There is no directory {bundle.parent} to write {bundle.name} into."
-        )
+    if bundle is not None and float32:
+        raise UsageError("A float32 training has no integers to export: leave --bundle out, or --float32.")
+    if bundle is not None:
+        check_output(bundle)
     try:
         make_directory(output)
     except OSError as e:
         raise StorageError(f"{output} cannot be made: {e.strerror or e}. Give another folder with --output.") from e
+    check_output(output / REPORT)
     console = Console(stderr=True)
     plan = parse_preprocess(preprocess, input_size)
     names = class_names(classes)

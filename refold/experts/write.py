@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refold._version import __version__
-from refold.atomic import sync_directory
+from refold.atomic import discard, sync_directory
 from refold.bundle import FORMAT, MANIFEST, SIGNATURES, member
 from refold.codec import table_to_pb
 from refold.errors import StorageError, UsageError
@@ -146,7 +146,9 @@ class PagedWriter:
         self.close()
 
     def close(self) -> None:
-        self._file.close()
+        """What `finish` has not put on the disk is given up: an error of the disk has been said where it arose."""
+        with suppress(OSError):
+            self._file.close()
 
     @contextmanager
     def closed_on_error(self) -> Iterator[PagedWriter]:
@@ -267,6 +269,6 @@ def write_paged(
             temporary.replace(path)
             sync_directory(path.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
         raise
     return PagedModel.open(path)

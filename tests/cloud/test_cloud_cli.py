@@ -24,13 +24,14 @@ import pytest
 from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric import ec
 from fleet_of import COHORT, Caller, key_pem, pictures, request_pem, sample, send_population, workers_of
+from small_disk import SmallDisk
 
 from cloud.cli import cloud
 from cloud.provision import LOCAL, provision
 from cloud.store import Store
 from refold.bundle import Bundle
 from refold.cli import main
-from refold.errors import RefoldError
+from refold.errors import RefoldError, StorageError
 from refold.v1 import admin_pb2, fleet_pb2
 
 
@@ -332,3 +333,14 @@ def test_init_leaves_a_settings_file_that_names_every_setting(tmp_path: Path) ->
 def _uncommented(text: str) -> list[str]:
     lines = [line.removeprefix("# ") for line in text.splitlines() if not line.startswith("# ") or " = " in line]
     return [line for line in lines if not line.startswith(("path", "teachers", "#"))]
+
+
+def test_init_on_a_disk_that_fills_up_leaves_nothing_in_the_way_of_the_next(tmp_path: Path) -> None:
+    with SmallDisk(tmp_path / "disk") as disk:
+        disk.fill()
+        os.truncate(disk.root / "ballast", (disk.root / "ballast").stat().st_size - 4 * 4096)  # for some of its files
+        with pytest.raises(StorageError, match="No space left"):
+            provision(disk.root / "fleet", ["localhost"], 7443, 7444, "")
+        assert not list((disk.root / "fleet").iterdir())
+        disk.free()
+        assert provision(disk.root / "fleet", ["localhost"], 7443, 7444, "").is_file()

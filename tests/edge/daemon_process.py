@@ -11,16 +11,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+from edge.runtime.status_socket import ask
+
 
 class DaemonProcess:
-    """Started at once; ended, however, when the `with` block ends."""
+    """Started at once; ended, however, when the `with` block ends.
 
-    def __init__(self, *arguments: object, data: Path, **environment: str) -> None:
+    Args:
+        beside: where predictions and log go; the data directory is then left to the daemon.
+    """
+
+    def __init__(self, *arguments: object, data: Path, beside: Path | None = None, **environment: str) -> None:
         self.data = data
-        self.predictions = data / "predictions.jsonl"
-        data.mkdir(parents=True, exist_ok=True)
+        self._beside = beside or data
+        self.predictions = self._beside / "predictions.jsonl"
+        self._beside.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "refold.cli", "edge", "run", "--data", data, "--predictions", self.predictions]
-        self.log = (data / "log.txt").open("ab+")
+        self.log = (self._beside / "log.txt").open("ab+")
         self.process = subprocess.Popen(
             [str(c) for c in (*command, *arguments)],
             stdout=subprocess.PIPE,
@@ -56,14 +63,25 @@ class DaemonProcess:
         except FileNotFoundError:
             return {}
 
+    def asked(self) -> dict[str, Any]:
+        """The status as the process itself tells it, whatever its disk does; empty before it can."""
+        return ask(self.data) or {}
+
     def said(self) -> str:
-        return (self.data / "log.txt").read_text()
+        return (self._beside / "log.txt").read_text()
 
     def until(self, true: Any, seconds: float = 60.0) -> None:
         """Waits for something the daemon will do; fails with its log when it ends first or does not."""
         end = time.monotonic() + seconds
         while not true():
             assert self.process.poll() is None, self.said()
+            assert time.monotonic() < end, self.said()
+            time.sleep(0.02)
+
+    def until_said(self, words: str, seconds: float = 60.0) -> None:
+        """Waits for words in its log, whether it still runs or not."""
+        end = time.monotonic() + seconds
+        while words not in self.said():
             assert time.monotonic() < end, self.said()
             time.sleep(0.02)
 

@@ -282,6 +282,6 @@ def test_no_more_frames_are_kept_than_the_budget_can_carry(bundle, stream, tmp_p
     with Daemon(load_settings(None, flags, {})) as daemon:
         assert daemon.run() == 64
         kept = len(daemon.outbox)
-        daemon.write_status()
+        daemon.follow_budget()
         assert kept > 5 and daemon.path.selector.rate < 1e-3  # thousands of frames a second, a few samples an hour
     assert daemon.final_status["metrics"]["samples_stored"] == kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import threading
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_disk import SmallDisk
 from small_nets import TARGET, images, residual_net, shifted
 
 from edge.engine import EngineFactory, EngineSlot, choose_target
@@ -262,3 +264,15 @@ def test_codes_are_the_quantised_preprocessing(scale, zero_point, mean, std, see
 def test_a_graph_that_begins_otherwise_has_no_short_way(bundle, factory):
     assert OnnxGraph(bundle.read(bundle.target().model)).fed_with_codes() is None  # not optimised: no Transpose yet
     assert OnnxGraph(bundle.read(bundle.target().taps)).fed_with_codes() is None
+
+
+def test_no_room_for_temporary_files_costs_only_speed(bundle, x, tmp_path, monkeypatch, caplog):
+    with SmallDisk(tmp_path / "disk") as disk:
+        disk.fill()
+        monkeypatch.setattr(tempfile, "tempdir", str(disk.root))
+        factory = EngineFactory(bundle)
+        assert "cannot be made" in caplog.text
+        monkeypatch.setattr(tempfile, "tempdir", str(disk.root / "none"))
+        assert np.array_equal(EngineFactory(bundle).build(ServingState()).run(x), factory.build(ServingState()).run(x))
+    monkeypatch.undo()
+    assert np.array_equal(EngineFactory(bundle).build(ServingState()).run(x), factory.build(ServingState()).run(x))

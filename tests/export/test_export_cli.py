@@ -12,6 +12,7 @@ import export_nets
 import numpy as np
 import onnx
 import pytest
+from small_disk import SmallDisk
 
 from refold.bundle import Bundle
 from refold.cli import main
@@ -103,3 +104,29 @@ def test_a_full_disk_loses_nothing(tmp_path):
     assert done.returncode == 7, done.stderr
     assert "cannot be written" in done.stderr and "Traceback" not in done.stderr
     assert out.read_bytes() == b"the earlier bundle" and not list(tmp_path.glob(".m.refold*"))
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "sentence"),
+    [
+        ("read-only", 7, "Read-only file system"),
+        ("full", 7, "No space left on device"),
+        ("directory", 2, "is a directory"),
+        ("missing", 2, "There is no directory"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_said_before_any_work(tmp_path, capsys, state, code, sentence):
+    """The pictures do not exist: who looks at the output first never finds out."""
+    with SmallDisk(tmp_path / "disk") as disk:
+        out = disk.root / "m.refold"
+        if state == "read-only":
+            disk.read_only(True)
+        elif state == "full":
+            disk.fill()
+        elif state == "directory":
+            out.mkdir()
+        else:
+            out = disk.root / "none" / "m.refold"
+        assert run(MODEL, "--calibration", "nowhere", "--preprocess", PREPROCESS, "-o", str(out)) == code
+        said = capsys.readouterr().err.strip().splitlines()
+        assert (len(said) == 1 and sentence in said[0] and str(out) in said[0]) or str(out.parent) in said[0]

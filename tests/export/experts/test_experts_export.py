@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny_families
 from safetensors.numpy import load_file, save_file
+from small_disk import SmallDisk
 
 import export.experts.pipeline as pipeline
 from export.experts.measure import Measure
@@ -371,3 +372,15 @@ def test_memory_is_two_experts_and_the_resident_part(tmp_path):
     finally:
         tracemalloc.stop()
     assert peak < 2 * expert + resident + (8 << 20), peak
+
+
+def test_the_error_of_a_read_only_disk_is_the_first_one(checkpoints, tmp_path):
+    work = pipeline.Work(tmp_path / "m.refold", {})
+    with pytest.raises(StorageError, match="the first reason"), work:
+        work.note("plan", 1.0)
+        (work.folder / "4.records").mkdir()  # cannot be unlinked
+        raise StorageError("the first reason")
+    with SmallDisk(tmp_path / "disk") as disk:
+        disk.read_only(True)
+        with pytest.raises(StorageError, match="Read-only"):
+            export_experts(checkpoints["mixtral"], disk.root / "m.refold", Options(4))

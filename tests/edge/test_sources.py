@@ -245,8 +245,8 @@ def test_a_source_that_fails_midway_says_so(folder):
     source._names = lambda: (_ for _ in ()).throw(UsageError("the folder went away"))
     with pytest.raises(UsageError, match="went away"):
         list(Stream(lambda: source))
-    source._names = lambda: [][0]
-    with pytest.raises(RefoldError, match="The source failed: IndexError"):
+    source._names = lambda: 1 // 0
+    with pytest.raises(RefoldError, match="The source failed: ZeroDivisionError"):
         list(Stream(lambda: source))
 
 

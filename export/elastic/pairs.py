@@ -12,7 +12,6 @@ import numpy as np
 from export.elastic.genome import Genome, GenomeSampler
 from export.elastic.judge import Judge
 from export.elastic.space import Form
-from refold.atomic import sync_directory
 from refold.errors import StorageError
 
 __all__ = ["Pairs", "measured_pairs"]
@@ -72,7 +71,5 @@ def _append(path: Path, genome: Genome, accuracy: float) -> None:
             f.write(json.dumps(row).encode() + b"\n")
             f.flush()
             os.fsync(f.fileno())
-        if not text:
-            sync_directory(path.parent)
     except OSError as e:
         raise StorageError(f"{path} cannot be written: {e.strerror or e}.") from e

@@ -128,6 +128,7 @@ class Daemon:
         storage.every(self.settings.predictions.flush_ms / 1e3, self._flush)
         storage.every(self.settings.metrics.status_s, self.write_status)
         storage.every(BANK_SECONDS, self.save_bank)
+        building.every(self.settings.metrics.status_s, self.follow_requests)
         return storage, building
 
     def _adapter(self) -> Adapter:
@@ -260,6 +261,10 @@ class Daemon:
         if content != self._saved_bank:
             write_atomically(self.directory.bank(self.bundle.digest), [content])
             self._saved_bank = content
+
+    def follow_requests(self) -> None:
+        """A rollback asked for on the device itself."""
+        self.link.requests.look()
 
     def _follow_budget(self) -> None:
         """Keeps no more frames than the hour's bytes can carry: what the outbox would evict need not wear out a card."""

@@ -8,8 +8,8 @@
     updater.current, .version, .inforce             what is in force now; safe to read on any thread
 
 Several releases are in force at a time, one per domain (edge/updates/inforce.py); the signed files are the only copies, and
-each is verified and admitted anew whenever it is read. `engines` builds and tries what a set of releases would serve, beside what
-serves (edge/updates/engines.py); a plain function `apply(release | None)` will do where that is not possible. `canary(release)`
+each is verified and admitted anew whenever it is read. `engines` builds and tries what a set of releases would serve, beside
+what serves (edge/updates/engines.py); a function `apply(release | None)` will do where that is not possible. `canary(release)`
 may be given apart. Everything runs on the caller's thread, one event at a time.
 
 The events and their steps are the rows of edge/updates/table.py. Before "committed" a failure or a death leaves the old set
@@ -164,7 +164,7 @@ class Updater:
             "applying": lambda change: self._enter(UpdateState.APPLYING),
             "counted": self._count_start,
             "applied": self._try_set,
-            "committed": lambda change: self._commit(change),
+            "committed": lambda change: self._commit(change),  # noqa: PLW0108  (tests put another in its place)
             "served": self._serve,
             "pruned": lambda change: self._prune(),
         }
@@ -439,13 +439,25 @@ class Updater:
             with _survived("An interrupted update is closed later"):
                 self._settle(died=True)
             before, stored = self._from_disk()
+            bound = before.bound(self._engines.bind)
             starts = int(self._memory.row("starts")[0])
-            if before.current is not None and starts >= CRASHES:
-                before, stored = self._give_up(before, starts)
-            change = _Change(Event.START, before, self._loaded(before), stored=stored)
+            if bound.current is not None and starts >= CRASHES:
+                before, stored = self._give_up(bound, starts)
+                bound = before
+            change = _Change(Event.START, before, self._loaded(bound), stored=stored)
             change.reason = "" if stored is not None else "taken over from an older version"
             self._run(change)
             self._read = True
+            return self.current
+
+    def look(self) -> Release | None:
+        """The current release as the state file names it, without serving anything: for `revert` while no daemon runs.
+
+        Raises:
+            StorageError: the state cannot be read or written.
+        """
+        with self._lock:
+            self._prepare()
             return self.current
 
     def _give_up(self, before: InForce, starts: int) -> tuple[InForce, str]:

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from edge.updates.inforce import InForce
+from edge.updates.inforce import LATER, InForce
 from refold.release import Release
 
-__all__ = ["Apply", "AtOnce", "Engines", "Staged"]
+__all__ = ["Apply", "AtOnce", "Engines", "Nothing", "Staged"]
 
 log = logging.getLogger(__name__)
 Apply = Callable[[Release | None], None]
@@ -62,6 +62,16 @@ class AtOnce:
             self._apply(self._serving.release)
         except Exception as e:
             log.error("Release %d cannot be put back into service: %s", self._serving.version, e)
+
+
+class Nothing(AtOnce):
+    """Serves nothing: for changes while no daemon runs. The next start builds, tries and serves what is in force then."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda release: None)
+
+    def bind(self, domain: str) -> str:
+        return LATER + domain if domain else ""
 
 
 class _Applied:

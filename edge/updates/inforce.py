@@ -12,14 +12,15 @@ What left comes back only by another order. Nothing else on the device keeps a r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 from refold.release import Release
 
-__all__ = ["Entry", "InForce"]
+__all__ = ["LATER", "Entry", "InForce"]
 
 PER_SLOT = 2  # the release that serves and the one to go back to
+LATER = "?"  # begins the key of an entry that is to be bound at the next start
 MOST = 64  # entries in all; a release has some kilobytes, and the oldest go first
 
 
@@ -105,6 +106,11 @@ class InForce:
         """With one more release; those with its version or a newer one leave."""
         kept = [e for e in self.entries if e.version < entry.version and e.digest != entry.digest]
         return _bounded([*kept, entry], {**self.releases, entry.digest: release})
+
+    def bound(self, bind: Callable[[str], str]) -> InForce:
+        """With keys for what was taken over where no domain was known; see `LATER`."""
+        entries = [replace(e, key=bind(e.domain)) if e.key.startswith(LATER) else e for e in self.entries]
+        return _bounded(entries, self.releases)
 
     def without(self, digests: Collection[str]) -> InForce:
         return _bounded([e for e in self.entries if e.digest not in digests], self.releases)

@@ -37,7 +37,7 @@ CREATE TABLE IF NOT EXISTS journal (
     id INTEGER PRIMARY KEY AUTOINCREMENT, unix_ms INTEGER NOT NULL, what TEXT NOT NULL, digest TEXT NOT NULL,
     reason TEXT NOT NULL)
 """
-LATER = (
+ADDED = (
     "CREATE TABLE IF NOT EXISTS serving (version INTEGER PRIMARY KEY, domain TEXT NOT NULL, digest TEXT NOT NULL, "
     "key TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS requests (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE)",
@@ -113,7 +113,7 @@ class UpdateMemory:
 
     def put(self, t: Connection, inforce: InForce) -> None:
         """The rows that decide: from the commit on these releases are in force."""
-        for statement in LATER:
+        for statement in ADDED:
             t.execute(statement)
         current = inforce.current
         before = next((e.digest for e in reversed(inforce.entries[:-1])), "")
@@ -142,7 +142,7 @@ class UpdateMemory:
 
     def count_out(self, t: Connection, request: str) -> None:
         """This rollback request was carried out."""
-        for statement in LATER:
+        for statement in ADDED:
             t.execute(statement)
         t.execute("INSERT OR IGNORE INTO requests (name) VALUES (?)", (request,))
         t.execute("DELETE FROM requests WHERE id <= (SELECT MAX(id) FROM requests) - ?", (REQUESTS,))

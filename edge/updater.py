@@ -90,6 +90,8 @@ class _Change:
         signed, release: what an installation brings.
         newest_ms: the latest time that what it brings proves.
         request: the rollback request that asked for it.
+        blamed: a new release that may turn out to be at fault; one that is in force already has served.
+        floor: highest version ever in use, before this.
         stored: digest of the current release in the state file, when a start began; None: it is an older Refold's file.
     """
 
@@ -103,7 +105,13 @@ class _Change:
     newest_ms: int = 0
     request: str = ""
     stored: str | None = None
+    floor: int = 0
     staged: Staged | None = None
+
+    @property
+    def blamed(self) -> Entry | None:
+        new = self.after.current if self.release is not None else None
+        return new if new is not None and new.digest not in self.before.digests else None
 
     @property
     def confirmed(self) -> bool:
@@ -155,19 +163,7 @@ class Updater:
         self._database = self._memory.database
         self.inforce = InForce()
         self._read = False
-        self._do: dict[str, Callable[[_Change], None]] = {
-            "verified": self._verify,
-            "written": self._write,
-            "staged": self._stage_candidate,
-            "canary": lambda change: self._enter(UpdateState.CANARY),
-            "canaried": self._try_candidate,
-            "applying": lambda change: self._enter(UpdateState.APPLYING),
-            "counted": self._count_start,
-            "applied": self._try_set,
-            "committed": lambda change: self._commit(change),  # noqa: PLW0108  (tests put another in its place)
-            "served": self._serve,
-            "pruned": lambda change: self._prune(),
-        }
+        self._do = self._steps()
         if self._database.damaged.exists() and not self._memory.row("highest")[0]:
             self._remember_from_files()
 
@@ -290,6 +286,21 @@ class Updater:
 
     # ── the table, row by row ───────────────────────────────────────────────────────────────────────────────────────────
 
+    def _steps(self) -> dict[str, Callable[[_Change], None]]:
+        return {
+            "verified": self._verify,
+            "written": self._write,
+            "staged": self._stage_candidate,
+            "canary": lambda change: self._enter(UpdateState.CANARY),
+            "canaried": self._try_candidate,
+            "applying": lambda change: self._enter(UpdateState.APPLYING),
+            "counted": self._count_start,
+            "applied": self._try_set,
+            "committed": lambda change: self._commit(change),  # noqa: PLW0108  (tests put another in its place)
+            "served": self._serve,
+            "pruned": lambda change: self._prune(),
+        }
+
     def _run(self, change: _Change) -> None:
         """Takes one event through its steps. When one fails, what was in force before is served, reported and stored."""
         row = TABLE[change.event][0]
@@ -321,22 +332,21 @@ class Updater:
         """The error an event ends with."""
         if isinstance(cause, StorageError) or change.release is None or not row.blames:
             return cause
+        again = change.blamed is None or _passing(cause)
         said = cause.message if isinstance(cause, RefoldError) else f"{type(cause).__name__}: {cause}"
         return ReleaseError(
             f"Release {change.release.version} could not be put into service: {said} The one before still serves.",
-            code="try-again" if _passing(cause) else "canary",
+            code="try-again" if again else "canary",
             detail=repr(cause),
         )
 
     def _settle_quietly(self, change: _Change, row: Row, cause: Exception) -> None:
         """Back to IDLE after a failure; the release is refused where the failure is its own. A full disk does this later."""
         with suppress(StorageError):
-            if change.release is not None and row.blames and not _passing(cause):
+            if change.blamed is not None and row.blames and not _passing(cause):
                 said = cause.message if isinstance(cause, RefoldError) else f"{type(cause).__name__}: {cause}"
-                candidate = change.after.current
-                assert candidate is not None
                 with self._memory.transaction() as t:
-                    self._memory.refuse(t, candidate.digest, candidate.version, said)
+                    self._memory.refuse(t, change.blamed.digest, change.blamed.version, said)
             self._settle(died=False)
             self._prune()
 
@@ -344,7 +354,8 @@ class Updater:
         """What was committed cannot be served after all: the state file goes back to what is."""
         log.error("A committed set of releases could not be served: the one before stays in force.")
         with suppress(StorageError), self._memory.transaction() as t:
-            self._memory.put(t, change.before)
+            refused = [entry.digest for entry, _ in change.refuse]
+            self._memory.take_back(t, change.before, refused, change.request, change.floor)
 
     def _verify(self, change: _Change) -> None:
         """`examine` has said yes; what else the set needs is read, and verified, before anything is written."""
@@ -402,6 +413,7 @@ class Updater:
                 with self._memory.transaction() as t:
                     t.execute("UPDATE device SET starts = 0")
             return
+        change.floor = int(self._memory.row("highest")[0])
         with self._memory.transaction() as t:
             for entry, reason in change.refuse:
                 self._memory.refuse(t, entry.digest, entry.version, reason)
@@ -417,7 +429,8 @@ class Updater:
 
     def _prune(self) -> None:
         with suppress(StorageError):  # they are removed the next time
-            self._files.keep_only([*self.inforce.digests, *self._memory.row("candidate")])
+            stored = {e.digest for e in self._memory.entries() or ()}
+            self._files.keep_only({*self.inforce.digests, *stored, *self._memory.row("current", "previous", "candidate")})
 
     # ── start ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -9,7 +9,7 @@ journal     for people
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from sqlite3 import Connection
@@ -146,6 +146,15 @@ class UpdateMemory:
             t.execute(statement)
         t.execute("INSERT OR IGNORE INTO requests (name) VALUES (?)", (request,))
         t.execute("DELETE FROM requests WHERE id <= (SELECT MAX(id) FROM requests) - ?", (REQUESTS,))
+
+    def take_back(self, t: Connection, inforce: InForce, refused: Sequence[str], request: str, highest: int) -> None:
+        """Undoes a commit that could not be followed."""
+        for name in refused:
+            t.execute("UPDATE releases SET refused = '' WHERE digest = ?", (name,))
+        t.execute("DELETE FROM requests WHERE name = ?", (request,))
+        t.execute("UPDATE device SET highest = ?", (highest,))
+        self.put(t, inforce)
+        self.note(t, "taken back", inforce.current.digest if inforce.current else "", "")
 
     def note(self, t: Connection, what: str, name: str, reason: str) -> None:
         t.execute(

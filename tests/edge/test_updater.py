@@ -376,7 +376,7 @@ def test_the_transition_table_leads_everywhere_and_back():
 
 
 FLOWS = {"upgrade": (1, 2), "rollback": (2, 1), "exported": (1, 0), "revert": (1, 0)}
-PARTS = {flow: ("applied", "committed", "served", "pruned") for flow in ("exported", "revert")}
+PARTS = dict.fromkeys(("exported", "revert"), ("applied", "committed", "served", "pruned"))
 CASES = [(flow, step) for flow in FLOWS for step in PARTS.get(flow, STEPS)]
 
 

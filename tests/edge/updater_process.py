@@ -1,7 +1,8 @@
 """A device's updater in a process of its own, to be killed: python updater_process.py FOLDER FLOW STEP NTH
 
-Starts, does what FLOW says and kills itself with SIGKILL when STEP is then reached for the NTH time. With STEP "disk-full" it forbids its
-files to grow before the update instead, with "disk-full-commit" between applying and committing, and prints what came of it.
+Starts, does what FLOW says and kills itself with SIGKILL when STEP is then reached for the NTH time. With STEP "disk-full" it
+forbids its files to grow before the update instead, with "disk-full-commit" between applying and committing, and prints what
+came of it.
 """
 
 from __future__ import annotations

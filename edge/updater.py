@@ -48,6 +48,7 @@ __all__ = ["DURABLE", "STEPS", "TRANSITIONS", "Apply", "Outcome", "Result", "Upd
 
 log = logging.getLogger(__name__)
 
+JOURNAL_ROWS = 200  # months of releases; for people
 CRASHES = 3  # a power cut may coincide with an installation or a start once, twice if we are unlucky
 
 
@@ -90,7 +91,7 @@ class _Change:
         signed, release: what an installation brings.
         newest_ms: the latest time that what it brings proves.
         request: the rollback request that asked for it.
-        blamed: a new release that may turn out to be at fault; one that is in force already has served.
+        blamed: a new release that may turn out to be at fault; one that serves a domain has shown that it can.
         floor: highest version ever in use, before this.
         stored: digest of the current release in the state file, when a start began; None: it is an older Refold's file.
     """
@@ -111,7 +112,7 @@ class _Change:
     @property
     def blamed(self) -> Entry | None:
         new = self.after.current if self.release is not None else None
-        return new if new is not None and new.digest not in self.before.digests else None
+        return new if new is not None and all(e.digest != new.digest for e in self.before.newest) else None
 
     @property
     def confirmed(self) -> bool:
@@ -133,7 +134,7 @@ class Updater:
         fleet: anything that names the fleet, e.g. its CA certificate: another fleet counts its versions anew.
         canary: tries a release without serving it, whatever its domain; raises to refuse it.
         now_ms: the wall clock.
-        at: called with a name of STEPS when that step is done; tests use it to end the process there.
+        at: called with the name of each step when it is done ("start: " before those of a start); tests end the process there.
 
     Raises:
         StorageError: the directory cannot be used.
@@ -159,7 +160,7 @@ class Updater:
         self._canary, self._now_ms, self._at = canary, now_ms, at
         self._lock = threading.RLock()
         self._files = ReleaseFiles(folder / "releases")
-        self._memory = UpdateMemory(folder / "updates.sqlite", now_ms)
+        self._memory = UpdateMemory(folder / "updates.sqlite", now_ms, lambda: JOURNAL_ROWS)
         self._database = self._memory.database
         self.inforce = InForce()
         self._read = False
@@ -312,7 +313,7 @@ class Updater:
                     if not row.survives:
                         raise
                     log.warning("Step %s of %s is made up for later: %s", row.step, change.event.value, e.message)
-                self._at(row.step)
+                self._at(row.step if change.event is not Event.START else f"start: {row.step}")
         except Exception as e:
             if row.step == "pruned":
                 log.warning("Releases that are no longer needed could not be removed: %s", e)
@@ -345,8 +346,12 @@ class Updater:
         with suppress(StorageError):
             if change.blamed is not None and row.blames and not _passing(cause):
                 said = cause.message if isinstance(cause, RefoldError) else f"{type(cause).__name__}: {cause}"
+                kept = change.before.without({change.blamed.digest})
                 with self._memory.transaction() as t:
                     self._memory.refuse(t, change.blamed.digest, change.blamed.version, said)
+                    if kept.entries != change.before.entries:
+                        self._memory.put(t, kept)
+                self.inforce = kept
             self._settle(died=False)
             self._prune()
 

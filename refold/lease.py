@@ -4,8 +4,8 @@
     open_lease ◄── SignedLease            device, beside the release
 
 A release carries its own expiry, set when it was published; a lease can only extend it. Whoever can order releases but cannot
-sign (a stolen TLS key) can therefore order nothing that the signer stopped renewing, once the last expiry has passed. The same is
-the purpose of what Uptane's Director repository signs (https://uptane.github.io, "Uptane Standard").
+sign (a stolen TLS key) can therefore order nothing that the signer stopped renewing, once the last expiry has passed: the
+purpose of what Uptane's Director repository signs (https://uptane.github.io, "Uptane Standard").
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class InForce:
     """The releases in force, by rising version.
 
     Attributes:
-        releases: digest to content, at least of `newest`; see `missing`.
+        releases: digest to content, of the entries that were read so far; see `missing`.
     """
 
     entries: tuple[Entry, ...] = ()
@@ -121,12 +121,11 @@ class InForce:
 
 
 def _bounded(entries: list[Entry], releases: Mapping[str, Release]) -> InForce:
-    """At most PER_SLOT of each slot and MOST in all, with the content of those that may serve only."""
+    """At most PER_SLOT of each slot and MOST in all, with what is known of their content."""
     kept: list[Entry] = []
     count: dict[tuple[str, str], int] = {}
     for entry in reversed(entries):
         count[entry.slot] = count.get(entry.slot, 0) + 1
         if count[entry.slot] <= PER_SLOT and len(kept) < MOST:
             kept.append(entry)
-    bare = InForce(tuple(reversed(kept)))
-    return InForce(bare.entries, {e.digest: releases[e.digest] for e in bare.newest if e.digest in releases})
+    return InForce(tuple(reversed(kept)), {e.digest: releases[e.digest] for e in kept if e.digest in releases})

@@ -23,7 +23,6 @@ from refold.errors import ReleaseError
 
 __all__ = ["UpdateMemory"]
 
-JOURNAL_ROWS = 200  # months of releases; for people
 REQUESTS = 50  # rollback requests remembered: only the latest can still lie in the directory
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS device (
@@ -47,9 +46,9 @@ ADDED = (
 class UpdateMemory:
     """Raises StorageError when the file cannot be opened."""
 
-    def __init__(self, path: Path, now_ms: Callable[[], int]) -> None:
+    def __init__(self, path: Path, now_ms: Callable[[], int], journal_rows: Callable[[], int]) -> None:
         self.database = Database(path, SCHEMA)
-        self._now_ms = now_ms
+        self._now_ms, self._journal_rows = now_ms, journal_rows
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -160,7 +159,7 @@ class UpdateMemory:
         t.execute(
             "INSERT INTO journal (unix_ms, what, digest, reason) VALUES (?, ?, ?, ?)", (self._now_ms(), what, name, reason)
         )
-        t.execute("DELETE FROM journal WHERE id <= (SELECT MAX(id) FROM journal) - ?", (JOURNAL_ROWS,))
+        t.execute("DELETE FROM journal WHERE id <= (SELECT MAX(id) FROM journal) - ?", (self._journal_rows(),))
 
     def close(self) -> None:
         self.database.close()

@@ -1,8 +1,7 @@
 """A device's updater in a process of its own, to be killed: python updater_process.py FOLDER FLOW STEP NTH
 
-Starts, does what FLOW says and kills itself with SIGKILL when STEP is then reached for the NTH time. With STEP "disk-full" it
-forbids its files to grow before the update instead, with "disk-full-commit" between applying and committing, and prints what
-came of it.
+Does what FLOW says and kills itself with SIGKILL when STEP is reached for the NTH time. With STEP "disk-full" it forbids its
+files to grow before the update instead, with "disk-full-commit" between applying and committing, and prints what came of it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from refold.v1 import adaptation_pb2, norms_pb2
 def main(folder: Path, flow: str, step: str, nth: int) -> None:
     applied: list[int] = []
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    seen = -(10**9)  # the steps of the start do not count
+    seen = 0
 
     def at(name: str) -> None:
         nonlocal seen
@@ -47,7 +46,6 @@ def main(folder: Path, flow: str, step: str, nth: int) -> None:
     ring = KeyRing([(folder / "key").read_bytes()])
     updater = Updater(folder / "state", Bundle.open(folder / "m.refold"), ring, apply, cohort=COHORT, canary=canary, at=at)
     updater.start()
-    seen = 0
     if step == "disk-full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
     outcome = None

@@ -202,7 +202,7 @@ class World:
             stored: the disk could be written: else the next start comes to the same from what is there.
         """
         inforce, updater = self.updater.inforce, self.updater
-        assert self.adaptation.releases.entries == inforce.entries
+        assert self.adaptation.releases.newest == inforce.newest
         assert updater.version == inforce.version == (self.adaptation.release.version if self.adaptation.release else 0)
         if stored:
             assert updater._memory.row("current")[0] == (inforce.current.digest if inforce.current else "")
@@ -333,12 +333,12 @@ class Happening:
         fits: Callable[[State], bool] = lambda state: True,
         *,
         always: bool = False,
-        new: bool = True,
+        candidate: int = NEW,
     ) -> None:
         """`then`: versions in force afterwards; with `always` also where the process died in between, since a restart finds the
-        same cause. `new`: an installation's release was not in force before.
+        same cause. `candidate`: the version that an installation may blame; 0 where it never comes to that.
         """
-        self.event, self.do, self.then, self.fits, self.always, self.new = event, do, then, fits, always, new
+        self.event, self.do, self.then, self.fits, self.always, self.candidate = event, do, then, fits, always, candidate
 
 
 def _refused(state: State) -> set[int]:
@@ -354,21 +354,21 @@ HAPPENINGS: dict[str, Happening] = {
     },
     "an older release is ordered": Happening(
         Event.INSTALL, lambda w, s: w.order(1, s.ever[1]), lambda s: after_order(s, 1, s.ever[1]),
-        lambda s: bool(s.now) and s.now[-1] > 1, new=False,
+        lambda s: bool(s.now) and s.now[-1] > 1, candidate=1,
     ),
     "what was left is ordered again": Happening(
         Event.INSTALL, lambda w, s: w.order(2, s.ever[2]), lambda s: after_order(s, 2, s.ever[2]),
-        lambda s: 2 in s.ever and 2 not in s.now and 2 not in _refused(s),
+        lambda s: 2 in s.ever and 2 not in s.now and 2 not in _refused(s), candidate=2,
     ),
     "a newer release is offered": Happening(
         Event.INSTALL, lambda w, s: w.offer(NEW, "d1"), lambda s: after_order(s, NEW, "d1")
     ),
     "what was refused is ordered": Happening(
-        Event.INSTALL, lambda w, s: w.order(2, s.ever[2]), lambda s: s.now, lambda s: bool(_refused(s)), new=False
+        Event.INSTALL, lambda w, s: w.order(2, s.ever[2]), lambda s: s.now, lambda s: bool(_refused(s)), candidate=0
     ),
     "an old release is replayed": Happening(
         Event.INSTALL, lambda w, s: w.offer(1, s.ever[1]), lambda s: s.now, lambda s: 1 in s.ever and s.now[-1:] != [1],
-        new=False,
+        candidate=0,
     ),
     "the exported state is ordered": Happening(Event.EXPORTED, lambda w, s: w.exported(), lambda s: [], lambda s: bool(s.now)),
     "the device reverts": Happening(

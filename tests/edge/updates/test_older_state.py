@@ -10,12 +10,15 @@ import sqlite3
 
 import numpy as np
 import pytest
-from machine_world import World, _domains, make_bundle, name_of
+from machine_world import KEY, World, _domains, make_bundle, name_of
 from tiny_bundle import release
 
 from edge.updates.memory import SCHEMA
+from refold import SigningKey
 from refold.errors import StorageError
-from refold.release import encode
+from refold.release import digest, encode, seal
+from refold.signing import KeyRing
+from refold.v1.adaptation_pb2 import PollReleaseResponse
 
 
 def older(
@@ -131,4 +134,23 @@ def test_an_older_state_on_a_full_disk_serves_and_is_taken_over_later(world):
     world.agree(stored=False)
     world.updater._do = world.updater._steps()
     assert world.order(4).error is None and world.versions == [2, 3, 4]
+    world.agree()
+
+
+def test_a_withdrawn_key_takes_its_releases_out_of_every_domain_and_leaves_the_others(world):
+    """The key that signed d1's release is no longer trusted; the one that signed the release for all is."""
+    new = SigningKey.generate()
+    world.ring = KeyRing([KEY.public, new.public])
+    world.updater.close()
+    world.boot()
+    assert world.order(1, "d1").error is None
+    signed = seal(release(world.bundle, 2), new)
+    assert world.updater.follow(PollReleaseResponse(release=signed)).error is None
+    world.show("noisy")
+    assert world.served[0] == 1
+    world.close()
+    world.ring = KeyRing([new.public])
+    world.boot()
+    world.show("noisy")
+    assert world.versions == [2] and world.served == (2, digest(signed.payload))
     world.agree()

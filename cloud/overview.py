@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from cloud.store import ReleaseRecord, Store
@@ -46,18 +47,27 @@ def status(store: Store, distiller: Callable[[str, str], str]) -> pb.StatusRespo
     return pb.StatusResponse(devices=devices, cohorts=cohorts, version=__version__)
 
 
-def list_releases(store: Store, bundle_digest: str, cohort: str) -> pb.ListReleasesResponse:
-    """Every decision of the matching cohorts, oldest first; "" matches any."""
+def list_releases(store: Store, bundle_digest: str, cohort: str, valid_ms: int) -> pb.ListReleasesResponse:
+    """Every decision of the matching cohorts, oldest first; "" matches any. `valid_ms`: of a good one's lease at a poll."""
     rows = store.releases(bundle_digest, cohort)
     serving: dict[tuple[str, str, str], int] = {}
     for row in rows:
         if row.state == GOOD:
             key = (row.bundle_digest, row.cohort, row.domain)
             serving[key] = max(serving.get(key, 0), row.version)
-    return pb.ListReleasesResponse(releases=[_row(r, serving) for r in rows])
+    return pb.ListReleasesResponse(releases=[_row(r, serving, _until(store, r, valid_ms)) for r in rows])
 
 
-def _row(r: ReleaseRecord, serving: dict[tuple[str, str, str], int]) -> pb.ReleaseRow:
+def _until(store: Store, r: ReleaseRecord, valid_ms: int) -> int:
+    """Until when a device may install it, Unix ms; a good one's time begins anew at every poll. 0: for ever, or refused."""
+    if not r.version:
+        return 0
+    signed = norms_pb2.SignedRelease.FromString(store.signed_release(r.bundle_digest, r.cohort, r.version))
+    own = int(norms_pb2.Release.FromString(signed.payload).expires_unix_ms)
+    return max(own, time.time_ns() // 1_000_000 + valid_ms) if own and r.state == GOOD else own
+
+
+def _row(r: ReleaseRecord, serving: dict[tuple[str, str, str], int], until_ms: int) -> pb.ReleaseRow:
     state = r.state
     if state == GOOD:
         state = "current" if serving[r.bundle_digest, r.cohort, r.domain] == r.version else "superseded"
@@ -72,5 +82,6 @@ def _row(r: ReleaseRecord, serving: dict[tuple[str, str, str], int]) -> pb.Relea
         digest=r.digest,
         state=state,
         reason=r.reason,
+        expires_unix_ms=until_ms,
         evidence=norms_pb2.ReleaseEvidence(samples=r.samples, statistics_frames=r.statistics_frames, metrics=dict(r.metrics)),
     )

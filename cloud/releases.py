@@ -1,5 +1,9 @@
 """Which release a device should have, and how one comes to be: version, signature, roll-out, rollback.
 
+A release may be installed for `releases.valid_days` after it was published; each answer to a poll that names a good one carries
+a lease that counts these days anew, so that the time runs out only for what the cloud stopped wanting
+(docs/adr/015-one-owner-of-releases.md).
+
 A cohort's releases are for domains. A device that polls gets, one after another, the newest good release of each domain that
 it has not yet seen, in the order of versions; the last of them is the cohort's current version. After a rollback it is first
 led back below everything that was rolled back.
@@ -16,13 +20,15 @@ from cloud.store import Decision, Store
 from cloud.store.store import GOOD
 from cloud.telemetry import RELEASES
 from refold.errors import AccessError
+from refold.lease import Lease, seal_lease
 from refold.release import Release, decode, digest, seal
 from refold.signing import SigningKey
 from refold.v1 import norms_pb2
 
-__all__ = ["Next", "Outcome", "Releases", "check_cohort", "next_version"]
+__all__ = ["Answer", "Next", "Outcome", "Releases", "check_cohort", "next_version"]
 
 Notify = Callable[[str, str], None]
+DAY_MS = 86_400_000
 REASON = 300  # characters of an operator's reason
 
 
@@ -56,6 +62,8 @@ class Outcome:
     Attributes:
         payload: the encoded release, without version and date.
         reason: why it passed or not.
+        generation: how often the cohort had been rolled back when the worker that made it began (`Store.generation`): one that
+            began before a rollback publishes nothing after it. None: made by nobody who could be late.
     """
 
     payload: bytes
@@ -63,6 +71,15 @@ class Outcome:
     reason: str
     samples_upto: int
     statistics_upto: int
+    generation: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A release for a device, with the time in which it may install it."""
+
+    release: norms_pb2.SignedRelease
+    lease: norms_pb2.SignedLease
 
 
 class Releases:
@@ -71,10 +88,23 @@ class Releases:
     Args:
         notify: called with (bundle digest, cohort) whenever a pointer moved.
         rolled_back: the same, when it moved back.
+        valid_days: in which a release may be installed, from its publication and from each poll that it answers.
+        now_ms: the clock.
     """
 
-    def __init__(self, store: Store, key: SigningKey, notify: Notify = _nobody, rolled_back: Notify = _nobody) -> None:
+    def __init__(
+        self,
+        store: Store,
+        key: SigningKey,
+        notify: Notify = _nobody,
+        rolled_back: Notify = _nobody,
+        *,
+        valid_days: float = 30.0,
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
         self._store, self._key, self._notify, self._rolled_back = store, key, notify, rolled_back
+        self.valid_ms = round(valid_days * DAY_MS)
+        self._now_ms = now_ms
         self._publishing = threading.Lock()
 
     def publish(self, outcome: Outcome) -> int:
@@ -82,14 +112,18 @@ class Releases:
 
         Returns:
             The version, 0 for a refused one.
+
+        Raises:
+            ReleaseError: code "stale": the cohort was rolled back since its worker began. Nothing was stored.
         """
         release = decode(outcome.payload)
         with self._publishing:
-            now = int(time.time() * 1000)
+            now = self._now_ms()
             version = self._store.next_version(release.bundle_digest, release.cohort) if outcome.passed else 0
             parent = self._store.current_version(release.bundle_digest, release.cohort)
             release = replace(release, version=version, parent_version=parent, created_unix_ms=now)
-            self._store.record(self._decision(release, outcome, now))
+            release = replace(release, expires_unix_ms=now + self.valid_ms)
+            self._store.record(self._decision(release, outcome, now), outcome.generation)
         RELEASES.add(1, state="released" if version else "refused")
         if version:
             self._notify(release.bundle_digest, release.cohort)
@@ -122,6 +156,19 @@ class Releases:
     def current(self, bundle_digest: str, cohort: str) -> int:
         """The cohort's pointer; 0 is as exported."""
         return self._store.current_version(bundle_digest, cohort)
+
+    def answer(self, bundle_digest: str, cohort: str, version: int) -> Answer | None:
+        """A release that a device is sent to; None when it was rolled back in the meantime.
+
+        Raises:
+            ReleaseError: there is no such version.
+        """
+        signed = self.signed(bundle_digest, cohort, version)
+        now = self._now_ms()
+        if version not in self._store.good_versions(bundle_digest, cohort):
+            return None
+        lease = Lease(bundle_digest, cohort, version, digest(signed.payload), now, now + self.valid_ms)
+        return Answer(signed, seal_lease(lease, self._key))
 
     def signed(self, bundle_digest: str, cohort: str, version: int) -> norms_pb2.SignedRelease:
         """Raises ReleaseError when there is no such version."""

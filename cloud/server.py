@@ -79,7 +79,9 @@ class Cloud:
             register(self._store, self._objects, entry.path, [(t.spec, t.weights) for t in entry.teachers])
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="rooms")
         self._board = Board()
-        releases = Releases(self._store, self._key, self._board.notify, self._rolled_back)
+        releases = Releases(
+            self._store, self._key, self._board.notify, self._rolled_back, valid_days=self.settings.releases.valid_days
+        )
         self._supervisor = Supervisor(self.settings, self._store, self._objects, releases)
         ingest = Ingest(
             self._store, self._objects, self.settings.quota, self.settings.workers.held_back, self._supervisor.notify

@@ -136,19 +136,22 @@ class AdaptationService(adaptation_pb2_grpc.AdaptationServicer):
             ticket = rooms.board.ticket(bundle, cohort)
             try:
                 following = await rooms.run(rooms.releases.following, bundle, cohort, request.installed_version)
+                if following.version == 0:
+                    answer.use_exported = True
+                    return answer
                 if following.version is not None:
-                    break
+                    wanted = await rooms.run(rooms.releases.answer, bundle, cohort, following.version)
+                    if wanted is None:  # rolled back since the line above
+                        continue
+                    answer.release.CopyFrom(wanted.release)
+                    answer.lease.CopyFrom(wanted.lease)
+                    return answer
                 left = deadline - time.monotonic()
                 if left <= 0 or rooms.board.closed or not await rooms.board.wait((bundle, cohort), ticket, left):
                     return answer
                 await rooms.run(rooms.enrolment.known, peer)  # it may have been revoked while it waited
             finally:
                 rooms.board.give_back((bundle, cohort), ticket)
-        if following.version == 0:
-            answer.use_exported = True
-        else:
-            answer.release.CopyFrom(await rooms.run(rooms.releases.signed, bundle, cohort, following.version))
-        return answer
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):
@@ -166,8 +169,10 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     @answers("operator")
     async def ListReleases(self, request: admin.ListReleasesRequest, peer: Peer) -> admin.ListReleasesResponse:
-        await self._rooms.operator(peer)
-        return await self._rooms.run(list_releases, self._rooms.store, request.bundle_digest, request.cohort)
+        rooms = self._rooms
+        await rooms.operator(peer)
+        valid_ms = rooms.releases.valid_ms
+        return await rooms.run(list_releases, rooms.store, request.bundle_digest, request.cohort, valid_ms)
 
     @answers("operator")
     async def Rollback(self, request: admin.RollbackRequest, peer: Peer) -> admin.RollbackResponse:

@@ -153,6 +153,15 @@ class GateSettings(_Section):
     entropy_share: float = Field(default=0.7, ge=0, le=1, description="entropy of the predicted classes against the teacher's")
 
 
+class ReleaseSettings(_Section):
+    valid_days: float = Field(
+        default=30.0,
+        gt=0,
+        le=36_500,
+        description="days in which a release may be installed, counted anew at each poll it answers; what is installed stays",
+    )
+
+
 class TeacherSpec(_Section):
     spec: str = Field(description="exported program (.pt2) or file.py:callable")
     weights: str = Field(default="", description="safetensors, npz or weights_only checkpoint")
@@ -171,6 +180,7 @@ class CloudSettings(_Section):
     quota: QuotaSettings = QuotaSettings()
     workers: WorkerSettings = WorkerSettings()
     gate: GateSettings = GateSettings()
+    releases: ReleaseSettings = ReleaseSettings()
     distil: dict[str, Any] = Field(default_factory=dict, description="settings of the distiller: docs/guide/cloud.md")
     bundle: tuple[BundleEntry, ...] = ()
 

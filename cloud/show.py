@@ -58,15 +58,27 @@ def show_operators(rows: Sequence[tuple[str, ...]], console: Console | None = No
     out.print(table if rows else "No operator is known yet: `refold cloud operator issue NAME`.")
 
 
+def _until(r: pb.ReleaseRow) -> str:
+    """The day after which no device installs it; what the cloud still hands out is renewed with every poll."""
+    if not r.version:
+        return "-"
+    if not r.expires_unix_ms:
+        return "for ever"
+    day = time.strftime("%Y-%m-%d", time.gmtime(r.expires_unix_ms / 1000))
+    return f"{day}, renewed" if r.state in ("current", "superseded") else day
+
+
 def show_releases(rows: Sequence[pb.ReleaseRow], console: Console | None = None) -> None:
     out = _console(console)
     if not rows:
         out.print("No releases yet.")
         return
-    table = Table("version", "cohort", "domain", "state", "made", "bytes", "samples", "frames", "reason", title="Releases")
+    columns = ("version", "cohort", "domain", "state", "made", "installable until", "bytes", "samples", "frames", "reason")
+    table = Table(*columns, title="Releases")
     for r in rows:
         made = time.strftime("%m-%d %H:%M:%S", time.gmtime(r.created_unix_ms / 1000))
         evidence = (f"{r.evidence.samples:,}", f"{r.evidence.statistics_frames:,}")
         version = str(r.version) if r.version else "-"
-        table.add_row(version, r.cohort, r.domain or "all", r.state, made, f"{r.bytes:,}", *evidence, r.reason)
+        row = (version, r.cohort, r.domain or "all", r.state, made, _until(r), f"{r.bytes:,}")
+        table.add_row(*row, *evidence, r.reason)
     out.print(table)

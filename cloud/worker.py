@@ -69,6 +69,7 @@ class Worker:
     def __init__(self, job: Job, store: Store, objects: DirectoryObjects, bundle: Bundle, lesson: Lesson) -> None:
         self._job, self._store, self._objects, self._bundle, self._lesson = job, store, objects, bundle, lesson
         self._gate = Gate(bundle, job.gate, threads=job.workers.threads)
+        self._generation = store.generation(bundle.digest, job.cohort)  # first of all: what is read later may know a rollback
         self._samples_upto = self._statistics_upto = 0
         self._consumed = store.consumed(bundle.digest, job.cohort)
         self._fresh: Counter[str] = Counter()
@@ -161,7 +162,7 @@ class Worker:
             result = GateResult(False, (e.message,), {})
             payload = encode(Release(self._bundle.digest, self._job.cohort, 0, {}, domain=domain))
         reason = "; ".join(result.reasons)
-        return Outcome(payload, result.passed, reason, self._samples_upto, self._statistics_upto)
+        return Outcome(payload, result.passed, reason, self._samples_upto, self._statistics_upto, self._generation)
 
     def _judge(self, candidate: Candidate, domain: str) -> GateResult:
         rows = self._store.held_back(*self._key, domain or None, self._job.gate.held_back_most)

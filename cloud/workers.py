@@ -132,6 +132,10 @@ class Keeper:
                 version = self._publish(content)
                 log.info("%s: %s", self._job.cohort, f"release {version}" if version else f"refused: {content.reason}")
             except RefoldError as e:
+                if e.code == "stale":
+                    log.info("%s: %s", self._job.cohort, e.message)
+                    self.renew()
+                    return ""
                 log.error("A decision for %s could not be stored: %s", self._job.cohort, e.message)
             except Exception:  # a keeper outlives what one candidate brings with it
                 log.exception("A decision for %s could not be stored", self._job.cohort)

@@ -1,7 +1,8 @@
 """Carries out what the adapter decides: runs taps, builds engines, lets them prove themselves, swaps them in.
 
 The frame loop only ever calls `watch`, which waits for nothing. Everything else runs on a worker (or inline), one change at a
-time, whether it comes from the device's own statistics or from a release.
+time, whether it comes from the device's own statistics or from the releases in force. Those are the updater's to name: it
+stages a set of them here, and serves or drops it (edge/updates/engines.py). The steps are rows of edge/updates/table.py.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.adapt import Adapter, FrameFeatures, TapObserver
-from edge.engine import EngineFactory, EngineSlot
+from edge.adapt import Adapter, FrameFeatures, Proposal, TapObserver
+from edge.engine import Engine, EngineFactory, EngineSlot
 from edge.serving import ServingState
+from edge.updates.inforce import Entry, InForce
 from edge.worker import Runner
-from refold.errors import RefoldError
-from refold.release import Release
+from refold.errors import RefoldError, ReleaseError
+from refold.release import Release, digest, encode
 from refold.v1 import samples_pb2 as pb
 
 __all__ = ["Adaptation"]
@@ -29,6 +31,32 @@ log = logging.getLogger(__name__)
 U8 = NDArray[np.uint8]
 FRAMES_WAITING = 64  # pictures the adapter may be behind, at a burst of taps; older ones are not looked at
 LONGEST_WAIT = 0.02  # seconds a picture waits for company: waking a thread costs more than looking at a picture
+
+
+class StagedReleases:
+    """A set of releases whose engine was tried (None: the present one serves it). Holds the adapter until served or dropped."""
+
+    def __init__(self, owner: Adaptation, proposal: Proposal, engine: Engine | None) -> None:
+        self._owner, self._proposal, self._engine = owner, proposal, engine
+        self._open = True
+
+    def serve(self) -> None:
+        """From the next frame on."""
+        owner = self._owner
+        try:
+            owner.adapter.commit(self._proposal, offered=self._engine is not None)
+            owner.releases = self._proposal.releases
+            if self._engine is not None:
+                owner._slot.swap(self._engine)
+            owner.domain = owner.adapter.domain
+        finally:
+            self.drop()
+
+    def drop(self) -> None:
+        """Lets the adapter go on."""
+        if self._open:
+            self._open = False
+            self._owner._changing.release()
 
 
 class Adaptation:
@@ -40,6 +68,7 @@ class Adaptation:
         adapter: asked at every frame.
         runner: where taps and builds happen.
         on_report: takes statistics reports as they come.
+        at: called with the name of each step of a change of the device's own when it is done; for tests.
     """
 
     def __init__(
@@ -49,15 +78,17 @@ class Adaptation:
         adapter: Adapter,
         runner: Runner,
         on_report: Callable[[pb.StatisticsReport], None] | None = None,
+        at: Callable[[str], None] = lambda step: None,
     ) -> None:
         self.adapter = adapter
         self.domain = adapter.domain
-        self.release: Release | None = None
+        self.releases = adapter.releases
         self.frames_unwatched = self.states_refused = 0
         self._factory = factory
         self._slot = slot
         self._runner = runner
         self._on_report = on_report
+        self._at = at
         self._changing = threading.Lock()  # the adapter is not thread-safe, and builds happen in the order decided
         self._waiting: deque[tuple[int, U8, float, int]] = deque(maxlen=FRAMES_WAITING)
         self._since = 0
@@ -101,51 +132,88 @@ class Adaptation:
                 self._on_report(report)
 
     def _observe(self, frame: int, image: U8) -> None:
-        state = self._observer.observe(frame, image, self._slot.current.serving)
+        served = self._slot.current.serving
+        state = self._observer.observe(frame, image, served)
         if state is not None:
+            self._at("proposed")
             try:
                 self._serve(state)
-            except RefoldError as e:
+            except Exception as e:
                 self.states_refused += 1
+                self.adapter.dropped(state, served)
+                if not isinstance(e, RefoldError):
+                    raise
                 log.warning("A state made on this device is not served: %s", e)
 
     def _serve(self, state: ServingState) -> None:
-        engine = self._factory.build(state)
-        self._factory.canary(engine)
+        if not self.releases.allows(state.release_digest):
+            raise ReleaseError(f"Release {state.release_version} is not in force: a state made of it is not served.")
+        engine = self._tried(state)
         self._slot.swap(engine)
+        self._at("served")
 
-    # Releases ----------------------------------------------------------------------------------------------------------------
+    def _tried(self, state: ServingState) -> Engine:
+        engine = self._factory.build(state)
+        self._at("built")
+        self._factory.canary(engine)
+        self._at("tried")
+        return engine
+
+    # Releases: the updater's seam (edge.updates.engines.Engines) -------------------------------------------------------------
+
+    @property
+    def release(self) -> Release | None:
+        """The current one; None as exported."""
+        return self.releases.release
 
     def canary(self, release: Release) -> None:
         """Tries a release without serving it. Raises GateError, NormStateError or BundleError when it makes no sense."""
         self._factory.canary(self._factory.build(ServingState.of(release)))
 
-    def apply(self, release: Release | None) -> None:
-        """Serves a release from the next frame on; None is the state the bundle was exported with.
+    def bind(self, domain: str) -> str:
+        with self._changing:
+            return self.adapter.key_of(domain)
 
-        An older release than the present one is a rollback: the adapter forgets all newer ones.
+    def base(self, wanted: InForce) -> str:
+        with self._changing:
+            return self.adapter.propose(wanted).serving.release_digest
+
+    def stage(self, wanted: InForce) -> StagedReleases:
+        """Builds and tries what these releases would serve in the present domain. Until it is served or dropped, the adapter
+        stands still; frames go on.
 
         Raises:
-            RefoldError: the engine could not be built; what served before still does.
+            RefoldError: the engine could not be built or makes no sense; what served before still does.
         """
-        with self._changing:
-            before = self.release.version if self.release else 0
-            if release is None or release.version < before:
-                state: ServingState | None = self.adapter.on_rollback(release)
-            else:
-                state = self.adapter.on_release(release)
-            self.domain = self.adapter.domain
-            if state is not None:
-                self._serve(state)
-            self.release = release
+        self._changing.acquire()
+        try:
+            proposal = self.adapter.propose(wanted)
+            served = self._slot.current.serving
+            stale = served.release_digest != proposal.serving.release_digest
+            engine = self._tried(proposal.serving) if proposal.moved or stale else None
+        except BaseException:
+            self._changing.release()
+            raise
+        return StagedReleases(self, proposal, engine)
+
+    def apply(self, release: Release | None) -> None:
+        """Serves an admitted release at once, without an updater; None is the exported state. An older one is a rollback.
+
+        Raises:
+            RefoldError: as `stage`.
+        """
+        wanted = InForce()
+        if release is not None:
+            entry = Entry(release.version, release.domain, digest(encode(release)), self.bind(release.domain))
+            wanted = self.releases.ordered(entry, release)
+        self.stage(wanted).serve()
 
     def dump(self) -> bytes:
         with self._changing:
             return self.adapter.dump()
 
     def metrics(self) -> dict[str, float]:
-        with self._changing:
-            values = self.adapter.metrics()
+        values = self.adapter.metrics()  # without the lock: a snapshot of numbers must not wait for a build or a disk
         served = self._slot.current.serving
         return {
             **{f"adapt_{name}": value for name, value in values.items()},

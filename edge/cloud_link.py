@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 from edge.adaptation import Adaptation
 from edge.budget import ByteBudget
@@ -18,8 +17,9 @@ from edge.link_settings import LinkSettings
 from edge.outbox import Outbox
 from edge.settings import EdgeSettings
 from edge.updater import Updater
+from edge.updates.engines import Nothing
+from edge.updates.request import RollbackRequests, ask
 from edge.uplink import Callbacks, Uplink
-from refold.atomic import write_atomically
 from refold.bundle import Bundle
 from refold.errors import StorageError, UsageError
 from refold.v1 import fleet_pb2
@@ -55,6 +55,8 @@ class CloudLink:
         self._adaptation = adaptation
         self._heartbeat = heartbeat
         self._budget = ByteBudget(settings.outbox.budget, outbox)
+        self._enrolled = False
+        self.requests = RollbackRequests(directory.rollback_request, lambda: self.updater, lambda: self._enrolled)
         self._why_alone = ""
         self._running = False
 
@@ -84,11 +86,12 @@ class CloudLink:
                 log.warning("Working alone: %s", e.message)
             self._why_alone = e.message
             return
+        self._enrolled = True
         updater = Updater(
             self._directory.updates,
             self._bundle,
             identity.ring,
-            self._adaptation.apply,
+            self._adaptation,
             cohort=identity.cohort,
             fleet=identity.ca_pem,
             canary=self._adaptation.canary,
@@ -118,16 +121,9 @@ class CloudLink:
         return self.updater
 
     def look_around(self) -> None:
-        """Takes up an identity or a rollback request that somebody put into the data directory. Called now and then."""
+        """Takes up an identity that somebody put into the data directory. Called now and then."""
         if self._settings is not None and self.uplink is None:
             self._connect()
-        request = self._directory.rollback_request
-        if request.exists():
-            try:
-                if self.updater is not None:
-                    self.updater.revert(request.read_text(errors="replace").strip() or "rolled back on the device")
-            finally:
-                _remove(request)
 
     @property
     def last_error(self) -> str:
@@ -158,23 +154,17 @@ class CloudLink:
             self.updater.close()
 
 
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as e:
-        raise StorageError(f"{path} cannot be removed: {e.strerror or e}.") from e
-
-
 def roll_back(settings: EdgeSettings) -> str:
-    """`refold edge rollback`: refuses the release in use for ever and returns to the one before; says what was done.
+    """`refold edge rollback`: refuses the current release for ever and returns to the one before; says what was done.
 
     Raises:
         UsageError: the device is not enrolled or runs as exported.
         StorageError: the data directory cannot be written.
     """
     directory = DataDirectory(settings.data)
+    reason = "rolled back by hand on the device"
     if directory.locked_by_another:
-        write_atomically(directory.rollback_request, [b"rolled back by hand on the device\n"])
+        ask(directory.rollback_request, reason)
         return "Asked the running daemon to go back to the release before; `refold edge status` shows when it has."
     if not settings.bundle:
         raise UsageError("Which bundle? Give --bundle FILE.refold or --config.")
@@ -185,15 +175,15 @@ def roll_back(settings: EdgeSettings) -> str:
             directory.updates,
             Bundle.open(settings.bundle),
             identity.ring,
-            lambda release: None,
+            Nothing(),
             cohort=identity.cohort,
             fleet=identity.ca_pem,
         )
         try:
-            before = updater.start()
+            before = updater.look()
             if before is None:
                 raise UsageError("The device runs the exported state: there is no release to go back from.")
-            after = updater.revert("rolled back by hand on the device")
+            after = updater.revert(reason)
         finally:
             updater.close()
     finally:

@@ -192,6 +192,7 @@ class Daemon:
         storage.every(self.settings.metrics.status_s, self.look_around)
         storage.every(self.settings.metrics.status_s, self.follow_budget)
         storage.every(BANK_SECONDS, self.save_bank)
+        building.every(self.settings.metrics.status_s, self.follow_requests)
         return storage, building, writing
 
     def _adapter(self) -> Adapter:
@@ -360,8 +361,12 @@ class Daemon:
             self._saved_bank = content
 
     def look_around(self) -> None:
-        """Takes up what somebody put into the data directory: an identity, a rollback request."""
+        """Takes up an identity that somebody put into the data directory."""
         self.link.look_around()
+
+    def follow_requests(self) -> None:
+        """A rollback asked for on the device itself."""
+        self.link.requests.look()
 
     def follow_budget(self) -> None:
         """Keeps no more frames than the hour's bytes can carry: what the outbox would evict need not wear out a card."""

@@ -21,6 +21,7 @@ class ServingState:
         release_version: the release below; 0 is the state the bundle was exported with.
         domain: the device's domain id.
         overlay: True when the device mixed statistics of its own into the release's.
+        release_digest: of the release below; "" is the exported state. An overlay belongs to this release and to no other.
     """
 
     states: Mapping[str, NormState] = field(default_factory=dict)
@@ -28,6 +29,7 @@ class ServingState:
     release_version: int = 0
     domain: str = ""
     overlay: bool = False
+    release_digest: str = ""
 
     @classmethod
     def of(cls, release: Release, domain: str = "") -> ServingState:

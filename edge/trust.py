@@ -8,21 +8,26 @@ A release arrives in one of two ways:
   it now; so it must be newer than everything this device ever ran. An old release that is played again is refused.
 
 Either way it must be signed, for this bundle and cohort, admissible, not expired, not one that failed here before, and the only
-release of its version (docs/adr/004-which-release-a-device-runs.md).
+release of its version (docs/adr/004-which-release-a-device-runs.md). Its expiry is its own or the later one of a lease
+(docs/adr/015-one-owner-of-releases.md); the release that runs does not expire.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from refold.errors import ReleaseError
+from refold.lease import Lease, open_lease
 from refold.norms import NormTable
 from refold.release import Release, admit, digest, open_signed
 from refold.signing import KeyRing
 from refold.v1 import norms_pb2 as pb
 
-__all__ = ["Home", "Memory", "examine"]
+__all__ = ["Home", "Memory", "examine", "examine_lease"]
+
+LATEST_MS = 253_402_300_799_000  # the end of the year 9999: as late as a date can be told
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,19 @@ class Memory:
     newest_unix_ms: int = 0
 
 
-def examine(signed: pb.SignedRelease, home: Home, memory: Memory, *, ordered: bool, now_unix_ms: int) -> Release:
+def examine(
+    signed: pb.SignedRelease,
+    home: Home,
+    memory: Memory,
+    *,
+    ordered: bool,
+    now_unix_ms: int,
+    lease: Lease | None = None,
+) -> Release:
     """Returns the release when the device may install it. The signature is checked first: forged bytes are never parsed.
+
+    Args:
+        lease: from `examine_lease`; extends the release's own expiry.
 
     Raises:
         SignatureError: not signed by enough trusted keys, or changed on its way.
@@ -64,9 +80,16 @@ def examine(signed: pb.SignedRelease, home: Home, memory: Memory, *, ordered: bo
         NormStateError: its states are not admissible for the bundle.
     """
     release = open_signed(signed, home.ring)
-    now = max(now_unix_ms, memory.newest_unix_ms)
-    admit(release, home.table, bundle_digest=home.bundle_digest, cohort=home.cohort, now_unix_ms=now)
     name = digest(signed.payload)
+    admit(release, home.table, bundle_digest=home.bundle_digest, cohort=home.cohort, now_unix_ms=0)
+    now = max(now_unix_ms, memory.newest_unix_ms, lease.issued_unix_ms if lease else 0)
+    until = max(release.expires_unix_ms, lease.expires_unix_ms if lease else 0)
+    if release.expires_unix_ms and name != memory.current and now > until:
+        raise ReleaseError(
+            f"Release {release.version} could be installed until {_date(until)} and has expired by this device's time, "
+            f"{_date(now)}. Poll the cloud, which renews what it still wants, or check the clock.",
+            code="expired",
+        )
     known = memory.versions.get(release.version, name)
     if known != name:
         raise ReleaseError(
@@ -85,3 +108,22 @@ def examine(signed: pb.SignedRelease, home: Home, memory: Memory, *, ordered: bo
             code="replayed",
         )
     return release
+
+
+def examine_lease(signed: pb.SignedLease, payload: bytes, home: Home) -> Lease:
+    """The lease that came beside a release with this payload.
+
+    Raises:
+        SignatureError: not signed by enough trusted keys, or changed on its way.
+        ReleaseError: code "lease": damaged, or for another release, bundle or cohort.
+    """
+    lease = open_lease(signed, home.ring)
+    if (lease.release_digest, lease.bundle_digest, lease.cohort) != (digest(payload), home.bundle_digest, home.cohort):
+        raise ReleaseError(
+            f"The lease beside the release is for release {lease.version} ({lease.release_digest[:12]}): refused.", code="lease"
+        )
+    return lease
+
+
+def _date(unix_ms: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(min(max(unix_ms, 0), LATEST_MS) / 1000))

@@ -1,23 +1,21 @@
-"""From a signed release to a running engine: verify, admit, write, canary, apply, commit; or exactly what ran before.
+"""From a signed release to a running engine: verify, admit, write, try, commit, serve; or exactly what ran before.
 
-    updater = Updater(directory, bundle, ring, apply, cohort=identity.cohort)
-    updater.start() -> Release | None               at start: applies what the disk says; None: as exported
+    updater = Updater(directory, bundle, ring, engines, cohort=identity.cohort)
+    updater.start() -> Release | None               at start: serves what the disk says; None: as exported
     updater.follow(poll_response) -> Outcome        what the authenticated cloud orders: install, roll back, as exported
     updater.offer(signed) -> Outcome                a release from anywhere else: newer ones only
     updater.revert(reason) -> Release | None        it misbehaves here: refuse it for ever, return to the one before
-    updater.current, .version                       Release | None and 0.. of what runs now; safe to read on any thread
+    updater.current, .version, .inforce             what is in force now; safe to read on any thread
 
-`apply(release | None)` is the daemon's: build the engine, try it on a canary, swap it in. When it raises, the old engine must
-still be serving. It runs on the caller's thread, one call at a time. `canary(release)` may be given apart.
+Several releases are in force at a time, one per domain (edge/updates/inforce.py); the signed files are the only copies, and
+each is verified and admitted anew whenever it is read. `engines` builds and tries what a set of releases would serve, beside
+what serves (edge/updates/engines.py); a function `apply(release | None)` will do where that is not possible. `canary(release)`
+may be given apart. Everything runs on the caller's thread, one event at a time.
 
-States, kept in a SQLite file of their own (the outbox may be set aside; this memory may not):
-
-    IDLE ──► STAGED ──► CANARY ──► APPLYING ──► IDLE        each arrow is one durable commit
-               └──────────┴───────────┴──► IDLE             refused or failed: the old release was never replaced
-
-The commit at the end changes the one row that names the current release; a process killed at any instant therefore finds the
-old or the new one, and a release under which the process dies again and again is refused. Every decision about trust is in
-edge/trust.py.
+The events and their steps are the rows of edge/updates/table.py. Before "committed" a failure or a death leaves the old set
+in force, after it the new one; that step is one commit of the state file (SQLite, synchronous=FULL), which is a file of its
+own: the outbox may be set aside, this memory may not. A release under which the process dies again and again is refused.
+Every decision about trust is in edge/trust.py.
 """
 
 from __future__ import annotations
@@ -27,59 +25,31 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from sqlite3 import Connection
-from typing import Any
 
-from edge.database import Database
 from edge.releases import ReleaseFiles
-from edge.trust import Home, Memory, examine
+from edge.trust import Home, Memory, examine, examine_lease
+from edge.updates.engines import Apply, AtOnce, Engines, Staged
+from edge.updates.inforce import Entry, InForce
+from edge.updates.memory import UpdateMemory
+from edge.updates.table import DURABLE, STEPS, TABLE, TRANSITIONS, Event, Row, UpdateState
 from refold.bundle import Bundle
 from refold.errors import NetworkError, RefoldError, ReleaseError, StorageError
+from refold.lease import Lease
 from refold.release import Release, admit, digest, open_signed
 from refold.signing import KeyRing
 from refold.v1 import adaptation_pb2, norms_pb2
 
-__all__ = ["STEPS", "TRANSITIONS", "Apply", "Outcome", "Result", "UpdateState", "Updater"]
+__all__ = ["DURABLE", "STEPS", "TRANSITIONS", "Apply", "Outcome", "Result", "UpdateState", "Updater"]
 
 log = logging.getLogger(__name__)
 
-Apply = Callable[[Release | None], None]
-
-CRASHES = 3  # a power cut may coincide with an installation or a start once, twice if we are unlucky
 JOURNAL_ROWS = 200  # months of releases; for people
-STEPS = ("verified", "written", "staged", "canary", "canaried", "applying", "applied", "committed", "pruned")
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS device (
-    id INTEGER PRIMARY KEY CHECK (id = 1), state TEXT NOT NULL DEFAULT 'idle', candidate TEXT NOT NULL DEFAULT '',
-    current TEXT NOT NULL DEFAULT '', previous TEXT NOT NULL DEFAULT '', highest INTEGER NOT NULL DEFAULT 0,
-    newest_ms INTEGER NOT NULL DEFAULT 0, starts INTEGER NOT NULL DEFAULT 0);
-INSERT OR IGNORE INTO device (id) VALUES (1);
-CREATE TABLE IF NOT EXISTS releases (
-    digest TEXT PRIMARY KEY, version INTEGER NOT NULL, refused TEXT NOT NULL DEFAULT '', crashes INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE IF NOT EXISTS journal (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, unix_ms INTEGER NOT NULL, what TEXT NOT NULL, digest TEXT NOT NULL,
-    reason TEXT NOT NULL)
-"""
-
-
-class UpdateState(Enum):
-    IDLE = "idle"
-    STAGED = "staged"
-    CANARY = "canary"
-    APPLYING = "applying"
-
-
-TRANSITIONS: dict[UpdateState, frozenset[UpdateState]] = {
-    UpdateState.IDLE: frozenset({UpdateState.STAGED}),
-    UpdateState.STAGED: frozenset({UpdateState.CANARY, UpdateState.IDLE}),
-    UpdateState.CANARY: frozenset({UpdateState.APPLYING, UpdateState.IDLE}),
-    UpdateState.APPLYING: frozenset({UpdateState.IDLE}),
-}
+CRASHES = 3  # a power cut may coincide with an installation or a start once, twice if we are unlucky
 
 
 class Result(Enum):
@@ -111,19 +81,60 @@ class Outcome:
         return self.error is None
 
 
+@dataclass
+class _Change:
+    """One event on its way through the table.
+
+    Attributes:
+        before, after: the releases in force.
+        refuse: entry and reason, of those that are never to be served again; committed with the change.
+        signed, release: what an installation brings.
+        newest_ms: the latest time that what it brings proves.
+        request: the rollback request that asked for it.
+        blamed: a new release that may turn out to be at fault; one that serves a domain has shown that it can.
+        floor: highest version ever in use, before this.
+        stored: digest of the current release in the state file, when a start began; None: it is an older Refold's file.
+    """
+
+    event: Event
+    before: InForce
+    after: InForce
+    refuse: list[tuple[Entry, str]] = field(default_factory=list)
+    reason: str = ""
+    signed: norms_pb2.SignedRelease | None = None
+    release: Release | None = None
+    newest_ms: int = 0
+    request: str = ""
+    stored: str | None = None
+    floor: int = 0
+    staged: Staged | None = None
+
+    @property
+    def blamed(self) -> Entry | None:
+        new = self.after.current if self.release is not None else None
+        return new if new is not None and all(e.digest != new.digest for e in self.before.newest) else None
+
+    @property
+    def confirmed(self) -> bool:
+        """At a start: the state file says already what is served."""
+        current = self.after.current
+        same = not self.refuse and self.after.entries == self.before.entries
+        return same and self.stored == (current.digest if current else "")
+
+
 class Updater:
-    """Keeps exactly one release in use. Thread-safe.
+    """Keeps exactly one set of releases in force. Thread-safe.
 
     Args:
         directory: for the state and the release files of all bundles; each bundle, cohort and fleet has a folder of its own.
         bundle: the one that runs.
         ring: trusted release keys.
-        apply: see the module; called with None for the exported state.
+        engines: builds, tries and serves; or a function that serves a release (None: the exported state) at once.
         cohort: of this device.
         fleet: anything that names the fleet, e.g. its CA certificate: another fleet counts its versions anew.
-        canary: tries a release without swapping; raises to refuse it.
+        canary: tries a release without serving it, whatever its domain; raises to refuse it.
         now_ms: the wall clock.
-        at: called with a name of STEPS when that step is done; tests use it to end the process there.
+        at: called with the name of each step when it is done ("start: " before those of a start); tests end the process there.
 
     Raises:
         StorageError: the directory cannot be used.
@@ -134,7 +145,7 @@ class Updater:
         directory: str | os.PathLike[str],
         bundle: Bundle,
         ring: KeyRing,
-        apply: Apply,
+        engines: Engines | Apply,
         *,
         cohort: str,
         fleet: bytes = b"",
@@ -145,33 +156,38 @@ class Updater:
         member = hashlib.sha256(cohort.encode() + b"\0" + fleet).hexdigest()
         folder = Path(directory) / f"{bundle.digest[:16]}-{member[:8]}"
         self._home = Home(bundle.digest, cohort, bundle.norms, ring)
-        self._apply, self._canary, self._now_ms, self._at = apply, canary, now_ms, at
+        self._engines: Engines = AtOnce(engines) if callable(engines) else engines
+        self._canary, self._now_ms, self._at = canary, now_ms, at
         self._lock = threading.RLock()
         self._files = ReleaseFiles(folder / "releases")
-        self._database = Database(folder / "updates.sqlite", SCHEMA)
-        self.current: Release | None = None
-        if self._database.damaged.exists() and not self._row("highest")[0]:
+        self._memory = UpdateMemory(folder / "updates.sqlite", now_ms, lambda: JOURNAL_ROWS)
+        self._database = self._memory.database
+        self.inforce = InForce()
+        self._read = False
+        self._do = self._steps()
+        if self._database.damaged.exists() and not self._memory.row("highest")[0]:
             self._remember_from_files()
 
     @property
+    def current(self) -> Release | None:
+        """The newest release in force; None as exported."""
+        return self.inforce.release
+
+    @property
     def version(self) -> int:
-        """Of the release in use; 0 as exported."""
-        release = self.current
-        return release.version if release else 0
+        """Of the newest release in force; 0 as exported."""
+        return self.inforce.version
 
     @property
     def state(self) -> UpdateState:
-        return UpdateState(self._row("state")[0])
+        return self._memory.state
 
     def journal(self) -> list[tuple[int, str, str, str]]:
         """(unix ms, what, digest, reason) of the latest changes, oldest first."""
-        return [(int(a), str(b), str(c), str(d)) for a, b, c, d in self._database.rows(
-            "SELECT unix_ms, what, digest, reason FROM journal ORDER BY id")]  # fmt: skip
+        return self._memory.journal()
 
     def memory(self) -> Memory:
-        current, highest, newest = self._row("current", "highest", "newest_ms")
-        rows = self._database.rows("SELECT digest, version, refused FROM releases")
-        return Memory(current, highest, {v: d for d, v, _ in rows}, {d: why for d, _, why in rows if why}, newest)
+        return self._memory.remembered()
 
     # ── orders ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -182,7 +198,7 @@ class Updater:
                 if response.use_exported:
                     return self._to_exported("ordered by the cloud")
                 if response.HasField("release"):
-                    return self._install(response.release, ordered=True)
+                    return self._install(response.release, self._lease(response), ordered=True)
                 return Outcome(Result.NOTHING, self.version)
             except StorageError as e:
                 return Outcome(Result.FAILED, self.version, e)
@@ -191,6 +207,16 @@ class Updater:
                 if e.code == "try-again":
                     return Outcome(Result.FAILED, self.version, e)
                 return Outcome(Result.REFUSED, self.version, e, self._genuine_version(response.release))
+
+    def _lease(self, response: adaptation_pb2.PollReleaseResponse) -> Lease | None:
+        """A lease can only extend: one that is not valid is as good as none."""
+        if not response.HasField("lease"):
+            return None
+        try:
+            return examine_lease(response.lease, response.release.payload, self._home)
+        except ReleaseError as e:
+            log.warning("A lease is not counted: %s", e.message)
+            return None
 
     def _genuine_version(self, signed: norms_pb2.SignedRelease) -> int:
         try:
@@ -202,217 +228,339 @@ class Updater:
         """Installs a release that came by other ways than the poll, when it is newer than all before.
 
         Raises:
-            RefoldError: as `edge.trust.examine`; or it failed its canary; or StorageError. The old release serves.
+            RefoldError: as `edge.trust.examine`; or it failed its canary; or StorageError. The old releases serve.
         """
         with self._lock:
-            return self._install(signed, ordered=False)
+            return self._install(signed, None, ordered=False)
 
-    def revert(self, reason: str) -> Release | None:
-        """Refuses the release in use for ever and returns to the one before it, or to the exported state.
+    def revert(self, reason: str, request: str = "") -> Release | None:
+        """Refuses the current release for ever and returns to what was in force before it, or to the exported state.
+
+        Args:
+            request: a name of whoever asks; the same name is obeyed once.
 
         Returns:
-            What runs now.
+            What is current now.
 
         Raises:
-            StorageError: the decision could not be made durable; the old release still serves.
+            StorageError: the decision could not be made durable; nothing changed.
+            Exception: what would be served then cannot be; nothing changed.
         """
         with self._lock:
-            current, previous = self._row("current", "previous")
-            if not current:
-                return None
-            with self._database.transaction() as t:
-                self._refuse(t, current, reason)
-            for name in (previous, ""):
-                try:
-                    release = self._load(name)
-                    self._apply(release)
-                except Exception as e:
-                    if not name:
-                        raise
-                    log.warning("The release before cannot serve: %s", e)
-                    continue
-                self._commit(name, release, previous="", reason=reason)
-                break
+            self._prepare()
+            current = self.inforce.current
+            if current is None or self._memory.carried_out(request):
+                return self.current
+            after = self._loaded(self.inforce.without({current.digest}), but={current.digest})
+            change = _Change(Event.REVERT, self.inforce, after, [(current, reason)], reason, request=request)
+            self._run(change)
             return self.current
 
     def forgive(self, version: int) -> None:
-        """Lets a release that was refused be tried again."""
-        with self._lock, self._database.transaction() as t:
+        """Lets a release that was refused be tried again, when it is ordered."""
+        with self._lock, self._memory.transaction() as t:
             t.execute("UPDATE releases SET refused = '', crashes = 0 WHERE version = ?", (version,))
 
-    # ── installation ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _install(self, signed: norms_pb2.SignedRelease, *, ordered: bool) -> Outcome:
-        self._settle(died=False)
-        release = examine(signed, self._home, self.memory(), ordered=ordered, now_unix_ms=self._now_ms())
-        name = digest(signed.payload)
-        before = self._row("current")[0]
-        self._at("verified")
-        if name == before and self.current is not None:
-            return Outcome(Result.NOTHING, self.version)
-        self._files.put(signed)
-        self._at("written")
-        with self._database.transaction() as t:
-            t.execute(
-                "INSERT INTO releases (digest, version, crashes) VALUES (?, ?, 1) "
-                "ON CONFLICT (digest) DO UPDATE SET crashes = crashes + 1",
-                (name, release.version),
-            )
-            t.execute("UPDATE device SET candidate = ?, newest_ms = MAX(newest_ms, ?)", (name, release.created_unix_ms))
-            self._move(t, UpdateState.STAGED)
-        self._at("staged")
-        try:
-            self._step(UpdateState.CANARY, "canary")
-            if self._canary is not None:
-                self._canary(release)
-            self._at("canaried")
-            self._step(UpdateState.APPLYING, "applying")
-            self._apply(release)
-        except Exception as e:
-            raise self._abandon(name, release, e) from e
-        self._at("applied")
-        try:
-            self._commit(name, release, previous=before, reason="")
-        except StorageError:
-            self._take_back()
-            raise
-        return Outcome(Result.INSTALLED, self.version)
-
-    def _take_back(self) -> None:
-        """The disk could not be told of what was just applied and still names the old release: so must the engine."""
-        try:
-            self._apply(self.current)
-        except Exception as e:
-            log.error("Release %d cannot be put back into service: %s", self.version, e)
-
-    def _abandon(self, name: str, release: Release, cause: Exception) -> RefoldError:
-        """Back to IDLE after a canary or apply that raised; refuses the release unless the cause may pass."""
-        passing = isinstance(cause, (StorageError, NetworkError, MemoryError))
-        said = cause.message if isinstance(cause, RefoldError) else f"{type(cause).__name__}: {cause}"
-        with suppress(StorageError), self._database.transaction() as t:
-            if passing:
-                t.execute("UPDATE releases SET crashes = 0 WHERE digest = ?", (name,))
-            else:
-                self._refuse(t, name, said)
-            self._move(t, UpdateState.IDLE)
-        self._prune()
-        if isinstance(cause, StorageError):
-            return cause
-        return ReleaseError(
-            f"Release {release.version} could not be put into service: {said} The one before still serves.",
-            code="try-again" if passing else "canary",
-            detail=repr(cause),
-        )
-
     def _to_exported(self, reason: str) -> Outcome:
-        self._settle(died=False)
-        current = self._row("current")[0]
-        if not current and self.current is None:
+        self._prepare()
+        if self.inforce.current is None:
             return Outcome(Result.NOTHING, 0)
         try:
-            self._apply(None)
+            self._run(_Change(Event.EXPORTED, self.inforce, InForce(), reason=reason))
         except RefoldError:
             raise
         except Exception as e:
             raise ReleaseError(f"The exported state could not be put into service: {e}.", code="try-again") from e
-        self._at("applied")
-        try:
-            self._commit("", None, previous=current, reason=reason)
-        except StorageError:
-            self._take_back()
-            raise
         return Outcome(Result.EXPORTED, 0)
 
-    def _commit(self, name: str, release: Release | None, *, previous: str, reason: str) -> None:
-        """The one row: from here on the new release is the current one, whatever happens."""
-        with self._database.transaction() as t:
-            t.execute("UPDATE device SET current = ?, previous = ?, candidate = '', starts = 0", (name, previous))
-            if release is not None:
-                t.execute("UPDATE device SET highest = MAX(highest, ?)", (release.version,))
-                t.execute("UPDATE releases SET crashes = 0 WHERE digest = ?", (name,))
-            if UpdateState(t.execute("SELECT state FROM device").fetchone()[0]) is not UpdateState.IDLE:
-                self._move(t, UpdateState.IDLE)
-            self._note(t, "current", name, reason)
-        self.current = release
-        self._at("committed")
-        self._prune()
-        self._at("pruned")
+    def _install(self, signed: norms_pb2.SignedRelease, lease: Lease | None, *, ordered: bool) -> Outcome:
+        self._prepare()
+        release = examine(signed, self._home, self.memory(), ordered=ordered, now_unix_ms=self._now_ms(), lease=lease)
+        entry = Entry(release.version, release.domain, digest(signed.payload), self._engines.bind(release.domain))
+        before = self.inforce
+        if before.current is not None and before.current.digest == entry.digest:
+            return Outcome(Result.NOTHING, self.version)
+        change = _Change(Event.INSTALL, before, before.ordered(entry, release), signed=signed, release=release)
+        change.newest_ms = max(release.created_unix_ms, lease.issued_unix_ms if lease else 0)
+        self._run(change)
+        return Outcome(Result.INSTALLED, self.version)
+
+    # ── the table, row by row ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _steps(self) -> dict[str, Callable[[_Change], None]]:
+        return {
+            "verified": self._verify,
+            "written": self._write,
+            "staged": self._stage_candidate,
+            "canary": lambda change: self._enter(UpdateState.CANARY),
+            "canaried": self._try_candidate,
+            "applying": lambda change: self._enter(UpdateState.APPLYING),
+            "counted": self._count_start,
+            "applied": self._try_set,
+            "committed": lambda change: self._commit(change),  # noqa: PLW0108  (tests put another in its place)
+            "served": self._serve,
+            "pruned": lambda change: self._prune(),
+        }
+
+    def _run(self, change: _Change) -> None:
+        """Takes one event through its steps. When one fails, what was in force before is served, reported and stored."""
+        row = TABLE[change.event][0]
+        try:
+            for row in TABLE[change.event]:
+                try:
+                    self._do[row.step](change)
+                except StorageError as e:
+                    if not row.survives:
+                        raise
+                    log.warning("Step %s of %s is made up for later: %s", row.step, change.event.value, e.message)
+                self._at(row.step if change.event is not Event.START else f"start: {row.step}")
+        except Exception as e:
+            if row.step == "pruned":
+                log.warning("Releases that are no longer needed could not be removed: %s", e)
+                return
+            if row.step == "served":
+                self._uncommit(change)
+            self._settle_quietly(change, row, e)
+            said = self._said(change, row, e)
+            if said is e:
+                raise
+            raise said from e
+        finally:
+            if change.staged is not None:
+                change.staged.drop()
+
+    def _said(self, change: _Change, row: Row, cause: Exception) -> Exception:
+        """The error an event ends with."""
+        if isinstance(cause, StorageError) or change.release is None or not row.blames:
+            return cause
+        again = change.blamed is None or _passing(cause)
+        said = cause.message if isinstance(cause, RefoldError) else f"{type(cause).__name__}: {cause}"
+        return ReleaseError(
+            f"Release {change.release.version} could not be put into service: {said} The one before still serves.",
+            code="try-again" if again else "canary",
+            detail=repr(cause),
+        )
+
+    def _settle_quietly(self, change: _Change, row: Row, cause: Exception) -> None:
+        """Back to IDLE after a failure; the release is refused where the failure is its own. A full disk does this later."""
+        with suppress(StorageError):
+            if change.blamed is not None and row.blames and not _passing(cause):
+                said = cause.message if isinstance(cause, RefoldError) else f"{type(cause).__name__}: {cause}"
+                kept = change.before.without({change.blamed.digest})
+                with self._memory.transaction() as t:
+                    self._memory.refuse(t, change.blamed.digest, change.blamed.version, said)
+                    if kept.entries != change.before.entries:
+                        self._memory.put(t, kept)
+                self.inforce = kept
+            self._settle(died=False)
+            self._prune()
+
+    def _uncommit(self, change: _Change) -> None:
+        """What was committed cannot be served after all: the state file goes back to what is."""
+        log.error("A committed set of releases could not be served: the one before stays in force.")
+        with suppress(StorageError), self._memory.transaction() as t:
+            refused = [entry.digest for entry, _ in change.refuse]
+            self._memory.take_back(t, change.before, refused, change.request, change.floor)
+
+    def _verify(self, change: _Change) -> None:
+        """`examine` has said yes; what else the set needs is read, and verified, before anything is written."""
+        change.after = self._loaded(change.after)
+
+    def _write(self, change: _Change) -> None:
+        assert change.signed is not None
+        self._files.put(change.signed)
+
+    def _stage_candidate(self, change: _Change) -> None:
+        candidate = change.after.current
+        assert candidate is not None
+        with self._memory.transaction() as t:
+            t.execute(
+                "INSERT INTO releases (digest, version, crashes) VALUES (?, ?, 1) "
+                "ON CONFLICT (digest) DO UPDATE SET crashes = crashes + 1",
+                (candidate.digest, candidate.version),
+            )
+            t.execute("UPDATE device SET candidate = ?, newest_ms = MAX(newest_ms, ?)", (candidate.digest, change.newest_ms))
+            self._memory.move(t, UpdateState.STAGED)
+
+    def _enter(self, state: UpdateState) -> None:
+        with self._memory.transaction() as t:
+            self._memory.move(t, state)
+
+    def _try_candidate(self, change: _Change) -> None:
+        assert change.release is not None
+        if self._canary is not None:
+            self._canary(change.release)
+
+    def _try_set(self, change: _Change) -> None:
+        """Builds what would serve. A release that cannot be built leaves the set, but a new one fails the event."""
+        new = change.after.current if change.release is not None else None
+        while True:
+            try:
+                change.staged = self._engines.stage(change.after)
+                return
+            except Exception as e:
+                base = self._engines.base(change.after)
+                entry = next((x for x in change.after.entries if x.digest == base), None)
+                if entry is None or (new is not None and base == new.digest):
+                    raise
+                if _passing(e) and change.event is not Event.START:
+                    raise  # another try may do; a start has to serve now
+                log.warning("Release %d cannot serve: %s", entry.version, e)
+                if not _passing(e):
+                    change.refuse.append((entry, f"{type(e).__name__}: {e}"))
+                change.after = self._loaded(change.after.without({base}), but={base})
+
+    def _commit(self, change: _Change) -> None:
+        """From here on the new set is in force, whatever happens."""
+        current = change.after.current
+        if change.event is Event.START and change.confirmed:
+            if current is not None:
+                with self._memory.transaction() as t:
+                    t.execute("UPDATE device SET starts = 0")
+            return
+        change.floor = int(self._memory.row("highest")[0])
+        with self._memory.transaction() as t:
+            for entry, reason in change.refuse:
+                self._memory.refuse(t, entry.digest, entry.version, reason)
+            if change.request:
+                self._memory.count_out(t, change.request)
+            self._memory.put(t, change.after)
+            self._memory.note(t, "current", current.digest if current else "", change.reason)
+
+    def _serve(self, change: _Change) -> None:
+        assert change.staged is not None
+        change.staged.serve()
+        change.staged, self.inforce = None, change.after
+
+    def _prune(self) -> None:
+        with suppress(StorageError):  # they are removed the next time
+            stored = {e.digest for e in self._memory.entries() or ()}
+            self._files.keep_only({*self.inforce.digests, *stored, *self._memory.row("current", "previous", "candidate")})
 
     # ── start ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def start(self) -> Release | None:
-        """Applies the release the disk names; failing that the one before it; failing that the exported state.
+        """Serves the releases the disk names. One that cannot be read, verified or built, or under which the process died at
+        several starts, gives way to the one before it and in the end to the exported state, for good.
 
-        A release that cannot be loaded or applied, or under which the process died at several starts, is replaced for good.
-        Expiry concerns installation only: a device that is offline for long keeps what it has.
+        Expiry concerns installation only: a device that is offline for long keeps what it has. A disk that cannot be written
+        changes nothing about what is served: the next start decides the same.
 
         Returns:
-            What runs now; None as exported.
+            What is current now; None as exported.
+
+        Raises:
+            StorageError: the state cannot be read.
+            Exception: whatever staging the exported state raises: the bundle itself does not run here.
+        """
+        with self._lock:
+            with _survived("An interrupted update is closed later"):
+                self._settle(died=True)
+            before, stored = self._from_disk()
+            bound = before.bound(self._engines.bind)
+            starts = int(self._memory.row("starts")[0])
+            if bound.current is not None and starts >= CRASHES:
+                before, stored = self._give_up(bound, starts)
+                bound = before
+            change = _Change(Event.START, before, self._loaded(bound), stored=stored)
+            change.reason = "" if stored is not None else "taken over from an older version"
+            self._run(change)
+            self._read = True
+            return self.current
+
+    def look(self) -> Release | None:
+        """The current release as the state file names it, without serving anything: for `revert` while no daemon runs.
 
         Raises:
             StorageError: the state cannot be read or written.
-            Exception: whatever `apply(None)` raises: the bundle itself does not run here.
         """
         with self._lock:
-            self._settle(died=True)
-            current, previous, starts = self._row("current", "previous", "starts")
-            if current and starts >= CRASHES:
-                self._give_up(current, f"The process died at {starts} starts with it.")
-            refused = self.memory().refused
-            for name in dict.fromkeys((current, previous, "")):
-                if name in refused:
-                    continue
-                try:
-                    release = self._load(name)
-                    if name:
-                        self._count_start(starts + 1 if name == current else 1)
-                    self._apply(release)
-                except StorageError:
-                    raise
-                except Exception as e:
-                    if not name:
-                        raise
-                    damaged = isinstance(e, ReleaseError)
-                    log.warning("Release %s cannot serve: %s", name[:12], e)
-                    if not damaged:
-                        self._give_up(name, f"{type(e).__name__}: {e}")
-                    continue
-                if name != current:
-                    self._commit(name, release, previous="", reason="the release before it cannot serve")
-                else:
-                    self.current = release
-                    if name:
-                        self._count_start(0)
-                break
-            self._prune()
+            self._prepare()
             return self.current
 
-    def _count_start(self, n: int) -> None:
-        with self._database.transaction() as t:
-            t.execute("UPDATE device SET starts = ?", (n,))
+    def _give_up(self, before: InForce, starts: int) -> tuple[InForce, str]:
+        """The process died at several starts with the current release: it is put aside before the next one is tried."""
+        current = before.current
+        assert current is not None
+        after = self._loaded(before.without({current.digest}), but={current.digest})
+        with _survived("A release under which the process dies is put aside later"):
+            self._commit(_Change(Event.REVERT, before, after, [(current, f"The process died at {starts} starts with it.")]))
+        return after, after.current.digest if after.current else ""
 
-    def _give_up(self, name: str, reason: str) -> None:
-        with self._database.transaction() as t:
-            self._refuse(t, name, reason)
+    def _count_start(self, change: _Change) -> None:
+        if change.after.current is not None:
+            with self._memory.transaction() as t:
+                t.execute("UPDATE device SET starts = starts + 1")
+
+    def _from_disk(self) -> tuple[InForce, str | None]:
+        """What the state file says is in force, and its current release; None in place of that when it says so in an older
+        Refold's way: one release and the one before it. Those of other domains had no signed copy then.
+        """
+        current, previous = (str(name) for name in self._memory.row("current", "previous"))
+        entries = self._memory.entries()
+        if entries is not None:
+            return InForce(entries), current
+        refused = self._memory.remembered().refused
+        inforce = InForce()
+        for name in (previous, current):
+            with suppress(RefoldError):
+                if current and name and name not in refused:
+                    release = self._load(name)
+                    entry = Entry(release.version, release.domain, name, self._engines.bind(release.domain))
+                    inforce = inforce.ordered(entry, release)
+        return inforce, None if current else ""
+
+    def _prepare(self) -> None:
+        """Before any event: an interrupted one is closed, and the state file says what is in force."""
+        self._settle(died=False)
+        if not self._read:
+            self.inforce = self._loaded(self._from_disk()[0])
+            self._read = True
+        stored = self._memory.row("current")[0]
+        if stored != (self.inforce.current.digest if self.inforce.current else ""):
+            with self._memory.transaction() as t:  # it was damaged and begun anew, or could not be written at start
+                self._memory.put(t, self.inforce)
+                self._memory.note(t, "current", stored, "written down again")
 
     def _settle(self, *, died: bool) -> None:
-        """An installation that a crash or a full disk cut short: the old release stays; the new one may come again, or not."""
-        state, candidate = self._row("state", "candidate")
+        """An installation that a crash or a full disk cut short: the old releases stay; the new one may come again, or not."""
+        state, candidate = self._memory.row("state", "candidate")
         if UpdateState(state) is UpdateState.IDLE:
             return
-        with self._database.transaction() as t:
+        with self._memory.transaction() as t:
             if not died:
                 t.execute("UPDATE releases SET crashes = 0 WHERE digest = ?", (candidate,))
-            row = t.execute("SELECT crashes FROM releases WHERE digest = ?", (candidate,)).fetchone()
+            row = t.execute("SELECT crashes, version FROM releases WHERE digest = ?", (candidate,)).fetchone()
             if row and row[0] >= CRASHES:
-                self._refuse(t, candidate, f"The process died {row[0]} times while installing it.")
-            self._note(t, "interrupted", candidate, state)
-            self._move(t, UpdateState.IDLE)
+                self._memory.refuse(t, candidate, row[1], f"The process died {row[0]} times while installing it.")
+            if died:
+                self._memory.note(t, "interrupted", candidate, state)
+            self._memory.move(t, UpdateState.IDLE)
 
-    def _load(self, name: str) -> Release | None:
-        """A stored release, its signature and admission checked anew: keys may have been withdrawn since. None as exported."""
-        if not name:
-            return None
+    # ── the files ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _loaded(self, wanted: InForce, but: Collection[str] = ()) -> InForce:
+        """The set with the content of every release that may serve; those that cannot be read or are refused have left."""
+        refused = {*self._memory.remembered().refused, *but}
+        wanted = wanted.without(refused)
+        while wanted.missing:
+            found: dict[str, Release] = {}
+            lost: set[str] = set()
+            for entry in wanted.missing:
+                try:
+                    found[entry.digest] = self._load(entry.digest)
+                except RefoldError as e:
+                    log.warning("Release %d leaves service: %s", entry.version, e.message)
+                    lost.add(entry.digest)
+            wanted = wanted.holding(found).without(lost)
+        return wanted
+
+    def _load(self, name: str) -> Release:
+        """A stored release, its signature and admission checked anew: keys may have been withdrawn since.
+
+        Raises:
+            ReleaseError, SignatureError, NormStateError: it is not there, not trusted or not admissible any more.
+        """
         release = open_signed(self._files.get(name), self._home.ring)
         admit(release, self._home.table, bundle_digest=self._home.bundle_digest, cohort=self._home.cohort, now_unix_ms=0)
         return release
@@ -422,47 +570,27 @@ class Updater:
         for name in self._files.names():
             with suppress(RefoldError):
                 release = self._load(name)
-                if release is not None:
-                    with self._database.transaction() as t:
-                        t.execute("INSERT OR IGNORE INTO releases (digest, version) VALUES (?, ?)", (name, release.version))
-                        t.execute(
-                            "UPDATE device SET highest = MAX(highest, ?), newest_ms = MAX(newest_ms, ?)",
-                            (release.version, release.created_unix_ms),
-                        )
-
-    # ── the state file ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _row(self, *columns: str) -> tuple[Any, ...]:
-        return self._database.rows(f"SELECT {', '.join(columns)} FROM device")[0]
-
-    def _step(self, state: UpdateState, done: str) -> None:
-        with self._database.transaction() as t:
-            self._move(t, state)
-        self._at(done)
-
-    def _move(self, t: Connection, state: UpdateState) -> None:
-        before = UpdateState(t.execute("SELECT state FROM device").fetchone()[0])
-        if state not in TRANSITIONS[before]:
-            raise ReleaseError(
-                f"The updater cannot go from {before.value} to {state.value}: this is a fault in Refold.", code="state"
-            )
-        t.execute("UPDATE device SET state = ?", (state.value,))
-        if state is UpdateState.IDLE:
-            t.execute("UPDATE device SET candidate = ''")
-
-    def _refuse(self, t: Connection, name: str, reason: str) -> None:
-        t.execute("UPDATE releases SET refused = ? WHERE digest = ?", (reason or "no reason given", name))
-        self._note(t, "refused", name, reason)
-
-    def _note(self, t: Connection, what: str, name: str, reason: str) -> None:
-        t.execute(
-            "INSERT INTO journal (unix_ms, what, digest, reason) VALUES (?, ?, ?, ?)", (self._now_ms(), what, name, reason)
-        )
-        t.execute("DELETE FROM journal WHERE id <= (SELECT MAX(id) FROM journal) - ?", (JOURNAL_ROWS,))
-
-    def _prune(self) -> None:
-        self._files.keep_only(self._row("current", "previous", "candidate"))
+                with self._memory.transaction() as t:
+                    t.execute("INSERT OR IGNORE INTO releases (digest, version) VALUES (?, ?)", (name, release.version))
+                    t.execute(
+                        "UPDATE device SET highest = MAX(highest, ?), newest_ms = MAX(newest_ms, ?)",
+                        (release.version, release.created_unix_ms),
+                    )
 
     def close(self) -> None:
         with self._lock:
-            self._database.close()
+            self._memory.close()
+
+
+def _passing(cause: Exception) -> bool:
+    """Not the release's fault."""
+    return isinstance(cause, (StorageError, NetworkError, MemoryError))
+
+
+@contextmanager
+def _survived(what: str) -> Iterator[None]:
+    """Nothing that happens to the disk keeps a device from serving."""
+    try:
+        yield
+    except StorageError as e:
+        log.warning("%s: %s", what, e.message)

@@ -32,7 +32,7 @@ from refold.errors import AccessError, InputError, ReleaseError
 __all__ = ["Store"]
 
 Record = TypeVar("Record", SampleRecord, StatisticsRecord)
-GOOD = "released"
+GOOD, ROLLED_BACK = "released", "rolled-back"
 FORGETTING = 7444  # of the locks by number; migrations hold 7443
 BATCH = 500  # bound variables per statement; SQLite's oldest limit is 999
 
@@ -266,16 +266,29 @@ class Store:
             last = c.execute(sa.select(t.cohorts.c.last_version).where(_of(t.cohorts, bundle_digest, cohort))).scalar()
         return (last or 0) + 1
 
-    def record(self, decision: Decision) -> None:
+    def generation(self, bundle_digest: str, cohort: str) -> int:
+        """Grows with every rollback and never falls: how many of the cohort's releases were rolled back."""
+        with self._reads() as c:
+            return _generation(c, bundle_digest, cohort)
+
+    def record(self, decision: Decision, generation: int | None = None) -> None:
         """Stores a decision; a released one also moves the cohort's pointer, in the same transaction.
 
+        Args:
+            generation: the cohort's when work on the candidate began; None: it does not matter.
+
         Raises:
-            ReleaseError: its version is not the next one: another writer was faster.
+            ReleaseError: its version is not the next one: another writer was faster. Code "stale": it was rolled back since.
         """
         values = {**_values(decision), "version": decision.version or None}
         with self._writes() as c:
             last = lock_cohort(c, decision.bundle_digest, decision.cohort)["last_version"]
             here = _of(t.cohorts, decision.bundle_digest, decision.cohort)
+            if generation is not None and generation != _generation(c, decision.bundle_digest, decision.cohort):
+                raise ReleaseError(
+                    f"Cohort {decision.cohort!r} was rolled back since this candidate was begun: it is not published.",
+                    code="stale",
+                )
             if decision.state == GOOD:
                 if decision.version != last + 1:
                     raise ReleaseError(f"Version {decision.version} is not the next after {last}.", code="version")
@@ -338,7 +351,7 @@ class Store:
                     code="no-release",
                 )
             newer = sa.and_(rows, t.releases.c.version > to_version, t.releases.c.state == GOOD)
-            c.execute(sa.update(t.releases).where(newer).values(state="rolled-back", reason=reason))
+            c.execute(sa.update(t.releases).where(newer).values(state=ROLLED_BACK, reason=reason))
             c.execute(sa.update(t.cohorts).where(here).values(current_version=to_version))
             return to_version
 
@@ -427,6 +440,11 @@ def _insert_all(c: sa.Connection, table: sa.Table, records: Sequence[Record]) ->
     for pair in sorted({(r.bundle_digest, r.cohort) for r in records}):  # one order for everybody: no deadlock
         lock_cohort(c, *pair)
     return [r for r in records if insert_new(c, table, {k: v for k, v in _values(r).items() if k != "id"})]
+
+
+def _generation(c: sa.Connection, bundle_digest: str, cohort: str) -> int:
+    rolled_back = sa.and_(_of(t.releases, bundle_digest, cohort), t.releases.c.state == ROLLED_BACK)
+    return int(c.execute(sa.select(sa.func.count()).where(rolled_back)).scalar_one())
 
 
 def _values(record: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from edge.adapt.evidence import Evidence, TapLayout
 from edge.adapt.features import FEATURES, FrameFeatures, Reference
 from edge.adapt.observer import TapObserver
 from edge.adapt.overlay import mixed_states, within_trust
+from edge.adapt.proposal import Proposal
 from edge.adapt.schedule import TapSchedule
 from edge.adapt.settings import AdaptSettings
 from edge.adapt.shift import ShiftDetector
@@ -21,6 +22,7 @@ __all__ = [
     "DomainBank",
     "Evidence",
     "FrameFeatures",
+    "Proposal",
     "Reference",
     "ShiftDetector",
     "TapLayout",

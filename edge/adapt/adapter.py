@@ -3,11 +3,11 @@
     every frame     features ─► shift detector ─► same domain / recall a known one / begin a new one
     tapped frames   moments of every norm's input ─► evidence of the present domain ─► overlay ─► a state to serve
     settling        the first frames of a new domain again, behind each new state, until their statistics stay
-    releases        taken in per domain, taken out again on a rollback
+    releases        `propose` says what would be served were a set of them in force, `commit` makes it so
 
 A state is offered when evidence has doubled, so an engine is rebuilt a handful of times per domain and not per frame.
 Domain "d0", for which the bundle was exported, gets no overlay: plain statistics cost accuracy there. The adapter decides;
-it owns no clock, thread, file or engine.
+it owns no clock, thread, file, engine or release: releases in force are the updater's, and it is told of them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from edge.adapt.bank import HOME, NEVER, Domain, DomainBank
 from edge.adapt.evidence import Evidence, TapLayout
 from edge.adapt.features import FEATURES, FrameFeatures, Reference
-from edge.adapt.overlay import blended_states, mixed_states
+from edge.adapt.proposal import Composed, Proposal, base_of, compose
 from edge.adapt.schedule import TapSchedule
 from edge.adapt.settings import AdaptSettings
 from edge.adapt.shift import ShiftDetector
 from edge.serving import ServingState
-from refold.errors import NormStateError
-from refold.norms import NormState, NormTable
-from refold.release import Release
+from edge.updates.inforce import Entry, InForce
+from refold.norms import NormTable
+from refold.release import Release, digest, encode
 from refold.v1 import adaptation_pb2  # noqa: F401  (registers the package's messages)
 from refold.v1 import samples_pb2 as pb
 
@@ -40,6 +40,7 @@ KEPT_REPORTS = 8  # reports waiting for the uplink; the oldest is dropped
 LEARNED_REFERENCE = 48  # frames that stand in for a calibration slice where none is given
 ENTROPY_RATE = 0.02
 SETTLED = 0.01  # mean move of the observed means in one pass, in standard deviations of a norm's input, that ends settling
+RETRY_FRAMES = 64  # frames until a state that could not be served is offered again
 
 
 class Adapter:
@@ -69,7 +70,7 @@ class Adapter:
         self._layout = TapLayout(table)
         self._schedule = TapSchedule(settings)
         self._schedule.settle()
-        self._global: Release | None = None
+        self._releases = InForce()
         self._reports: deque[pb.StatisticsReport] = deque(maxlen=KEPT_REPORTS)
         self._learning: list[NDArray[np.float64]] | None = None if reference else []
         self._frame = 0
@@ -79,6 +80,7 @@ class Adapter:
         self._provisional = False
         self._residence = 0
         self._switch = False
+        self._retry_at = 0
         self._served_version = 0
         self._weight = 0.0
         self._passes = 0
@@ -111,7 +113,7 @@ class Adapter:
             return self._learn_home(features.values)
         if self._provisional or self._frame % self._settings.watch_every == 0:
             self._watch(features.values)
-        return self._schedule.due() or self._switch
+        return self._schedule.due() or (self._switch and self._frame >= self._retry_at)
 
     def _watch(self, values: NDArray[np.float64]) -> None:
         if self._provisional:
@@ -132,9 +134,8 @@ class Adapter:
         assert self._learning is not None
         self._learning.append(values)
         if len(self._learning) >= LEARNED_REFERENCE:
-            release = self._present.release
             self._settle(Reference.of(np.stack(self._learning)))
-            self._present.release = release
+            self.commit(self.propose(self._releases), offered=False)
             self._learning = None
         return False
 
@@ -146,6 +147,7 @@ class Adapter:
         self._provisional = True
         self._probe = [values]
         self._present = self._bank.new(values, 1.0)
+        self._present.move(*base_of(self._releases, self._present), self._present.evidence, ())
         self._present.rebuild_at = self._settings.first_rebuild
         self._present.settle_at = self._settings.settle_from if self._settings.settle_passes else NEVER
         self._schedule.restart()
@@ -181,7 +183,7 @@ class Adapter:
         newcomer = self._present
         mean, frames = self._detector.mean, self._detector.frames
         known = self._bank.like(mean, frames, self._detector.reference, self._settings.shift_floor, newcomer)
-        if known is not None and newcomer.release is None:
+        if known is not None and self._releases.own(newcomer.key) is None:
             self._leave()
             self._bank.drop(newcomer)
             self._recall(known, newcomer.evidence)
@@ -236,8 +238,13 @@ class Adapter:
         return self._offer()
 
     def _offer(self) -> ServingState:
-        present = self._present
         serving = self._serving()
+        self._offered()
+        return serving
+
+    def _offered(self) -> None:
+        """A state was handed out: the next one is due when the evidence has grown."""
+        present = self._present
         self._switch = False
         wait = max(present.taps, self._settings.first_rebuild)
         if present.taps < self._settings.burst:
@@ -245,7 +252,12 @@ class Adapter:
         present.rebuild_at = present.taps + wait
         if present.name != HOME:
             present.evidence.fade(self._settings.staleness)
-        return serving
+
+    def dropped(self, state: ServingState, served: ServingState) -> None:
+        """The state offered last could not be served, `served` goes on: it is offered again, but not at the very next frame."""
+        if (state.domain, state.release_digest) != (served.domain, served.release_digest):
+            self._switch = True
+            self._retry_at = self._frame + RETRY_FRAMES
 
     @property
     def settling(self) -> bool:
@@ -280,77 +292,76 @@ class Adapter:
         return self._serving()
 
     def _serving(self) -> ServingState:
-        """The present domain's base, with as much overlay as there is evidence for."""
-        present = self._present
-        base = present.release or self._global
-        states = dict(base.states) if base else {}
-        activations = base.activations if base else ()
-        version = base.version if base else 0
-        self._weight = 0.0
-        if self._settings.enabled and present.name != HOME and present.evidence.frames > 0:
-            n = present.evidence.frames
-            self._weight = self._settings.mix * n / (n + self._settings.prior_frames)
-        if self._weight > 0:
-            mixed = self._mixed(states)
-            try:
-                self._table.check(mixed)
-                self._table.tensors(mixed, activations)
-                return ServingState(mixed, activations, version, present.name, overlay=True)
-            except NormStateError:  # statistics of a blind camera, say: what was released is still right
-                self._refused += 1
-                self._weight = 0.0
-        return ServingState(states, activations, version, present.name, overlay=False)
+        return self._take(self._composed(self._releases, self._present, self._present.evidence))
 
-    def _mixed(self, states: dict[str, NormState]) -> dict[str, NormState]:
-        """The base's affine parameters on the device's statistics; a release made for this domain has a say in those."""
-        evidence, release = self._present.evidence, self._present.release
-        if release is None:
-            return mixed_states(self._layout, states, evidence, self._weight, self._table.trust_ratio)
-        bare = {
-            s.name: states.get(s.name, s.exported).with_statistics(s.exported.mean, s.exported.variance)
-            if s.kind.has_statistics
-            else states.get(s.name, s.exported)
-            for s in self._table.norms
-        }
-        own = mixed_states(self._layout, bare, evidence, self._weight, self._table.trust_ratio)
-        theirs = release.statistics_frames * self._settings.release_trust
-        return blended_states(self._layout, states, own, evidence.frames / (evidence.frames + theirs), self._table.trust_ratio)
+    def _composed(self, releases: InForce, domain: Domain, evidence: Evidence) -> Composed:
+        return compose(releases, domain, evidence, self._layout, self._table, self._settings)
+
+    def _take(self, composed: Composed) -> ServingState:
+        self._weight = composed.weight
+        self._refused += composed.refused
+        return composed.serving
 
     # Releases ----------------------------------------------------------------------------------------------------------------
 
-    def on_release(self, release: Release) -> ServingState | None:
-        """Takes in an admitted release; a state to serve when it concerns the present domain, else None.
+    @property
+    def releases(self) -> InForce:
+        """The releases in force, as they were last committed."""
+        return self._releases
 
-        A release without a domain is the base of every domain that has none of its own.
+    def key_of(self, domain: str) -> str:
+        """Key of the domain a release names; "" when this device has not met it: the release then serves nothing here.
+
+        A release without a domain is the base of every domain that has none of its own; it needs no key.
         """
-        if not release.domain:
-            self._global = release
-            if self._present.release is not None:
-                return None
-        else:
-            domain = self._present if self._present.name == release.domain else self._bank.get(release.domain)
-            if domain is None:
-                return None
-            domain.take(release)
-            if domain is not self._present:
-                return None
+        if domain == self._present.name:
+            return self._present.key
+        known = self._bank.get(domain)
+        return known.key if known else ""
+
+    def propose(self, releases: InForce) -> Proposal:
+        """Pure: what would be served, and how every domain would stand, were these releases in force."""
+        moves = []
+        for domain in dict.fromkeys((*self._bank, self._left, self._present)):
+            base, shared = base_of(releases, domain)
+            moves.append((domain, base, shared, domain.behind(base, shared)))
+        present = self._present
+        base, shared, evidence = next(m[1:] for m in moves if m[0] is present)
+        moved = base != present.base
+        afresh = moved and not shared and base not in present.past
+        return Proposal(releases, present, self._composed(releases, present, evidence), moved, afresh, tuple(moves))
+
+    def commit(self, proposal: Proposal, *, offered: bool) -> None:
+        """Makes a proposal so; nothing may have happened in between. `offered`: its state is served from now on."""
+        assert proposal.present is self._present
+        self._releases = proposal.releases
+        kept = proposal.releases.digests | {""}
+        for domain, base, shared, evidence in proposal.moves:
+            domain.move(base, shared, evidence, kept)
+        if proposal.afresh:
             self._schedule.restart(share=0.5)
-        return self._offer()
+        if offered:
+            self._take(proposal.composed)
+            self._offered()
+
+    def on_release(self, release: Release) -> ServingState | None:
+        """Takes in an admitted release at once, for simulations without a disk; a state to serve when it concerns the present
+        domain, else None.
+        """
+        entry = Entry(release.version, release.domain, digest(encode(release)), self.key_of(release.domain))
+        proposal = self.propose(self._releases.ordered(entry, release))
+        self.commit(proposal, offered=proposal.moved)
+        return proposal.serving if proposal.moved else None
 
     def on_rollback(self, release: Release | None) -> ServingState:
-        """Forgets every release newer than `release` (None: all of them); the state to serve from now on."""
-        newest = release.version if release else 0
-        self._bank.purge(newest)
-        if self._present.release is not None and self._present.release.version > newest:
-            self._present.drop_release()
-        if self._global is not None and self._global.version > newest:
-            self._global = None
+        """Forgets every release newer than `release` (None: all of them) at once; the state to serve from now on."""
+        wanted = InForce()
         if release is not None:
-            if not release.domain:
-                self._global = release
-            elif (domain := self._bank.get(release.domain)) is not None:
-                domain.take(release)
-        return self._offer()
+            entry = Entry(release.version, release.domain, digest(encode(release)), self.key_of(release.domain))
+            wanted = self._releases.ordered(entry, release)
+        proposal = self.propose(wanted)
+        self.commit(proposal, offered=True)
+        return proposal.serving
 
     # Reports and memory ------------------------------------------------------------------------------------------------------
 
@@ -413,13 +424,13 @@ class Adapter:
         reference: Reference | None = None,
         bundle_digest: str = "",
     ) -> Adapter:
-        """An adapter with the bank that `dump` gave; it starts at home, and recalls from there.
+        """An adapter with the bank that `dump` gave; it starts at home, and as exported until it is told what is in force.
 
         Raises:
             StorageError: the bytes are damaged or belong to another bundle.
         """
         adapter = cls(table, settings, class_count, reference=reference, bundle_digest=bundle_digest)
         adapter._bank.restore(content, adapter._fingerprint())
-        adapter._present = adapter._bank.home
+        adapter._present = adapter._left = adapter._bank.home
         adapter._detector.restart(adapter._present.mean, adapter._present.frames)
         return adapter

@@ -1,14 +1,16 @@
 """Domain bank: what a device remembers of every domain it has met, bounded, and as bytes across restarts.
 
-Domain "d0" is the one the bundle was exported for: it is always there and never evicted.
+Domain "d0" is the one the bundle was exported for: it is always there and never evicted. The bank keeps statistics and the
+digest of the release they were gathered behind; it keeps no release. Which releases there are is the updater's to say.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,13 +19,14 @@ from numpy.typing import NDArray
 from edge.adapt.evidence import Evidence
 from edge.adapt.features import FEATURES, Reference
 from refold.errors import StorageError
-from refold.release import Release, decode, encode
 
 __all__ = ["HOME", "Domain", "DomainBank"]
 
 HOME = "d0"
 NEVER = -1
-FORMAT = 1
+FORMAT = 2
+WITH_RELEASES = 1  # an older format, which held whole releases without their signatures
+HOME_KEY = "home"
 F64 = NDArray[np.float64]
 
 
@@ -35,12 +38,15 @@ class Domain:
         name: "d0", "d1", ...
         mean: features, float64 (FEATURES,).
         frames: frames behind `mean`.
-        evidence: tapped moments under the present base state.
+        evidence: tapped moments behind `base`.
+        key: tells this domain from every other that has or had its name on this device.
+        base: digest of the release it is served with, to which its evidence belongs; "" as exported.
+        shared: the base is not this domain's own release.
+        past: base to (shared, evidence), of bases still in force beneath the present one: a rollback takes the evidence up
+            again. Not kept across restarts, except where a restart finds another base in force.
         taps: tapped frames since the domain was met or its base changed; the clock of rebuilds.
         rebuild_at: number of taps at which the overlay is built next.
         settle_at: number of taps at which the frames tapped so far are looked at again; NEVER: their statistics are settled.
-        release: newest release made for this domain.
-        before: the evidence from before it; a rollback takes it up again. Not kept across restarts.
         seen: number of the last shift at which the domain was present; orders evictions.
     """
 
@@ -48,12 +54,14 @@ class Domain:
     mean: F64
     frames: float
     evidence: Evidence
+    key: str = ""
+    base: str = ""
+    shared: bool = True
+    past: dict[str, tuple[bool, Evidence]] = field(default_factory=dict)
     taps: int = 0
     rebuild_at: int = 0
     settle_at: int = NEVER
-    release: Release | None = None
     seen: int = 0
-    before: Evidence | None = None
     unreported: Evidence = field(init=False)
     first_frame: int = 0
     last_frame: int = 0
@@ -61,20 +69,32 @@ class Domain:
     def __post_init__(self) -> None:
         self.unreported = Evidence(self.evidence.moments.shape[1])
 
-    def take(self, release: Release) -> None:
-        """Serves a release from now on. Behind its norms other moments will be seen: evidence begins anew."""
-        if self.before is None:
-            self.before = self.evidence
-        self.evidence = Evidence(self.evidence.moments.shape[1])
-        self.release = release
-        self.taps = self.rebuild_at = 0
-        self.settle_at = NEVER  # a release brings statistics measured behind its own norms
+    def behind(self, base: str, shared: bool) -> Evidence:
+        """Pure: the evidence this domain would have on another base. Behind other norms other moments are seen: it begins anew,
+        except that what was gathered on one shared base is a start on the next.
+        """
+        if base == self.base:
+            return self.evidence
+        if base in self.past:
+            return self.past[base][1]
+        if shared:
+            known = [(self.shared, self.evidence), *reversed(self.past.values())]
+            for was_shared, evidence in known:
+                if was_shared:
+                    return evidence.copy()
+        return Evidence(self.evidence.moments.shape[1])
 
-    def drop_release(self) -> None:
-        """Back to what is known without a release of its own."""
-        self.release = None
-        if self.before is not None:
-            self.evidence, self.before = self.before, None
+    def move(self, base: str, shared: bool, evidence: Evidence, kept: Collection[str]) -> None:
+        """Takes another base and the evidence that `behind` gave; forgets what belongs to bases that are not in `kept`."""
+        if base != self.base:
+            self.past[self.base] = self.shared, self.evidence
+            if not shared and base not in self.past:
+                self.taps = self.rebuild_at = 0
+                self.settle_at = NEVER  # a release brings statistics measured behind its own norms
+            self.past.pop(base, None)
+            self.base, self.evidence = base, evidence
+        self.shared = shared
+        self.past = {name: known for name, known in self.past.items() if name in kept}
 
 
 class DomainBank:
@@ -103,7 +123,8 @@ class DomainBank:
 
     def new(self, mean: F64, frames: float) -> Domain:
         """A domain with a name of its own, not yet remembered."""
-        domain = Domain(f"d{self._made}", mean.copy(), frames, Evidence(self._channels))
+        name = f"d{self._made}"
+        domain = Domain(name, mean.copy(), frames, Evidence(self._channels), _key(name, mean))
         self._made += 1
         return domain
 
@@ -140,22 +161,14 @@ class DomainBank:
                 best = (distance, domain)
         return best[1] if best else None
 
-    def purge(self, newest: int) -> None:
-        """Forgets every release with a version above `newest`."""
-        for domain in self:
-            if domain.release is not None and domain.release.version > newest:
-                domain.drop_release()
-
     def dump(self, fingerprint: str) -> bytes:
         """The bank as bytes: an npz without pickles. `fingerprint` names the norm table it belongs to."""
         arrays: dict[str, NDArray[np.generic]] = {}
         rows = []
         for d in self:
-            rows.append([d.name, d.frames, d.evidence.frames, d.seen])
+            rows.append([d.name, d.frames, d.evidence.frames, d.seen, d.key, d.base, d.shared])
             arrays[f"{d.name}.mean"] = d.mean
             arrays[f"{d.name}.moments"] = d.evidence.moments.astype(np.float32)
-            if d.release is not None:
-                arrays[f"{d.name}.release"] = np.frombuffer(encode(d.release), np.uint8)
         head = {"format": FORMAT, "fingerprint": fingerprint, "made": self._made, "shifts": self._shifts, "domains": rows}
         arrays["head"] = np.frombuffer(json.dumps(head).encode(), np.uint8)
         out = io.BytesIO()
@@ -163,27 +176,44 @@ class DomainBank:
         return out.getvalue()
 
     def restore(self, content: bytes, fingerprint: str) -> None:
-        """Takes back what `dump` gave. Raises StorageError: damaged, of another format, or of another bundle."""
+        """Takes back what `dump` gave. Evidence gathered behind a release counts again when that very release is in force.
+
+        The older format held releases without their signatures: they are left out, and what was gathered behind one is kept
+        under its digest.
+
+        Raises:
+            StorageError: damaged, of another format, or of another bundle.
+        """
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 head = json.loads(arrays["head"].tobytes())
-                if head["format"] != FORMAT or head["fingerprint"] != fingerprint:
+                if head["format"] not in (FORMAT, WITH_RELEASES) or head["fingerprint"] != fingerprint:
                     raise StorageError("The domain bank belongs to another bundle or version; starting with an empty one.")
                 domains = {}
-                for name, frames, evidence_frames, seen in head["domains"]:
+                for row in head["domains"]:
+                    name, frames, evidence_frames, seen = row[:4]
                     domain = Domain(str(name), arrays[f"{name}.mean"], float(frames), Evidence(self._channels))
-                    domain.evidence.moments = arrays[f"{name}.moments"].astype(np.float64)
-                    domain.evidence.frames = float(evidence_frames)
+                    if head["format"] == FORMAT:
+                        domain.key, base, shared = str(row[4]), str(row[5]), bool(row[6])
+                    else:
+                        held = f"{name}.release" in arrays
+                        base = hashlib.sha256(arrays[f"{name}.release"].tobytes()).hexdigest() if held else ""
+                        domain.key, shared = _key(domain.name, domain.mean), not base
+                    gathered = Evidence(self._channels)
+                    gathered.moments = arrays[f"{name}.moments"].astype(np.float64)
+                    gathered.frames = float(evidence_frames)
+                    if gathered.moments.shape != (2, self._channels):
+                        raise ValueError(f"shape of {name}")
+                    domain.past[base] = shared, gathered
+                    domain.evidence = domain.past.pop("", (True, domain.evidence))[1]
                     domain.taps = int(evidence_frames)
                     domain.seen = int(seen)
-                    if f"{name}.release" in arrays:
-                        domain.release = decode(arrays[f"{name}.release"].tobytes())
-                    if domain.mean.shape != (FEATURES,) or domain.evidence.moments.shape != (2, self._channels):
+                    if domain.mean.shape != (FEATURES,):
                         raise ValueError(f"shape of {name}")
                     domains[domain.name] = domain
                 if HOME not in domains:
                     raise ValueError("no home domain")
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, IndexError, zipfile.BadZipFile) as e:
             raise StorageError("The domain bank is damaged; starting with an empty one.", detail=str(e)) from e
         self._domains = dict(sorted(domains.items(), key=lambda item: item[0] != HOME))
         self._made = int(head["made"])
@@ -191,3 +221,8 @@ class DomainBank:
         while len(self._domains) > self._limit:
             oldest = min((d for d in self if d.name != HOME), key=lambda d: d.seen)
             del self._domains[oldest.name]
+
+
+def _key(name: str, mean: F64) -> str:
+    """Where a name was given before, the first frame's features tell the two domains apart."""
+    return HOME_KEY if name == HOME else f"{name}-{hashlib.sha256(mean.tobytes()).hexdigest()[:16]}"

@@ -64,6 +64,12 @@ class Evidence:
         self.moments += (moments - self.moments) * (frames / (self.frames + frames))
         self.frames += frames
 
+    def copy(self) -> Evidence:
+        """The same, to go its own way."""
+        other = Evidence(self.moments.shape[1])
+        other.frames, other.moments = self.frames, self.moments.copy()
+        return other
+
     def fade(self, keep: float) -> None:
         """The same moments, worth fewer frames."""
         self.frames *= keep

@@ -71,11 +71,13 @@ class PollReleaseRequest(_message.Message):
     def __init__(self, bundle_digest: _Optional[str] = ..., cohort: _Optional[str] = ..., installed_version: _Optional[int] = ..., wait_ms: _Optional[int] = ...) -> None: ...
 
 class PollReleaseResponse(_message.Message):
-    __slots__ = ("release", "use_exported", "next_in_ms")
+    __slots__ = ("release", "use_exported", "next_in_ms", "lease")
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     USE_EXPORTED_FIELD_NUMBER: _ClassVar[int]
     NEXT_IN_MS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
     release: _norms_pb2.SignedRelease
     use_exported: bool
     next_in_ms: int
-    def __init__(self, release: _Optional[_Union[_norms_pb2.SignedRelease, _Mapping]] = ..., use_exported: _Optional[bool] = ..., next_in_ms: _Optional[int] = ...) -> None: ...
+    lease: _norms_pb2.SignedLease
+    def __init__(self, release: _Optional[_Union[_norms_pb2.SignedRelease, _Mapping]] = ..., use_exported: _Optional[bool] = ..., next_in_ms: _Optional[int] = ..., lease: _Optional[_Union[_norms_pb2.SignedLease, _Mapping]] = ...) -> None: ...

@@ -81,7 +81,7 @@ class ListReleasesRequest(_message.Message):
     def __init__(self, bundle_digest: _Optional[str] = ..., cohort: _Optional[str] = ...) -> None: ...
 
 class ReleaseRow(_message.Message):
-    __slots__ = ("version", "parent_version", "created_unix_ms", "bundle_digest", "cohort", "domain", "bytes", "digest", "state", "reason", "evidence")
+    __slots__ = ("version", "parent_version", "created_unix_ms", "bundle_digest", "cohort", "domain", "bytes", "digest", "state", "reason", "evidence", "expires_unix_ms")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PARENT_VERSION_FIELD_NUMBER: _ClassVar[int]
     CREATED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +93,7 @@ class ReleaseRow(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     EVIDENCE_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     version: int
     parent_version: int
     created_unix_ms: int
@@ -104,7 +105,8 @@ class ReleaseRow(_message.Message):
     state: str
     reason: str
     evidence: _norms_pb2.ReleaseEvidence
-    def __init__(self, version: _Optional[int] = ..., parent_version: _Optional[int] = ..., created_unix_ms: _Optional[int] = ..., bundle_digest: _Optional[str] = ..., cohort: _Optional[str] = ..., domain: _Optional[str] = ..., bytes: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., evidence: _Optional[_Union[_norms_pb2.ReleaseEvidence, _Mapping]] = ...) -> None: ...
+    expires_unix_ms: int
+    def __init__(self, version: _Optional[int] = ..., parent_version: _Optional[int] = ..., created_unix_ms: _Optional[int] = ..., bundle_digest: _Optional[str] = ..., cohort: _Optional[str] = ..., domain: _Optional[str] = ..., bytes: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., evidence: _Optional[_Union[_norms_pb2.ReleaseEvidence, _Mapping]] = ..., expires_unix_ms: _Optional[int] = ...) -> None: ...
 
 class ListReleasesResponse(_message.Message):
     __slots__ = ("releases",)

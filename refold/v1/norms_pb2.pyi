@@ -174,3 +174,29 @@ class SignedRelease(_message.Message):
     payload: bytes
     signatures: _containers.RepeatedCompositeFieldContainer[Signature]
     def __init__(self, payload: _Optional[bytes] = ..., signatures: _Optional[_Iterable[_Union[Signature, _Mapping]]] = ...) -> None: ...
+
+class Lease(_message.Message):
+    __slots__ = ("format", "bundle_digest", "cohort", "version", "release_digest", "issued_unix_ms", "expires_unix_ms")
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    COHORT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ISSUED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    format: int
+    bundle_digest: str
+    cohort: str
+    version: int
+    release_digest: str
+    issued_unix_ms: int
+    expires_unix_ms: int
+    def __init__(self, format: _Optional[int] = ..., bundle_digest: _Optional[str] = ..., cohort: _Optional[str] = ..., version: _Optional[int] = ..., release_digest: _Optional[str] = ..., issued_unix_ms: _Optional[int] = ..., expires_unix_ms: _Optional[int] = ...) -> None: ...
+
+class SignedLease(_message.Message):
+    __slots__ = ("payload", "signatures")
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURES_FIELD_NUMBER: _ClassVar[int]
+    payload: bytes
+    signatures: _containers.RepeatedCompositeFieldContainer[Signature]
+    def __init__(self, payload: _Optional[bytes] = ..., signatures: _Optional[_Iterable[_Union[Signature, _Mapping]]] = ...) -> None: ...

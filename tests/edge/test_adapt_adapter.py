@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -23,9 +25,10 @@ from edge.adapt import (
 )
 from edge.engine import EngineFactory
 from edge.serving import ServingState
+from edge.updates.inforce import Entry, InForce
 from refold import Bundle, NormState
 from refold.errors import InputError, StorageError
-from refold.release import Release
+from refold.release import Release, digest, encode
 
 U8 = NDArray[np.uint8]
 SETTINGS = AdaptSettings(probe_frames=8, burst=16, settle_from=8, report_frames=8, watch_every=1)
@@ -291,10 +294,63 @@ def test_the_bank_outlives_a_restart(device: Device, bundle: Bundle, factory: En
     again = Adapter.load(
         content, bundle.norms, SETTINGS, bundle.manifest.class_count, reference=Reference.measure(images(256, device.side))
     )
+    again.commit(again.propose(device.adapter.releases), offered=False)
     restarted = Device(bundle, factory, again)
     restarted.show(noisy(images(60, device.side, seed=14)))
     assert again.domain == "d1"
     assert restarted.serving.release_version == 4
+
+
+def test_a_bank_brings_no_release_back(device: Device, bundle: Bundle, factory: EngineFactory) -> None:
+    """It names the release its statistics were gathered behind; unless the updater has it in force, neither is served."""
+    device.show(noisy(images(150, device.side, seed=12)))
+    before = device.adapter._present.evidence.frames
+    device.adapter.on_release(release(bundle, 4, "d1"))
+    device.show(noisy(images(30, device.side, seed=13)))
+    content, made = device.adapter.dump(), device.adapter._present.evidence.frames
+    assert before and made
+    for releases, frames in ((InForce(), 0.0), (device.adapter.releases, pytest.approx(made))):
+        again = Adapter.load(content, bundle.norms, SETTINGS, 5, reference=Reference.measure(images(256, device.side)))
+        again.commit(again.propose(releases), offered=False)
+        known = again._bank.get("d1")
+        assert known is not None and known.evidence.frames == frames and known.base == "".join(releases.digests)
+
+
+def test_a_bank_of_the_older_format_opens_without_its_unsigned_releases(device: Device, bundle: Bundle) -> None:
+    """Format 1 held whole releases. What was gathered behind one counts again if that very release is in force, signed."""
+    device.show(noisy(images(150, device.side, seed=12)))
+    evidence, made = device.adapter._present.evidence, release(bundle, 4, "d1")
+    old = older_bank(device.adapter, {"d1": made})
+    with_none = older_bank(device.adapter, {})
+    for content, releases, frames in (
+        (old, InForce(), 0.0),
+        (old, InForce().ordered(Entry(4, "d1", digest(encode(made)), "KEY"), made), evidence.frames),
+        (with_none, InForce(), evidence.frames),
+    ):
+        again = Adapter.load(content, bundle.norms, SETTINGS, 5, reference=Reference.measure(images(256, device.side)))
+        key = again.key_of("d1")
+        releases = InForce(tuple(replace(e, key=key) for e in releases.entries), releases.releases)
+        again.commit(again.propose(releases), offered=False)
+        known = again._bank.get("d1")
+        assert known is not None and known.evidence.frames == pytest.approx(frames)
+        assert again.releases.version == (4 if releases.entries else 0)
+
+
+def older_bank(adapter: Adapter, releases: dict[str, Release]) -> bytes:
+    """What the version before wrote."""
+    arrays: dict[str, NDArray[np.generic]] = {}
+    rows = []
+    for d in adapter._bank:
+        rows.append([d.name, d.frames, d.evidence.frames, d.seen])
+        arrays[f"{d.name}.mean"] = d.mean
+        arrays[f"{d.name}.moments"] = d.evidence.moments.astype(np.float32)
+        if d.name in releases:
+            arrays[f"{d.name}.release"] = np.frombuffer(encode(releases[d.name]), np.uint8)
+    head = {"format": 1, "fingerprint": adapter._fingerprint(), "made": 2, "shifts": 3, "domains": rows}
+    arrays["head"] = np.frombuffer(json.dumps(head).encode(), np.uint8)
+    out = io.BytesIO()
+    np.savez(out, **arrays)
+    return out.getvalue()
 
 
 def test_a_damaged_or_foreign_bank_is_refused(device: Device, bundle: Bundle) -> None:

@@ -100,9 +100,16 @@ class Gate:
         self._layout = TapLayout(bundle.norms)
         self._images, self._labels = _calibration(bundle)
         exported = self._logits(ServingState(), self._images)
+        self._known_labels, self._exported = self._labels, exported
         if self._labels is None and len(self._images):
             self._labels = exported.argmax(1)
         self._clean = self._accuracy(exported)
+
+    @property
+    def calibration(self) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None, F32]:
+        """Images uint8 (N, height, width, 3), labels int64 (N,) or None, the exported engine's logits float32 (N, classes)."""
+        labels = None if self._known_labels is None else self._known_labels.astype(np.int64)
+        return self._images, labels, self._exported
 
     def judge(
         self,

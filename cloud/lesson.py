@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloud.settings import TeacherSpec
+from cloud.training.answers import asked, grey_image
 from refold.bundle import Bundle
 from refold.errors import UsageError
 from refold.norms import ActivationScale, NormState
@@ -80,16 +81,20 @@ def find_maker(name: str) -> MakeLesson:
 
 
 def make_lesson(bundle: Bundle, teachers: Sequence[tuple[str, str]], settings: Mapping[str, Any], *, threads: int) -> Lesson:
-    """The product's own distiller. Loads torch: only workers call it.
+    """The product's own distiller. Loads torch: workers and `refold cloud add-bundle` call it.
 
     Raises:
         UsageError: no teacher, one that cannot be found, or an unknown setting in [distil].
-        InputError, ModelError: a teacher cannot be used.
+        InputError, ModelError: a teacher cannot be used, or does not answer over the bundle's classes.
     """
     from cloud.distil import Distiller as RefoldDistiller
     from cloud.distil import DistilSettings, load_teachers
+    from cloud.distil import Teachers as RefoldTeachers
 
     numbers = DistilSettings.of({"threads": threads, **settings})
     sources = [TeacherSpec(spec=spec, weights=weights) for spec, weights in teachers]
     taught_by = load_teachers(sources, bundle.preprocess, numbers)
+    for teacher in taught_by.teachers:
+        alone = RefoldTeachers([teacher], bundle.preprocess, numbers)
+        asked(alone, grey_image(bundle), "", int(bundle.manifest.class_count), teacher.name)
     return Lesson(RefoldDistiller(bundle, taught_by, numbers), taught_by)

@@ -117,7 +117,7 @@ def add_bundle(file: Path, teachers: tuple[str, ...], weights: tuple[str, ...], 
     trial = _try(bundle, pairs, settings) if pairs else None  # before anything is written
     objects = DirectoryObjects(settings.storage.objects, settings.storage.free_bytes)
     record = register(Store(settings.storage.database), objects, file, pairs)
-    values = {"digest": record.digest, "name": record.name, "teachers": [list(p) for p in record.teachers]}
+    values: dict[str, Any] = {"digest": record.digest, "name": record.name, "teachers": [list(p) for p in record.teachers]}
     values |= trial.plain() if trial else {"student_accuracy": None, "trial": [], "warnings": []}
     lines = [t.sentence() for t in trial.teachers] if trial else []
     if trial and trial.student_accuracy is not None:

@@ -46,7 +46,10 @@ class Distiller(Protocol):
     def add_statistics(self, report: pb.StatisticsReport) -> None: ...
 
     def ready(self) -> Sequence[str]:
-        """Domains with enough evidence for a training."""
+        """Domains with enough evidence for a training.
+
+        A distiller may also have `progress() -> {domain: (samples, samples its next training wants)}`, which status tells.
+        """
 
     def train(self, domain: str, start: Mapping[str, NormState]) -> Candidate:
         """`start`: states of the domain's own good release, which the training goes on from; empty when there is none."""
@@ -59,7 +62,7 @@ class Teachers(Protocol):
 
 @dataclass(frozen=True)
 class Lesson:
-    """A distiller and the teachers the gate asks; no teachers: the gate judges by the calibration slice alone."""
+    """A distiller and the teachers the gate asks; without teachers nothing shows that a candidate helps: none is released."""
 
     distiller: Distiller
     teachers: Teachers | None = field(default=None)

@@ -56,6 +56,7 @@ class Outcome:
     Attributes:
         payload: the encoded release, without version and date.
         reason: why it passed or not.
+        undecided: it may still pass, on more evidence: a restarted worker makes it again.
     """
 
     payload: bytes
@@ -63,6 +64,7 @@ class Outcome:
     reason: str
     samples_upto: int
     statistics_upto: int
+    undecided: bool = False
 
 
 class Releases:
@@ -90,7 +92,7 @@ class Releases:
             parent = self._store.current_version(release.bundle_digest, release.cohort)
             release = replace(release, version=version, parent_version=parent, created_unix_ms=now)
             self._store.record(self._decision(release, outcome, now))
-        RELEASES.add(1, state="released" if version else "refused")
+        RELEASES.add(1, state="released" if version else _held(outcome))
         if version:
             self._notify(release.bundle_digest, release.cohort)
         return version
@@ -101,7 +103,7 @@ class Releases:
             bundle_digest=release.bundle_digest,
             cohort=release.cohort,
             domain=release.domain,
-            state=GOOD if outcome.passed else "refused",
+            state=GOOD if outcome.passed else _held(outcome),
             reason=outcome.reason,
             created_ms=now,
             parent_version=release.parent_version,
@@ -137,6 +139,11 @@ class Releases:
         self._rolled_back(bundle_digest, cohort)
         self._notify(bundle_digest, cohort)
         return version
+
+
+def _held(outcome: Outcome) -> str:
+    """The state of a candidate that nobody is offered."""
+    return "undecided" if outcome.undecided else "refused"
 
 
 def check_cohort(asked: str, enrolled: str) -> str:

@@ -80,9 +80,8 @@ class Cloud:
             self._store, self._objects, self.settings.quota, self.settings.workers.held_back, self._supervisor.notify
         )
         enrolment = Enrolment(self._store, self._authority, self._trusted, self.settings.tls.device_days, self.settings.quota)
-        rooms = Rooms(
-            self._store, ingest, enrolment, releases, self._board, self.settings.devices, self._pool, self._supervisor.status
-        )
+        does, waits = self._supervisor.status, self._supervisor.waiting
+        rooms = Rooms(self._store, ingest, enrolment, releases, self._board, self.settings.devices, self._pool, does, waits)
         self._health = health.aio.HealthServicer()
         await self._start_main(rooms)
         await self._start_enrolment(rooms)

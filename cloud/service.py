@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
@@ -19,6 +19,7 @@ from cloud.releases import Releases, check_cohort
 from cloud.rpc import answers
 from cloud.settings import DeviceSettings
 from cloud.store import DeviceRecord, Store
+from cloud.training.waiting import Waiting
 from refold.errors import AccessError
 from refold.v1 import adaptation_pb2 as adaptation
 from refold.v1 import adaptation_pb2_grpc, admin_pb2_grpc, fleet_pb2_grpc
@@ -44,6 +45,7 @@ class Rooms:
     devices: DeviceSettings
     pool: ThreadPoolExecutor
     distiller: Callable[[str, str], str]
+    waiting: Callable[[str, str], Sequence[Waiting]]
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs blocking work on a thread; the loop goes on."""
@@ -150,7 +152,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     @answers("operator")
     async def Status(self, request: admin.StatusRequest, peer: Peer) -> admin.StatusResponse:
-        return await self._rooms.run(status, self._rooms.store, self._rooms.distiller)
+        return await self._rooms.run(status, self._rooms.store, self._rooms.distiller, self._rooms.waiting)
 
     @answers("operator")
     async def ListReleases(self, request: admin.ListReleasesRequest, peer: Peer) -> admin.ListReleasesResponse:

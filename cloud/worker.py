@@ -21,7 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloud.bundles import open_stored
-from cloud.gate import HOME, Gate, GateResult
+from cloud.gate import HOME, Gate
+from cloud.gating.kept import Kept, keep
+from cloud.gating.verdict import GateResult
 from cloud.lesson import Candidate, Lesson, find_maker
 from cloud.logs import set_up
 from cloud.pictures import decode_picture
@@ -29,6 +31,8 @@ from cloud.releases import Outcome
 from cloud.settings import GateSettings, WorkerSettings
 from cloud.store import DirectoryObjects, SampleRecord, Store
 from cloud.store.store import GOOD
+from cloud.training.answers import asked
+from cloud.training.waiting import Waiting, look
 from refold.bundle import Bundle
 from refold.errors import RefoldError, UsageError
 from refold.release import Release, decode, encode
@@ -73,6 +77,7 @@ class Worker:
         self._fresh: Counter[str] = Counter()
         self._tried: dict[str, float] = {}
         self._reports: dict[str, deque[pb.StatisticsReport]] = {}
+        self._kept: dict[str, Kept] = {}
         self.damaged = 0
 
     @property
@@ -140,35 +145,52 @@ class Worker:
             waited = now - self._tried.get(domain, -float("inf"))
             if self._fresh[domain] and waited >= self._job.workers.interval_s and self._judgeable(domain):
                 domains.append(domain)
+        domains += [d for d, kept in self._kept.items() if d not in domains and kept.due(self._held_out(d))]
         return sorted(domains, key=lambda domain: domain == HOME)
 
+    def _held_out(self, domain: str) -> int:
+        return len(self._store.held_back(*self._key, domain or None, self._job.gate.held_back_most))
+
     def _judgeable(self, domain: str) -> bool:
-        fewest = self._job.gate.held_back
-        return len(self._store.held_back(*self._key, domain or None, fewest)) >= fewest
+        return self._held_out(domain) >= self._job.gate.held_back
+
+    def waiting(self) -> list[Waiting]:
+        """What every domain still lacks before its next training or judgement."""
+        return look(self._lesson.distiller, self._held_out, self._kept, self._job.gate, home=self._job.workers.home)
 
     def decide(self, domain: str, now: float) -> Outcome:
-        """Trains one domain and has the gate judge what came out. Never raises for a bad candidate: it is refused."""
-        self._tried[domain] = now
-        self._fresh[domain] = 0
+        """Has the gate judge a new candidate of the domain, or the kept one. Never raises for a bad one: it is refused."""
+        before = self._kept.pop(domain, None)
+        if domain in self._lesson.distiller.ready() and self._fresh[domain]:
+            before = None  # what a new training brings forth has seen more
         try:
-            current = self._current(domain)
-            own = current.states if current is not None and current.domain == domain else {}
-            candidate = self._lesson.distiller.train(domain, own)
-            result = self._judge(candidate, domain)
+            candidate = before.candidate if before is not None else self._train(domain, now)
+            held_out = self._held_out(domain)
+            result, kept = keep(candidate, self._judge(candidate, domain), held_out, before, self._job.gate)
             payload = encode(self._release(candidate, result))
         except RefoldError as e:
-            result = GateResult(False, (e.message,), {})
+            result, kept = GateResult.refused(e.message), None
             payload = encode(Release(self._bundle.digest, self._job.cohort, 0, {}, domain=domain))
+        if kept is not None:
+            self._kept[domain] = kept
         reason = "; ".join(result.reasons)
-        return Outcome(payload, result.passed, reason, self._samples_upto, self._statistics_upto)
+        seen = (0, 0) if result.undecided else (self._samples_upto, self._statistics_upto)
+        return Outcome(payload, result.passed, reason, *seen, undecided=result.undecided)
+
+    def _train(self, domain: str, now: float) -> Candidate:
+        self._tried[domain] = now
+        self._fresh[domain] = 0
+        current = self._current(domain)
+        own = current.states if current is not None and current.domain == domain else {}
+        return self._lesson.distiller.train(domain, own)
 
     def _judge(self, candidate: Candidate, domain: str) -> GateResult:
         rows = self._store.held_back(*self._key, domain or None, self._job.gate.held_back_most)
         images, unbiased, _ = self._pictures(rows)
         if unbiased.sum() >= self._job.gate.held_back:  # the selector's own choices are no fair sample of the domain
             images = images[unbiased]
-        teachers = self._lesson.teachers
-        votes = teachers.probabilities(images, domain) if teachers is not None and len(images) else None
+        teachers, classes = self._lesson.teachers, int(self._bundle.manifest.class_count)
+        votes = asked(teachers, images, domain, classes, "of this bundle") if teachers is not None and len(images) else None
         return self._gate.judge(candidate, self._current(domain), images, votes, self._reports.get(domain, ()))
 
     def _current(self, domain: str) -> Release | None:
@@ -198,7 +220,8 @@ class Worker:
 def work(job: Job, link: connection.Connection, *, own_process: bool = True) -> None:
     """A worker's life, until it is told to stop or its parent is gone.
 
-    Over `link` come "wake" and "stop"; back go ("status", text), ("outcome", Outcome) and, if it cannot begin, ("fatal", text).
+    Over `link` come "wake" and "stop"; back go ("status", text), ("waiting", [Waiting]), ("outcome", Outcome) and, if it cannot
+    begin, ("fatal", text).
     """
     if own_process:
         _settle_in(job)
@@ -234,7 +257,7 @@ def _loop(job: Job, link: connection.Connection, worker: Worker) -> None:
             return
         if due:
             continue
-        link.send(("status", "waiting for evidence"))
+        link.send(("waiting", worker.waiting()))
         if not link.poll(job.workers.look_s):
             continue
         while link.poll():

@@ -114,7 +114,7 @@ def try_teachers(
         answers.append(probabilities)
         found.append(figures(pair[0], probabilities, student, labels, 1e3 * seconds / max(len(images), 1)))
     if len(pairs) > 1:
-        mean = np.mean(answers, axis=0, dtype=np.float64).astype(np.float32)
+        mean: F32 = np.stack(answers).mean(0).astype(np.float32)
         found.append(figures("all together", mean, student, labels, sum(f.ms_per_image for f in found)))
     own = float((student.argmax(1) == labels).mean()) if labels is not None and len(labels) else None
     return Trial(own, tuple(found))

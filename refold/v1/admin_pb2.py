@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from refold.v1 import norms_pb2 as refold_dot_v1_dot_norms__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15refold/v1/admin.proto\x12\trefold.v1\x1a\x15refold/v1/norms.proto\"\x0f\n\rStatusRequest\"\x87\x02\n\x0c\x44\x65viceStatus\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x02 \x01(\t\x12\x15\n\rbundle_digest\x18\x03 \x01(\t\x12\x17\n\x0frelease_version\x18\x04 \x01(\x04\x12\x19\n\x11last_seen_unix_ms\x18\x05 \x01(\x03\x12\x0e\n\x06\x64omain\x18\x06 \x01(\t\x12\x35\n\x07metrics\x18\x07 \x03(\x0b\x32$.refold.v1.DeviceStatus.MetricsEntry\x12\x12\n\nlast_error\x18\x08 \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xcc\x01\n\x0c\x43ohortStatus\x12\x15\n\rbundle_digest\x18\x01 \x01(\t\x12\x13\n\x0b\x62undle_name\x18\x02 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x03 \x01(\t\x12\x17\n\x0f\x63urrent_version\x18\x04 \x01(\x04\x12\x0f\n\x07samples\x18\x05 \x01(\x04\x12\x14\n\x0csample_bytes\x18\x06 \x01(\x04\x12\x1a\n\x12statistics_reports\x18\x07 \x01(\x04\x12\x11\n\tdistiller\x18\x08 \x01(\t\x12\x11\n\tlast_gate\x18\t \x01(\t\"u\n\x0eStatusResponse\x12(\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x17.refold.v1.DeviceStatus\x12(\n\x07\x63ohorts\x18\x02 \x03(\x0b\x32\x17.refold.v1.CohortStatus\x12\x0f\n\x07version\x18\x03 \x01(\t\"<\n\x13ListReleasesRequest\x12\x15\n\rbundle_digest\x18\x01 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x02 \x01(\t\"\xf1\x01\n\nReleaseRow\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x16\n\x0eparent_version\x18\x02 \x01(\x04\x12\x17\n\x0f\x63reated_unix_ms\x18\x03 \x01(\x03\x12\x15\n\rbundle_digest\x18\x04 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x05 \x01(\t\x12\x0e\n\x06\x64omain\x18\x06 \x01(\t\x12\r\n\x05\x62ytes\x18\x07 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\x12\r\n\x05state\x18\t \x01(\t\x12\x0e\n\x06reason\x18\n \x01(\t\x12,\n\x08\x65vidence\x18\x0b \x01(\x0b\x32\x1a.refold.v1.ReleaseEvidence\"?\n\x14ListReleasesResponse\x12\'\n\x08releases\x18\x01 \x03(\x0b\x32\x15.refold.v1.ReleaseRow\"\\\n\x0fRollbackRequest\x12\x15\n\rbundle_digest\x18\x01 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x02 \x01(\t\x12\x12\n\nto_version\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\"+\n\x10RollbackResponse\x12\x17\n\x0f\x63urrent_version\x18\x01 \x01(\x04\x32\xdc\x01\n\x05\x41\x64min\x12=\n\x06Status\x12\x18.refold.v1.StatusRequest\x1a\x19.refold.v1.StatusResponse\x12O\n\x0cListReleases\x12\x1e.refold.v1.ListReleasesRequest\x1a\x1f.refold.v1.ListReleasesResponse\x12\x43\n\x08Rollback\x12\x1a.refold.v1.RollbackRequest\x1a\x1b.refold.v1.RollbackResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15refold/v1/admin.proto\x12\trefold.v1\x1a\x15refold/v1/norms.proto\"\x0f\n\rStatusRequest\"\x87\x02\n\x0c\x44\x65viceStatus\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x02 \x01(\t\x12\x15\n\rbundle_digest\x18\x03 \x01(\t\x12\x17\n\x0frelease_version\x18\x04 \x01(\x04\x12\x19\n\x11last_seen_unix_ms\x18\x05 \x01(\x03\x12\x0e\n\x06\x64omain\x18\x06 \x01(\t\x12\x35\n\x07metrics\x18\x07 \x03(\x0b\x32$.refold.v1.DeviceStatus.MetricsEntry\x12\x12\n\nlast_error\x18\x08 \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x87\x01\n\x0e\x45videnceStatus\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0f\n\x07samples\x18\x02 \x01(\x04\x12\x16\n\x0esamples_wanted\x18\x03 \x01(\x04\x12\x10\n\x08held_out\x18\x04 \x01(\x04\x12\x17\n\x0fheld_out_wanted\x18\x05 \x01(\x04\x12\x11\n\tundecided\x18\x06 \x01(\x08\"\xf9\x01\n\x0c\x43ohortStatus\x12\x15\n\rbundle_digest\x18\x01 \x01(\t\x12\x13\n\x0b\x62undle_name\x18\x02 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x03 \x01(\t\x12\x17\n\x0f\x63urrent_version\x18\x04 \x01(\x04\x12\x0f\n\x07samples\x18\x05 \x01(\x04\x12\x14\n\x0csample_bytes\x18\x06 \x01(\x04\x12\x1a\n\x12statistics_reports\x18\x07 \x01(\x04\x12\x11\n\tdistiller\x18\x08 \x01(\t\x12\x11\n\tlast_gate\x18\t \x01(\t\x12+\n\x08\x65vidence\x18\n \x03(\x0b\x32\x19.refold.v1.EvidenceStatus\"u\n\x0eStatusResponse\x12(\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x17.refold.v1.DeviceStatus\x12(\n\x07\x63ohorts\x18\x02 \x03(\x0b\x32\x17.refold.v1.CohortStatus\x12\x0f\n\x07version\x18\x03 \x01(\t\"<\n\x13ListReleasesRequest\x12\x15\n\rbundle_digest\x18\x01 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x02 \x01(\t\"\xf1\x01\n\nReleaseRow\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x16\n\x0eparent_version\x18\x02 \x01(\x04\x12\x17\n\x0f\x63reated_unix_ms\x18\x03 \x01(\x03\x12\x15\n\rbundle_digest\x18\x04 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x05 \x01(\t\x12\x0e\n\x06\x64omain\x18\x06 \x01(\t\x12\r\n\x05\x62ytes\x18\x07 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\x12\r\n\x05state\x18\t \x01(\t\x12\x0e\n\x06reason\x18\n \x01(\t\x12,\n\x08\x65vidence\x18\x0b \x01(\x0b\x32\x1a.refold.v1.ReleaseEvidence\"?\n\x14ListReleasesResponse\x12\'\n\x08releases\x18\x01 \x03(\x0b\x32\x15.refold.v1.ReleaseRow\"\\\n\x0fRollbackRequest\x12\x15\n\rbundle_digest\x18\x01 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x02 \x01(\t\x12\x12\n\nto_version\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\"+\n\x10RollbackResponse\x12\x17\n\x0f\x63urrent_version\x18\x01 \x01(\x04\x32\xdc\x01\n\x05\x41\x64min\x12=\n\x06Status\x12\x18.refold.v1.StatusRequest\x1a\x19.refold.v1.StatusResponse\x12O\n\x0cListReleases\x12\x1e.refold.v1.ListReleasesRequest\x1a\x1f.refold.v1.ListReleasesResponse\x12\x43\n\x08Rollback\x12\x1a.refold.v1.RollbackRequest\x1a\x1b.refold.v1.RollbackResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,20 +40,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DEVICESTATUS']._serialized_end=340
   _globals['_DEVICESTATUS_METRICSENTRY']._serialized_start=294
   _globals['_DEVICESTATUS_METRICSENTRY']._serialized_end=340
-  _globals['_COHORTSTATUS']._serialized_start=343
-  _globals['_COHORTSTATUS']._serialized_end=547
-  _globals['_STATUSRESPONSE']._serialized_start=549
-  _globals['_STATUSRESPONSE']._serialized_end=666
-  _globals['_LISTRELEASESREQUEST']._serialized_start=668
-  _globals['_LISTRELEASESREQUEST']._serialized_end=728
-  _globals['_RELEASEROW']._serialized_start=731
-  _globals['_RELEASEROW']._serialized_end=972
-  _globals['_LISTRELEASESRESPONSE']._serialized_start=974
-  _globals['_LISTRELEASESRESPONSE']._serialized_end=1037
-  _globals['_ROLLBACKREQUEST']._serialized_start=1039
-  _globals['_ROLLBACKREQUEST']._serialized_end=1131
-  _globals['_ROLLBACKRESPONSE']._serialized_start=1133
-  _globals['_ROLLBACKRESPONSE']._serialized_end=1176
-  _globals['_ADMIN']._serialized_start=1179
-  _globals['_ADMIN']._serialized_end=1399
+  _globals['_EVIDENCESTATUS']._serialized_start=343
+  _globals['_EVIDENCESTATUS']._serialized_end=478
+  _globals['_COHORTSTATUS']._serialized_start=481
+  _globals['_COHORTSTATUS']._serialized_end=730
+  _globals['_STATUSRESPONSE']._serialized_start=732
+  _globals['_STATUSRESPONSE']._serialized_end=849
+  _globals['_LISTRELEASESREQUEST']._serialized_start=851
+  _globals['_LISTRELEASESREQUEST']._serialized_end=911
+  _globals['_RELEASEROW']._serialized_start=914
+  _globals['_RELEASEROW']._serialized_end=1155
+  _globals['_LISTRELEASESRESPONSE']._serialized_start=1157
+  _globals['_LISTRELEASESRESPONSE']._serialized_end=1220
+  _globals['_ROLLBACKREQUEST']._serialized_start=1222
+  _globals['_ROLLBACKREQUEST']._serialized_end=1314
+  _globals['_ROLLBACKRESPONSE']._serialized_start=1316
+  _globals['_ROLLBACKRESPONSE']._serialized_end=1359
+  _globals['_ADMIN']._serialized_start=1362
+  _globals['_ADMIN']._serialized_end=1582
 # @@protoc_insertion_point(module_scope)

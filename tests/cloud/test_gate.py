@@ -35,7 +35,7 @@ def scores(expected: np.ndarray, cross_entropy: np.ndarray, agreement: float = 0
 
 
 def pair(count: int, better: int, worse: int, gain: float, seed: int = 0) -> tuple[Scores, Scores]:
-    """(new, old) on `count` images: so many whose answer the teacher likes better or worse, and a mean fall of cross-entropy."""
+    """(new, old) on `count` images: so many answers the teacher likes better or worse, and a mean fall of cross-entropy."""
     rng = np.random.default_rng(seed)
     old, new = np.full(count, 0.5), np.full(count, 0.5)
     new[:better], new[count - worse :] = 1.0, 0.0

@@ -1,4 +1,4 @@
-"""`refold cloud add-bundle --teacher`: every teacher is run once, and what cannot teach is refused before anything is written."""
+"""`refold cloud add-bundle --teacher`: every teacher is run once, and what cannot teach is refused."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from distil_bundles import SmallNet
 
-from cloud.bundles import register
 from cloud.cli import cloud
 from cloud.lesson import make_lesson
 from cloud.provision import LOCAL, provision
-from cloud.store import DirectoryObjects, Store
+from cloud.store import Store
 from cloud.training.answers import check_answers
 from cloud.training.trial import figures
 from export.pictures import Pictures

@@ -6,19 +6,20 @@
     collapse      the entropy of the predicted classes may not fall below a share of the teacher's
 
 "What devices serve now" is the domain's newest release, else what a device makes of the exported state by itself: its overlay
-of the domain's statistics. Evidence that is missing never speaks for a candidate (docs/adr/005-gate.md).
+of the domain's statistics, measured here as the device measures it. Evidence that is missing never speaks for a candidate
+(docs/adr/005-gate.md).
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cloud.gating.comparison import Scores
-from cloud.gating.verdict import Finding, GateResult, clean_fault, missing_evidence, spread_of, verdict
+from cloud.gating.verdict import GateResult, clean_fault, missing_evidence, spread_of, verdict
 from cloud.lesson import Candidate
 from cloud.settings import GateSettings
 from cloud.training.answers import check_answers
@@ -31,7 +32,6 @@ from refold.bundle import Bundle
 from refold.errors import BundleError, ModelError, NormStateError
 from refold.norms import NormState
 from refold.release import Release
-from refold.v1 import samples_pb2 as pb
 
 __all__ = ["HOME", "Gate"]
 
@@ -71,7 +71,7 @@ class Gate:
         current: Release | None,
         held_back: NDArray[np.uint8],
         teacher: F32 | None,
-        reports: Sequence[pb.StatisticsReport] = (),
+        population: NDArray[np.uint8] | None = None,
     ) -> GateResult:
         """Runs the candidate.
 
@@ -79,7 +79,8 @@ class Gate:
             current: the newest release that devices serve in the candidate's domain.
             held_back: images of that domain that were not trained on: uint8 (N, height, width, 3).
             teacher: probabilities float32 (N, classes); None without a teacher, and then nothing is released.
-            reports: the domain's statistics, for the overlay a device without a release serves.
+            population: images of the domain chosen at random, for the overlay a device without a release serves; the held-out
+                ones where left out.
         """
         serving = ServingState(dict(candidate.states), tuple(candidate.activations), 0, candidate.domain)
         try:
@@ -91,16 +92,12 @@ class Gate:
             return GateResult.refused(
                 "the bundle carries no calibration images: what clean images would lose is not known; export it with some"
             )
-        evidence = self._evidence(_behind(reports, current.version if current else 0))
-        served = self._alone(current, candidate.domain, evidence)
+        alone = self._alone(current, candidate.domain, held_back if population is None else population)
         metrics: dict[str, float] = {"clean_accuracy_exported": self._clean}
-        fault = self._clean_fault(candidate.domain, serving, served, metrics)
+        fault = self._clean_fault(candidate.domain, serving, alone, metrics)
         if fault:
             return GateResult.refused(fault, metrics=metrics)
-        result = self._on_held_out(serving, served, held_back, teacher)
-        if result.passed and not self._known(current, candidate.domain, evidence):
-            waits = "undecided: no device has reported statistics of this domain, so what devices serve there is not known"
-            result = GateResult(Finding.WAIT, (waits,), result.metrics)
+        result = self._on_held_out(serving, self._served(current, candidate.domain, alone), held_back, teacher)
         reasons = result.reasons if not result.passed else (f"{result.reasons[0]}; {_clean_words(metrics)}",)
         return GateResult(result.finding, reasons, {**metrics, **result.metrics})
 
@@ -121,12 +118,12 @@ class Gate:
             return GateResult.refused("the teacher answers the same whatever it is shown: its opinion is worth nothing")
         return verdict(Scores.of(after, teacher), Scores.of(before, teacher), spread_of(teacher), self._settings)
 
-    def _clean_fault(self, domain: str, serving: ServingState, served: ServingState, metrics: dict[str, float]) -> str:
+    def _clean_fault(self, domain: str, serving: ServingState, alone: ServingState, metrics: dict[str, float]) -> str:
         """What clean images lose by the candidate, against what would serve them without it.
 
         A release for home, or for all domains, serves clean images all day: calibration images are compared as they are and
         mixed with others, where memory of them is of little help. A shifted domain's state meets clean images only until the
-        device notices that the shift is over; there it is compared with what the device serves in that domain now. Where it
+        device notices that the shift is over; there it is compared with what the device alone would serve meanwhile. Where it
         loses by that, its statistics may be to blame, which go further than a device's own and never stay: then gamma and beta
         are judged on the exported statistics.
         """
@@ -136,7 +133,7 @@ class Gate:
             right = [self._logits(state, images).argmax(1) == labels for state in (ServingState(), serving)]
             # Against the export, not against the last release: half a point at a time is a fall, too.
             return self._clean_compared(right[0], right[1], self._settings.clean_points, metrics, strict=True)
-        before, after = (self._logits(state, self._images).argmax(1) == self._labels for state in (served, serving))
+        before, after = (self._logits(state, self._images).argmax(1) == self._labels for state in (alone, serving))
         fault = self._clean_compared(before, after, allowed, metrics)
         if not fault:
             return ""
@@ -165,36 +162,32 @@ class Gate:
         assert self._labels is not None
         return np.concatenate(parts), np.tile(self._labels, len(parts))
 
-    def _known(self, current: Release | None, domain: str, evidence: Evidence) -> bool:
-        """Whether it is known what devices serve in this domain without the candidate."""
-        return domain in ("", HOME) or (current is not None and current.domain == domain) or evidence.frames > 0
-
-    def _alone(self, current: Release | None, domain: str, evidence: Evidence) -> ServingState:
+    def _served(self, current: Release | None, domain: str, alone: ServingState) -> ServingState:
         """What a device serves in this domain without the candidate."""
-        if current is not None and current.domain == domain:
-            return ServingState.of(current)
-        states = dict(current.states) if current else {}
-        activations = current.activations if current else ()
-        if domain in ("", HOME) or not evidence.frames:
-            return ServingState(states, activations)
-        habits = AdaptSettings()
-        weight = habits.mix * evidence.frames / (evidence.frames + habits.prior_frames)
-        return ServingState(mixed_states(self._layout, states, evidence, weight, self._bundle.norms.trust_ratio), activations)
+        return ServingState.of(current) if current is not None and current.domain == domain else alone
 
-    def _evidence(self, reports: Sequence[pb.StatisticsReport]) -> Evidence:
-        evidence = Evidence(self._layout.channels)
-        for report in reports:
-            sites = {s.site: s for s in report.sites}
-            moments = np.zeros((2, self._layout.channels))
-            for site, cut in zip(self._layout.sites, self._layout.slices, strict=True):
-                found = sites.get(site.name)
-                if found is None or len(found.mean) != site.channels:
-                    break
-                moments[0, cut] = found.mean
-                moments[1, cut] = np.asarray(found.variance) + np.asarray(found.mean) ** 2
-            else:
-                evidence.add(moments, frames=float(report.frames))
-        return evidence
+    def _alone(self, current: Release | None, domain: str, population: NDArray[np.uint8]) -> ServingState:
+        """What a device makes of the domain without a release of its own: its overlay, measured as a device does, to the end.
+
+        Not from the devices' reports: the first of them tell what deep sites saw while the states before them still changed,
+        and an overlay of those is weaker than the one that is served.
+        """
+        base = current if current is not None and not current.domain else None
+        states, activations = dict(base.states) if base else {}, base.activations if base else ()
+        start = ServingState(states, activations, 0, domain)
+        if domain in ("", HOME) or not self._factory.has_taps or not len(population):
+            return start
+        habits, x = AdaptSettings(), self._bundle.preprocess.apply(population)
+        weight = habits.mix * len(population) / (len(population) + habits.prior_frames)
+        state = start
+        for _ in range(max(habits.settle_passes, 1)):
+            taps, evidence = self._factory.build_taps(state), Evidence(self._layout.channels)
+            found = np.concatenate([taps.run(x[i : i + BATCH]) for i in range(0, len(x), BATCH)])
+            mean = found.mean(0, dtype=np.float64).astype(np.float32)
+            evidence.add(self._layout.unfold(mean, state.states), frames=float(len(x)))
+            mixed = mixed_states(self._layout, states, evidence, weight, self._bundle.norms.trust_ratio)
+            state = ServingState(mixed, activations, 0, domain, overlay=True)
+        return state
 
     def _logits(self, serving: ServingState, images: NDArray[np.uint8]) -> F32:
         engine = self._factory.build(serving)
@@ -203,11 +196,6 @@ class Gate:
 
     def _accuracy(self, logits: F32) -> float:
         return float((logits.argmax(1) == self._labels).mean()) if len(logits) else 1.0
-
-
-def _behind(reports: Sequence[pb.StatisticsReport], version: int) -> Sequence[pb.StatisticsReport]:
-    """Those measured behind the norms of `version`, as long as there are any: behind others, deeper sites see other inputs."""
-    return [r for r in reports if r.release_version == version] or reports
 
 
 def _clean_words(metrics: Mapping[str, float]) -> str:

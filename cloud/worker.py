@@ -43,7 +43,7 @@ __all__ = ["Job", "Worker", "work"]
 
 log = logging.getLogger(__name__)
 CHUNK = 256  # rows read at once
-KEPT_REPORTS = 256  # per domain, for the gate's picture of what devices do alone
+POPULATION = 128  # newest random samples of a domain, on which the gate measures what a device makes of it alone
 LINGER_S = 0.2  # after a wake-up, so that one upload of many samples is seen whole
 
 
@@ -76,7 +76,7 @@ class Worker:
         self._consumed = store.consumed(bundle.digest, job.cohort)
         self._fresh: Counter[str] = Counter()
         self._tried: dict[str, float] = {}
-        self._reports: dict[str, deque[pb.StatisticsReport]] = {}
+        self._population: dict[str, deque[NDArray[np.uint8]]] = {}
         self._kept: dict[str, Kept] = {}
         self.damaged = 0
 
@@ -97,7 +97,6 @@ class Worker:
                 except RefoldError as e:
                     log.warning("report %s is not used: %s", row.digest[:12], e.message)
                 else:
-                    self._reports.setdefault(row.domain, deque(maxlen=KEPT_REPORTS)).append(report)
                     self._fresh[row.domain] += row.id > self._consumed.get(row.domain, (0, 0))[1]
             self._statistics_upto = reports[-1].id
         while rows := self._store.samples_after(*self._key, self._samples_upto, CHUNK):
@@ -111,6 +110,7 @@ class Worker:
         if not len(images):
             return
         self._lesson.distiller.add_samples(images, domain, unbiased)
+        self._population.setdefault(domain, deque(maxlen=POPULATION)).extend(images[unbiased])
         seen = self._consumed.get(domain, (0, 0))[0]
         self._fresh[domain] += sum(r.id > seen for r in used)
 
@@ -191,7 +191,8 @@ class Worker:
             images = images[unbiased]
         teachers, classes = self._lesson.teachers, int(self._bundle.manifest.class_count)
         votes = asked(teachers, images, domain, classes, "of this bundle") if teachers is not None and len(images) else None
-        return self._gate.judge(candidate, self._current(domain), images, votes, self._reports.get(domain, ()))
+        population = np.concatenate([np.stack([*self._population[domain]]), images]) if self._population.get(domain) else images
+        return self._gate.judge(candidate, self._current(domain), images, votes, population)
 
     def _current(self, domain: str) -> Release | None:
         """What devices serve in this domain now: its newest good release, else the newest one without a domain."""

@@ -21,6 +21,9 @@ from cloud.gating.comparison import Comparison, Scores, histogram_entropy, paire
 from cloud.gating.kept import Kept, keep
 from cloud.gating.verdict import Finding, GateResult, clean_fault, verdict
 from cloud.settings import GateSettings
+from edge.adapt import Adapter, AdaptSettings, FrameFeatures, Reference, TapObserver
+from edge.engine import EngineFactory
+from edge.serving import ServingState
 from refold.bundle import Bundle, write_bundle
 from refold.norms import NormState
 from refold.release import Release
@@ -191,44 +194,49 @@ def mist(small: Bundle) -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def good(small: Bundle) -> tuple[dict[str, NormState], Any]:
-    """States that see through the mist, and the report of a device that adapted on its own, a little."""
-    states, report = population(small, shifted(images(64, 16, 8)))
-    report.frames = 4
-    return states, report
+def good(small: Bundle) -> dict[str, NormState]:
+    """States that see through the mist better than a device's own overlay does."""
+    return population(small, shifted(images(64, 16, 8)))[0]
 
 
 def test_the_populations_statistics_pass(small: Bundle, mist: tuple[Any, Any], good: Any) -> None:
-    result = Gate(small, WIDE).judge(candidate(good[0]), None, *mist, [good[1]])
+    result = Gate(small, WIDE).judge(candidate(good), None, *mist)
     assert result.passed, result.reasons
     assert result.metrics["agreement"] > result.metrics["agreement_before"] and result.metrics["held_back"] == 64
     assert result.reasons[0].startswith("agreement ") and "clean " in result.reasons[0]
 
 
 def test_what_is_served_already_is_not_released_again(small: Bundle, mist: tuple[Any, Any], good: Any) -> None:
-    served = Release(small.digest, "roof", 1, good[0], domain="d1")
-    result = Gate(small, WIDE).judge(candidate(good[0]), served, *mist)
+    served = Release(small.digest, "roof", 1, good, domain="d1")
+    result = Gate(small, WIDE).judge(candidate(good), served, *mist)
     assert result.finding is REFUSE and "nothing is gained" in result.reasons[0]
 
 
 def test_a_candidate_must_beat_what_devices_do_alone(small: Bundle, mist: tuple[Any, Any], good: Any) -> None:
-    gate = Gate(small, WIDE)
-    report = type(good[1])()
-    report.CopyFrom(good[1])
-    weak = gate.judge(candidate(good[0]), None, *mist, [report]).metrics["cross_entropy_before"]
-    report.frames = 1000
-    strong = gate.judge(candidate(good[0]), None, *mist, [report]).metrics["cross_entropy_before"]
-    assert strong < weak
-    assert gate.judge(candidate({}), None, *mist, [report]).finding is REFUSE
+    gate, some = Gate(small, WIDE), shifted(images(64, 16, 9))
+    exported = gate.judge(candidate(good), None, *mist, some[:0])
+    overlaid = gate.judge(candidate(good), None, *mist, some)
+    assert overlaid.metrics["cross_entropy_before"] < exported.metrics["cross_entropy_before"]
+    assert overlaid.metrics["clean_accuracy_before"] < exported.metrics["clean_accuracy_before"]
+    assert gate.judge(candidate({}), None, *mist, some).finding is REFUSE
 
 
-def test_statistics_behind_a_withdrawn_release_do_not_count(small: Bundle, mist: tuple[Any, Any], good: Any) -> None:
-    behind = type(good[1])()
-    behind.CopyFrom(good[1])
-    behind.release_version, behind.frames = 7, 5000
+def test_what_devices_do_alone_is_measured_as_they_measure_it(small: Bundle, mist: tuple[Any, Any]) -> None:
+    """The adapter itself, on the same images: both end at the same overlay."""
+    some = shifted(images(64, 16, 9))
     gate = Gate(small, WIDE)
-    alone = gate.judge(candidate(good[0]), None, *mist, [good[1]]).metrics
-    assert gate.judge(candidate(good[0]), None, *mist, [good[1], behind]).metrics == alone
+    served = gate._alone(None, "d1", some)
+    habits = AdaptSettings(burst=64, settle_from=64, rebuild_step=64, first_rebuild=64, shift_threshold=1e-3, shift_floor=1e-9)
+    adapter = Adapter(small.norms, habits, 5, reference=Reference.measure(images(64, 16, 1)))
+    observer = TapObserver(adapter, EngineFactory(small).build_taps, small.preprocess)
+    adapter._begin(FrameFeatures.of(some[0], np.full(5, 0.2)).values)
+    state = None
+    for i, image in enumerate(some):
+        state = observer.observe(i, image, state or ServingState(domain="d0")) or state
+    assert state is not None and state.overlay
+    for name, own in served.states.items():
+        assert np.allclose(own.mean, state.states[name].mean, atol=0.03), name
+        assert np.allclose(own.variance, state.states[name].variance, rtol=0.1), name
 
 
 def test_a_state_outside_the_trust_region_is_refused(small: Bundle, mist: tuple[Any, Any]) -> None:
@@ -265,7 +273,7 @@ def test_a_home_release_is_held_against_the_export_and_not_against_the_last_rele
 
 def test_a_shifted_domains_statistics_do_not_count_as_a_clean_loss(small: Bundle, mist: tuple[Any, Any], good: Any) -> None:
     """Its statistics go further than a device's own; its gamma and beta are the exported ones."""
-    result = Gate(small, GateSettings()).judge(candidate(good[0]), None, *mist, [good[1]])
+    result = Gate(small, GateSettings()).judge(candidate(good), None, *mist)
     assert result.passed and result.metrics["clean_accuracy"] == 1.0
 
 
@@ -285,16 +293,15 @@ CONSTANT = np.tile(np.array([[0.6, 0.1, 0.1, 0.1, 0.1]], np.float32), (64, 1))
         ({"teacher": np.zeros((64, 5), np.float32)}, REFUSE, "no probabilities"),
         ({"teacher": CONSTANT}, REFUSE, "the same whatever it is shown"),
         ({"teacher": np.full((64, 5), 0.2, np.float32)}, REFUSE, "the same whatever it is shown"),
-        ({"reports": []}, WAIT, "no device has reported statistics"),
     ],
 )
 def test_missing_evidence(
     small: Bundle, mist: tuple[Any, Any], good: Any, change: dict[str, Any], finding: Finding, what: str
 ) -> None:
-    given: dict[str, Any] = {"held_back": mist[0], "teacher": mist[1], "reports": [good[1]]}
+    given: dict[str, Any] = {"held_back": mist[0], "teacher": mist[1]}
     for name, value in change.items():
         given[name] = given[name][:value] if isinstance(value, int) else value
-    result = Gate(small, WIDE).judge(candidate(good[0]), None, **given)
+    result = Gate(small, WIDE).judge(candidate(good), None, **given)
     assert result.finding is finding and what in result.reasons[0], result.reasons
 
 
@@ -303,7 +310,7 @@ def test_a_bundle_without_calibration_images_releases_nothing(
 ) -> None:
     for name, parts in (("without", None), ("empty", np.zeros((0, 16, 16, 3), np.uint8))):
         bare = without_calibration(small, tmp_path / f"{name}.refold", parts)
-        result = Gate(bare, WIDE).judge(candidate(good[0]), None, *mist, [good[1]])
+        result = Gate(bare, WIDE).judge(candidate(good), None, *mist)
         assert result.finding is REFUSE and "no calibration images" in result.reasons[0]
 
 

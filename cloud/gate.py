@@ -39,10 +39,8 @@ F32 = NDArray[np.float32]
 HOME = "d0"  # the domain a bundle was exported for; "" is a release for all domains
 BATCH = 64
 SAME = 1e-4  # standard deviation of probabilities below which a teacher answers the same to every image
-MIXES = (
-    0.9,
-    0.8,
-)  # share of the labelled image: at 0.8 ResNet-20 is right on 94.7 % of images it memorised, 92.7 % of unseen ones
+# Share of the labelled image. At 0.8 ResNet-20 is right on 94.7 % of images it memorised; of unseen ones, not mixed, on 92.7 %.
+MIXES = (0.9, 0.8)
 
 
 class Gate:
@@ -123,9 +121,9 @@ class Gate:
 
         A release for home, or for all domains, serves clean images all day: calibration images are compared as they are and
         mixed with others, where memory of them is of little help. A shifted domain's state meets clean images only until the
-        device notices that the shift is over; there it is compared with what the device alone would serve meanwhile. Where it
-        loses by that, its statistics may be to blame, which go further than a device's own and never stay: then gamma and beta
-        are judged on the exported statistics.
+        device notices that the shift is over; there it is compared with what the device alone would serve meanwhile, and may
+        lose a share of what that loses. Where it loses more, its statistics may be to blame, which go further than a device's
+        own and never stay: then gamma and beta are judged on the exported statistics.
         """
         allowed = self._settings.shifted_clean_points
         if domain in ("", HOME):
@@ -134,7 +132,8 @@ class Gate:
             # Against the export, not against the last release: half a point at a time is a fall, too.
             return self._clean_compared(right[0], right[1], self._settings.clean_points, metrics, strict=True)
         before, after = (self._logits(state, self._images).argmax(1) == self._labels for state in (alone, serving))
-        fault = self._clean_compared(before, after, allowed, metrics)
+        lost = 100 * (self._clean - float(before.mean()))  # by the overlay alone: what a shift's end costs anyhow
+        fault = self._clean_compared(before, after, max(allowed, self._settings.shifted_clean_share * lost), metrics)
         if not fault:
             return ""
         states = {n: _on_exported_statistics(self._bundle, n, s) for n, s in serving.states.items()}

@@ -155,6 +155,9 @@ class GateSettings(_Section):
     shifted_clean_points: float = Field(
         default=2.0, ge=0, description="the same for a release of a shifted domain, against what the device serves there now"
     )
+    shifted_clean_share: float = Field(
+        default=0.25, ge=0, description="or this share of what the device alone loses there against the export, if that is more"
+    )
     entropy_share: float = Field(default=0.7, ge=0, le=1, description="entropy of the predicted classes against the teacher's")
 
 

@@ -78,6 +78,8 @@ class Worker:
         self._tried: dict[str, float] = {}
         self._population: dict[str, deque[NDArray[np.uint8]]] = {}
         self._kept: dict[str, Kept] = {}
+        self._counts: dict[str, int] = {}
+        self._counted = -1
         self.damaged = 0
 
     @property
@@ -149,7 +151,13 @@ class Worker:
         return sorted(domains, key=lambda domain: domain == HOME)
 
     def _held_out(self, domain: str) -> int:
-        return len(self._store.held_back(*self._key, domain or None, self._job.gate.held_back_most))
+        """Stored held-out samples of a domain, `held_back_most` at most; counted anew when samples have come."""
+        if self._counted != self._samples_upto:
+            self._counts.clear()
+            self._counted = self._samples_upto
+        if domain not in self._counts:
+            self._counts[domain] = len(self._store.held_back(*self._key, domain or None, self._job.gate.held_back_most))
+        return self._counts[domain]
 
     def _judgeable(self, domain: str) -> bool:
         return self._held_out(domain) >= self._job.gate.held_back

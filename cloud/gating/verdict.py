@@ -49,7 +49,8 @@ class GateResult:
 def verdict(new: Scores, old: Scores, teacher_spread: float, settings: GateSettings) -> GateResult:
     """Judges a candidate's scores against those of what is served now, on the same held-out images.
 
-    Pass: the cross-entropy falls by more than `standard_errors`, or it falls and a loss of `tolerated_points` is ruled out.
+    Pass: one of the two is better by more than `standard_errors` and the other not worse, or the cross-entropy falls and a loss
+    of `tolerated_points` is ruled out.
     Refuse: either statistic is worse by more than `harm_errors`, or answers collapse to few classes. Anything else is
     undecided: more held-out images will tell.
     """
@@ -72,12 +73,12 @@ def verdict(new: Scores, old: Scores, teacher_spread: float, settings: GateSetti
         return GateResult.refused(
             f"agreement rises by less than the {settings.agreement_points:g} points asked for: {said}", metrics=metrics
         )
+    falls, rises = gain.standard_errors, rise.standard_errors
     no_loss = 100 * (rise.rise - rise.smallest_effect(z)) > -settings.tolerated_points
-    if rise.images >= settings.held_back and (gain.standard_errors >= z or (gain.standard_errors > FAINT and no_loss)):
+    helps = falls >= z or (rises >= z and falls > -FAINT) or (falls > FAINT and no_loss)
+    if helps and rise.images >= settings.held_back:
         return GateResult(Finding.PASS, (said,), metrics)
     wanted = max(rise.images_for(settings.tolerated_points / 100, z), settings.held_back)
-    if gain.standard_errors <= FAINT and rise.images >= min(wanted, settings.held_back_most):
-        return GateResult.refused(f"nothing is gained that so many images could show: {said}", metrics=metrics)
     return GateResult(
         Finding.WAIT,
         (f"undecided: {said}; about {wanted} held-out samples would rule out a loss of {settings.tolerated_points:g} points",),

@@ -56,7 +56,9 @@ def pair(count: int, better: int, worse: int, gain: float, seed: int = 0) -> tup
         (64, 2, 2, -0.10, REFUSE),  # the cross-entropy rises by more than chance
         (64, 3, 6, 0.01, WAIT),  # a little better, but four points of loss are not ruled out
         (40, 3, 4, -0.01, WAIT),  # nothing to be seen on so few
-        (400, 3, 4, -0.001, REFUSE),  # nothing to be seen on many
+        (400, 3, 4, -0.001, WAIT),  # nor on many: the number of judgements ends it
+        (64, 6, 1, 0.0, PASS),  # the teacher likes the new answers more, by more than chance, and is no less sure
+        (64, 6, 1, -0.03, WAIT),
         (22, 0, 0, 0.10, WAIT),  # the kind: 54.5 % to 54.5 % on 22
         (22, 2, 1, 0.01, WAIT),
         (22, 0, 9, -0.5, REFUSE),  # harm shows on few
@@ -81,8 +83,8 @@ def test_no_verdict_passes_on_less_than_the_fewest_or_without_a_gain(count: int,
     new, old = pair(count, min(better, count), min(worse, count - min(better, count)), gain)
     result = verdict(new, old, 1.6, SETTINGS)
     if result.passed:
-        assert count >= SETTINGS.held_back and gain > 0
-        assert result.metrics["expected_rise"] > -SETTINGS.tolerated_points / 100 - result.metrics["smallest_effect"]
+        assert count >= SETTINGS.held_back and (gain > 0 or result.metrics["expected_rise"] > 0)
+        assert result.metrics["cross_entropy_errors"] > -0.1
     same = verdict(old, old, 1.6, SETTINGS)
     assert not same.passed
 
@@ -209,7 +211,7 @@ def test_the_populations_statistics_pass(small: Bundle, mist: tuple[Any, Any], g
 def test_what_is_served_already_is_not_released_again(small: Bundle, mist: tuple[Any, Any], good: Any) -> None:
     served = Release(small.digest, "roof", 1, good, domain="d1")
     result = Gate(small, WIDE).judge(candidate(good), served, *mist)
-    assert result.finding is REFUSE and "nothing is gained" in result.reasons[0]
+    assert not result.passed and result.metrics["expected_rise"] == 0
 
 
 def test_a_candidate_must_beat_what_devices_do_alone(small: Bundle, mist: tuple[Any, Any], good: Any) -> None:

@@ -11,7 +11,7 @@ from cloud.store import BundleRecord, DirectoryObjects, Store
 from refold.bundle import Bundle
 from refold.errors import BundleError, UsageError
 
-__all__ = ["open_stored", "register"]
+__all__ = ["absolute_teachers", "checked", "open_stored", "register"]
 
 
 def register(store: Store, objects: DirectoryObjects, path: Path, teachers: Sequence[tuple[str, str]]) -> BundleRecord:
@@ -22,20 +22,16 @@ def register(store: Store, objects: DirectoryObjects, path: Path, teachers: Sequ
         UsageError: a teacher's file does not exist.
         StorageError: the disk is full.
     """
-    bundle = Bundle.open(path)
-    bundle.verify()
-    manifest = bundle.manifest
-    if not manifest.student or not bundle.norms.norms:
-        raise BundleError(f"{path} has no cloud student or no norms: nothing to adapt. Export it again.", code="no-student")
+    bundle = checked(path)
     content = path.read_bytes()
     record = BundleRecord(
         digest=bundle.digest,
-        name=(manifest.name or path.stem)[:256],
+        name=(bundle.manifest.name or path.stem)[:256],
         object=objects.put(content),
         preprocess_digest=bundle.preprocess.digest,
         width=bundle.preprocess.width,
         height=bundle.preprocess.height,
-        teachers=tuple((_absolute(spec, "teacher"), _absolute(weights, "teacher's weights")) for spec, weights in teachers),
+        teachers=absolute_teachers(teachers),
         added_ms=int(time.time() * 1000),
     )
     known = store.bundle(bundle.digest)
@@ -45,6 +41,20 @@ def register(store: Store, objects: DirectoryObjects, path: Path, teachers: Sequ
     if not objects.renew(record.object):  # dropped by a collection between the two lines above
         objects.put(content)
     return known
+
+
+def checked(path: Path) -> Bundle:
+    """Opens a bundle that is to be adapted. Raises BundleError when it is damaged or has nothing to adapt."""
+    bundle = Bundle.open(path)
+    bundle.verify()
+    if not bundle.manifest.student or not bundle.norms.norms:
+        raise BundleError(f"{path} has no cloud student or no norms: nothing to adapt. Export it again.", code="no-student")
+    return bundle
+
+
+def absolute_teachers(teachers: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """(spec, weights) with whole paths. Raises UsageError when a file does not exist."""
+    return tuple((_absolute(spec, "teacher"), _absolute(weights, "teacher's weights")) for spec, weights in teachers)
 
 
 def _absolute(spec: str, what: str) -> str:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,12 @@ from cloud.fleet.options import config_option, json_option, say
 from cloud.settings import CloudSettings, load_settings
 from refold.errors import UsageError
 from refold.network import check_host, join
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cloud.training.trial import Trial
+    from refold.bundle import Bundle
 
 __all__ = ["cloud"]
 
@@ -109,18 +115,42 @@ def token(cohort: str, expires: float, uses: int, config: Path, as_json: bool) -
 @config_option
 @json_option
 def add_bundle(file: Path, teachers: tuple[str, ...], weights: tuple[str, ...], config: Path, as_json: bool) -> None:
-    """Have the service adapt the bundle FILE. A running service needs no restart."""
-    from cloud.bundles import register
+    """Have the service adapt the bundle FILE. A running service needs no restart.
+
+    Every teacher is loaded and run once on the bundle's calibration images; one that cannot teach is refused.
+    """
+    from cloud.bundles import checked, register
     from cloud.store import DirectoryObjects, Store
 
     if len(weights) not in (0, len(teachers)):
         raise UsageError(f"{len(teachers)} --teacher and {len(weights)} --teacher-weights: give one for each, or none.")
     settings = load_settings(config)
     pairs = list(zip(teachers, weights or [""] * len(teachers), strict=True))
+    bundle = checked(file)
+    trial = _try(bundle, pairs, settings) if pairs else None  # before anything is written
     objects = DirectoryObjects(settings.storage.objects, settings.storage.free_bytes)
     record = register(Store(settings.storage.database), objects, file, pairs)
-    values = {"digest": record.digest, "name": record.name, "teachers": [list(p) for p in record.teachers]}
-    say(as_json, values, f"{record.name} ({record.digest[:12]}) is adapted, taught by {len(record.teachers)} teacher(s).")
+    values: dict[str, Any] = {"digest": record.digest, "name": record.name, "teachers": [list(p) for p in record.teachers]}
+    values |= trial.plain() if trial else {"student_accuracy": None, "trial": [], "warnings": []}
+    lines = [t.sentence() for t in trial.teachers] if trial else []
+    if trial and trial.student_accuracy is not None:
+        lines.append(f"The exported model itself: right on {100 * trial.student_accuracy:.1f} %.")
+    if not record.teachers:
+        values["warnings"].append("Nobody teaches this bundle: no release comes until `add-bundle` names a --teacher.")
+    lines += [f"Warning: {w}" for w in values["warnings"]]
+    lines.append(f"{record.name} ({record.digest[:12]}) is adapted, taught by {len(record.teachers)} teacher(s).")
+    say(as_json, values, "\n".join(lines))
+
+
+def _try(bundle: Bundle, pairs: Sequence[tuple[str, str]], settings: CloudSettings) -> Trial:
+    from cloud.bundles import absolute_teachers
+    from cloud.gate import Gate
+    from cloud.lesson import find_maker
+    from cloud.training.trial import try_teachers
+
+    maker = find_maker(settings.workers.distiller)
+    slice_ = Gate(bundle, settings.gate, threads=settings.workers.threads).calibration
+    return try_teachers(bundle, absolute_teachers(pairs), maker, settings.distil, *slice_)
 
 
 @cloud.command()

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloud.settings import TeacherSpec
+from cloud.training.answers import asked, grey_image
 from refold.bundle import Bundle
 from refold.errors import UsageError
 from refold.norms import ActivationScale, NormState
@@ -45,7 +46,10 @@ class Distiller(Protocol):
     def add_statistics(self, report: pb.StatisticsReport) -> None: ...
 
     def ready(self) -> Sequence[str]:
-        """Domains with enough evidence for a training."""
+        """Domains with enough evidence for a training.
+
+        A distiller may also have `progress() -> {domain: (samples, samples its next training wants)}`, which status tells.
+        """
 
     def train(self, domain: str, start: Mapping[str, NormState]) -> Candidate:
         """`start`: states of the domain's own good release, which the training goes on from; empty when there is none."""
@@ -58,7 +62,7 @@ class Teachers(Protocol):
 
 @dataclass(frozen=True)
 class Lesson:
-    """A distiller and the teachers the gate asks; no teachers: the gate judges by the calibration slice alone."""
+    """A distiller and the teachers the gate asks; without teachers nothing shows that a candidate helps: none is released."""
 
     distiller: Distiller
     teachers: Teachers | None = field(default=None)
@@ -80,16 +84,20 @@ def find_maker(name: str) -> MakeLesson:
 
 
 def make_lesson(bundle: Bundle, teachers: Sequence[tuple[str, str]], settings: Mapping[str, Any], *, threads: int) -> Lesson:
-    """The product's own distiller. Loads torch: only workers call it.
+    """The product's own distiller. Loads torch: workers and `refold cloud add-bundle` call it.
 
     Raises:
         UsageError: no teacher, one that cannot be found, or an unknown setting in [distil].
-        InputError, ModelError: a teacher cannot be used.
+        InputError, ModelError: a teacher cannot be used, or does not answer over the bundle's classes.
     """
     from cloud.distil import Distiller as RefoldDistiller
     from cloud.distil import DistilSettings, load_teachers
+    from cloud.distil import Teachers as RefoldTeachers
 
     numbers = DistilSettings.of({"threads": threads, **settings})
     sources = [TeacherSpec(spec=spec, weights=weights) for spec, weights in teachers]
     taught_by = load_teachers(sources, bundle.preprocess, numbers)
+    for teacher in taught_by.teachers:
+        alone = RefoldTeachers([teacher], bundle.preprocess, numbers)
+        asked(alone, grey_image(bundle), "", int(bundle.manifest.class_count), teacher.name)
     return Lesson(RefoldDistiller(bundle, taught_by, numbers), taught_by)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 from cloud.store import ReleaseRecord, Store
 from cloud.store.store import GOOD
+from cloud.training.waiting import Waiting
 from refold import __version__
 from refold.v1 import admin_pb2 as pb
 from refold.v1 import norms_pb2
@@ -14,8 +16,16 @@ from refold.v1 import norms_pb2
 __all__ = ["list_releases", "status"]
 
 
-def status(store: Store, distiller: Callable[[str, str], str]) -> pb.StatusResponse:
-    """Everything at a glance. `distiller(bundle_digest, cohort)` says what the worker of a cohort does."""
+def status(
+    store: Store,
+    distiller: Callable[[str, str], str],
+    waiting: Callable[[str, str], Sequence[Waiting]] = lambda bundle, cohort: (),
+) -> pb.StatusResponse:
+    """Everything at a glance.
+
+    Args:
+        distiller: says what the worker of a (bundle digest, cohort) does; waiting: what evidence it still wants.
+    """
     names = {b.digest: b.name for b in store.bundles()}
     devices = [
         pb.DeviceStatus(
@@ -41,6 +51,7 @@ def status(store: Store, distiller: Callable[[str, str], str]) -> pb.StatusRespo
             statistics_reports=c.statistics_reports,
             distiller=distiller(c.bundle_digest, c.cohort),
             last_gate=c.last_gate,
+            evidence=[pb.EvidenceStatus(**asdict(w)) for w in waiting(c.bundle_digest, c.cohort)],
         )
         for c in store.cohorts()
     ]

@@ -64,6 +64,7 @@ class Outcome:
         reason: why it passed or not.
         generation: how often the cohort had been rolled back when the worker that made it began (`Store.generation`): one that
             began before a rollback publishes nothing after it. None: made by nobody who could be late.
+        undecided: it may still pass, on more evidence: a restarted worker makes it again.
     """
 
     payload: bytes
@@ -72,6 +73,7 @@ class Outcome:
     samples_upto: int
     statistics_upto: int
     generation: int | None = None
+    undecided: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Releases:
             release = replace(release, version=version, parent_version=parent, created_unix_ms=now)
             release = replace(release, expires_unix_ms=now + self.valid_ms)
             self._store.record(self._decision(release, outcome, now), outcome.generation)
-        RELEASES.add(1, state="released" if version else "refused")
+        RELEASES.add(1, state="released" if version else _held(outcome))
         if version:
             self._notify(release.bundle_digest, release.cohort)
         return version
@@ -135,7 +137,7 @@ class Releases:
             bundle_digest=release.bundle_digest,
             cohort=release.cohort,
             domain=release.domain,
-            state=GOOD if outcome.passed else "refused",
+            state=GOOD if outcome.passed else _held(outcome),
             reason=outcome.reason,
             created_ms=now,
             parent_version=release.parent_version,
@@ -184,6 +186,11 @@ class Releases:
         self._rolled_back(bundle_digest, cohort)
         self._notify(bundle_digest, cohort)
         return version
+
+
+def _held(outcome: Outcome) -> str:
+    """The state of a candidate that nobody is offered."""
+    return "undecided" if outcome.undecided else "refused"
 
 
 def check_cohort(asked: str, enrolled: str) -> str:

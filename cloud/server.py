@@ -87,8 +87,9 @@ class Cloud:
             self._store, self._objects, self.settings.quota, self.settings.workers.held_back, self._supervisor.notify
         )
         enrolment = Enrolment(self._store, self._authority, self._trusted, self.settings.tls.device_days, self.settings.quota)
+        does, waits = self._supervisor.status, self._supervisor.waiting
         rooms = Rooms(
-            self._store, ingest, enrolment, releases, self._board, self.settings.devices, self._pool, self._supervisor.status,
+            self._store, ingest, enrolment, releases, self._board, self.settings.devices, self._pool, does, waits,
             self._operators, self._warnings,
         )  # fmt: skip
         self._health = health.aio.HealthServicer()

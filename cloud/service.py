@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
@@ -21,6 +21,7 @@ from cloud.rpc import answers
 from cloud.settings import DeviceSettings
 from cloud.store import DeviceRecord, OperatorRecord, Store
 from cloud.store.objects import DIGEST
+from cloud.training.waiting import Waiting
 from refold.errors import AccessError
 from refold.v1 import adaptation_pb2 as adaptation
 from refold.v1 import adaptation_pb2_grpc, admin_pb2_grpc, fleet_pb2_grpc
@@ -46,6 +47,7 @@ class Rooms:
     devices: DeviceSettings
     pool: ThreadPoolExecutor
     distiller: Callable[[str, str], str]
+    waiting: Callable[[str, str], Sequence[Waiting]]
     operators: Operators
     warnings: Callable[[], list[str]]
 
@@ -163,7 +165,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     @answers("operator")
     async def Status(self, request: admin.StatusRequest, peer: Peer) -> admin.StatusResponse:
         await self._rooms.operator(peer)
-        answer = await self._rooms.run(status, self._rooms.store, self._rooms.distiller)
+        answer = await self._rooms.run(status, self._rooms.store, self._rooms.distiller, self._rooms.waiting)
         answer.warnings.extend(await self._rooms.run(self._rooms.warnings))
         return answer
 

@@ -137,18 +137,36 @@ class WorkerSettings(_Section):
 
 
 class GateSettings(_Section):
-    held_back: int = Field(default=16, ge=1, description="fewest held-back samples of a domain a verdict is based on")
-    held_back_most: int = Field(default=512, ge=16, description="newest held-back samples used; more cost time and add little")
+    held_back: int = Field(default=32, ge=1, description="fewest held-out samples of a domain a verdict is based on")
+    held_back_most: int = Field(default=512, ge=16, description="newest held-out samples used; more cost time and add little")
     agreement_points: float = Field(
-        default=0.0,
-        description="points by which agreement with the teacher must rise; above 0, chance is no excuse",
+        default=0.0, description="points by which agreement with the teacher must rise, whatever chance allows; 0 or less: none"
     )
     standard_errors: float = Field(
-        default=1.0, ge=0, description="a change of agreement this small is chance: then the cross-entropy must fall"
+        default=1.28, ge=0, description="a gain smaller than so many standard errors is chance: 1.28 is wrong one time in ten"
     )
-    clean_points: float = Field(default=0.5, ge=0, description="points by which accuracy on the calibration slice may fall")
+    harm_errors: float = Field(
+        default=1.64, ge=0, description="the same for harm, at which a candidate is refused; in between it waits for more"
+    )
+    tolerated_points: float = Field(
+        default=4.0,
+        gt=0,
+        description="expected loss to be ruled out before a release whose gain is within chance passes",
+    )
+    judgements: int = Field(
+        default=4, ge=1, description="times an undecided candidate is judged, the first included, before it is refused"
+    )
+    more_evidence: float = Field(
+        default=1.5,
+        gt=1,
+        description="growth of the held-out samples before an undecided candidate is judged again",
+    )
+    clean_points: float = Field(default=0.5, ge=0, description="points by which accuracy on the calibration images may fall")
     shifted_clean_points: float = Field(
-        default=2.0, ge=0, description="the same for a release of a shifted domain, which serves no clean pictures"
+        default=2.0, ge=0, description="the same for a release of a shifted domain, against what the device serves there now"
+    )
+    shifted_clean_share: float = Field(
+        default=0.25, ge=0, description="or this share of what the device alone loses there against the export, if that is more"
     )
     entropy_share: float = Field(default=0.7, ge=0, le=1, description="entropy of the predicted classes against the teacher's")
 

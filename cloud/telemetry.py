@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from refold.errors import UsageError
 
 __all__ = [
     "CALLS",
+    "EVIDENCE",
     "RELEASES",
     "SECONDS",
     "UPKEEP_FAILURES",
@@ -17,11 +18,12 @@ __all__ = [
     "UPLOAD_BYTES",
     "Counter",
     "Gauge",
+    "Levels",
     "MetricsServer",
     "render",
 ]
 
-_REGISTRY: list[Counter | Gauge] = []
+_REGISTRY: list[Counter | Gauge | Levels] = []
 
 
 class Counter:
@@ -58,12 +60,36 @@ class Gauge:
         return [((), self._read())]
 
 
+class Levels:
+    """Values that are set, one per combination of labels; a group of them is replaced as a whole."""
+
+    kind = "gauge"
+
+    def __init__(self, name: str, text: str) -> None:
+        self.name, self.text = name, text
+        self._groups: dict[tuple[str, ...], list[tuple[tuple[tuple[str, str], ...], float]]] = {}
+        self._lock = threading.Lock()
+        _REGISTRY.append(self)
+
+    def replace(self, group: tuple[str, ...], values: Sequence[tuple[Mapping[str, str], float]]) -> None:
+        with self._lock:
+            self._groups[group] = [(tuple(sorted(labels.items())), value) for labels, value in values]
+
+    def rows(self) -> list[tuple[tuple[tuple[str, str], ...], float]]:
+        with self._lock:
+            return sorted(row for rows in self._groups.values() for row in rows)
+
+
 CALLS = Counter("refold_cloud_calls_total", "Calls by method and outcome")
 SECONDS = Counter("refold_cloud_call_seconds_total", "Seconds spent in calls, held polls included")
 UPLOADS = Counter("refold_cloud_samples_total", "Samples by outcome: stored, duplicate, or the code of a refusal")
 UPLOAD_BYTES = Counter("refold_cloud_sample_bytes_total", "Bytes of stored samples")
-RELEASES = Counter("refold_cloud_decisions_total", "Candidates by state: released or refused")
+RELEASES = Counter("refold_cloud_decisions_total", "Candidates by state: released, refused or undecided")
 UPKEEP_FAILURES = Counter("refold_cloud_upkeep_failures_total", "Failures of the service's own regular work, by work")
+EVIDENCE = Levels(
+    "refold_cloud_evidence",
+    "Evidence by domain and kind: samples, samples_wanted, held_out, held_out_wanted, undecided",
+)
 
 
 def _escaped(value: str) -> str:

@@ -22,7 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloud.bundles import open_stored
-from cloud.gate import HOME, Gate, GateResult
+from cloud.gate import HOME, Gate
+from cloud.gating.kept import Kept, keep
+from cloud.gating.verdict import GateResult
 from cloud.lesson import Candidate, Lesson, find_maker
 from cloud.logs import set_up
 from cloud.pictures import decode_picture
@@ -30,6 +32,8 @@ from cloud.releases import Outcome
 from cloud.settings import GateSettings, WorkerSettings
 from cloud.store import DirectoryObjects, SampleRecord, Store
 from cloud.store.store import GOOD
+from cloud.training.answers import asked
+from cloud.training.waiting import Waiting, look
 from refold.bundle import Bundle
 from refold.errors import RefoldError, UsageError
 from refold.release import Release, decode, encode
@@ -40,7 +44,7 @@ __all__ = ["Job", "Worker", "work"]
 
 log = logging.getLogger(__name__)
 CHUNK = 256  # rows read at once
-KEPT_REPORTS = 256  # per domain, for the gate's picture of what devices do alone
+POPULATION = 128  # newest random samples of a domain, on which the gate measures what a device makes of it alone
 LINGER_S = 0.2  # after a wake-up, so that one upload of many samples is seen whole
 
 
@@ -74,7 +78,10 @@ class Worker:
         self._consumed = store.consumed(bundle.digest, job.cohort)
         self._fresh: Counter[str] = Counter()
         self._tried: dict[str, float] = {}
-        self._reports: dict[str, deque[pb.StatisticsReport]] = {}
+        self._population: dict[str, deque[NDArray[np.uint8]]] = {}
+        self._kept: dict[str, Kept] = {}
+        self._counts: dict[str, int] = {}
+        self._counted = -1
         self.damaged = 0
 
     @property
@@ -94,7 +101,6 @@ class Worker:
                 except RefoldError as e:
                     log.warning("report %s is not used: %s", row.digest[:12], e.message)
                 else:
-                    self._reports.setdefault(row.domain, deque(maxlen=KEPT_REPORTS)).append(report)
                     self._fresh[row.domain] += row.id > self._consumed.get(row.domain, (0, 0))[1]
             self._statistics_upto = reports[-1].id
         while rows := self._store.samples_after(*self._key, self._samples_upto, CHUNK):
@@ -108,6 +114,7 @@ class Worker:
         if not len(images):
             return
         self._lesson.distiller.add_samples(images, domain, unbiased)
+        self._population.setdefault(domain, deque(maxlen=POPULATION)).extend(images[unbiased])
         seen = self._consumed.get(domain, (0, 0))[0]
         self._fresh[domain] += sum(r.id > seen for r in used)
 
@@ -142,36 +149,60 @@ class Worker:
             waited = now - self._tried.get(domain, -float("inf"))
             if self._fresh[domain] and waited >= self._job.workers.interval_s and self._judgeable(domain):
                 domains.append(domain)
+        domains += [d for d, kept in self._kept.items() if d not in domains and kept.due(self._held_out(d))]
         return sorted(domains, key=lambda domain: domain == HOME)
 
+    def _held_out(self, domain: str) -> int:
+        """Stored held-out samples of a domain, `held_back_most` at most; counted anew when samples have come."""
+        if self._counted != self._samples_upto:
+            self._counts.clear()
+            self._counted = self._samples_upto
+        if domain not in self._counts:
+            self._counts[domain] = len(self._store.held_back(*self._key, domain or None, self._job.gate.held_back_most))
+        return self._counts[domain]
+
     def _judgeable(self, domain: str) -> bool:
-        fewest = self._job.gate.held_back
-        return len(self._store.held_back(*self._key, domain or None, fewest)) >= fewest
+        return self._held_out(domain) >= self._job.gate.held_back
+
+    def waiting(self) -> list[Waiting]:
+        """What every domain still lacks before its next training or judgement."""
+        return look(self._lesson.distiller, self._held_out, self._kept, self._job.gate, home=self._job.workers.home)
 
     def decide(self, domain: str, now: float) -> Outcome:
-        """Trains one domain and has the gate judge what came out. Never raises for a bad candidate: it is refused."""
-        self._tried[domain] = now
-        self._fresh[domain] = 0
+        """Has the gate judge a new candidate of the domain, or the kept one. Never raises for a bad one: it is refused."""
+        before = self._kept.pop(domain, None)
+        if domain in self._lesson.distiller.ready() and self._fresh[domain]:
+            before = None  # what a new training brings forth has seen more
         try:
-            current = self._current(domain)
-            own = current.states if current is not None and current.domain == domain else {}
-            candidate = self._lesson.distiller.train(domain, own)
-            result = self._judge(candidate, domain)
+            candidate = before.candidate if before is not None else self._train(domain, now)
+            held_out = self._held_out(domain)
+            result, kept = keep(candidate, self._judge(candidate, domain), held_out, before, self._job.gate)
             payload = encode(self._release(candidate, result))
         except RefoldError as e:
-            result = GateResult(False, (e.message,), {})
+            result, kept = GateResult.refused(e.message), None
             payload = encode(Release(self._bundle.digest, self._job.cohort, 0, {}, domain=domain))
+        if kept is not None:
+            self._kept[domain] = kept
         reason = "; ".join(result.reasons)
-        return Outcome(payload, result.passed, reason, self._samples_upto, self._statistics_upto, self._generation)
+        seen = (0, 0) if result.undecided else (self._samples_upto, self._statistics_upto)
+        return Outcome(payload, result.passed, reason, *seen, generation=self._generation, undecided=result.undecided)
+
+    def _train(self, domain: str, now: float) -> Candidate:
+        self._tried[domain] = now
+        self._fresh[domain] = 0
+        current = self._current(domain)
+        own = current.states if current is not None and current.domain == domain else {}
+        return self._lesson.distiller.train(domain, own)
 
     def _judge(self, candidate: Candidate, domain: str) -> GateResult:
         rows = self._store.held_back(*self._key, domain or None, self._job.gate.held_back_most)
         images, unbiased, _ = self._pictures(rows)
         if unbiased.sum() >= self._job.gate.held_back:  # the selector's own choices are no fair sample of the domain
             images = images[unbiased]
-        teachers = self._lesson.teachers
-        votes = teachers.probabilities(images, domain) if teachers is not None and len(images) else None
-        return self._gate.judge(candidate, self._current(domain), images, votes, self._reports.get(domain, ()))
+        teachers, classes = self._lesson.teachers, int(self._bundle.manifest.class_count)
+        votes = asked(teachers, images, domain, classes, "of this bundle") if teachers is not None and len(images) else None
+        population = np.concatenate([np.stack([*self._population[domain]]), images]) if self._population.get(domain) else images
+        return self._gate.judge(candidate, self._current(domain), images, votes, population)
 
     def _current(self, domain: str) -> Release | None:
         """What devices serve in this domain now: its newest good release, else the newest one without a domain."""
@@ -200,7 +231,8 @@ class Worker:
 def work(job: Job, link: connection.Connection, *, own_process: bool = True) -> None:
     """A worker's life, until it is told to stop or its parent is gone.
 
-    Over `link` come "wake" and "stop"; back go ("status", text), ("outcome", Outcome) and, if it cannot begin, ("fatal", text).
+    Over `link` come "wake" and "stop"; back go ("status", text), ("waiting", [Waiting]), ("outcome", Outcome) and, if it cannot
+    begin, ("fatal", text).
     """
     if own_process:
         _settle_in(job)
@@ -237,7 +269,7 @@ def _loop(job: Job, link: connection.Connection, worker: Worker) -> None:
             return
         if due:
             continue
-        link.send(("status", "waiting for evidence"))
+        link.send(("waiting", worker.waiting()))
         if not link.poll(job.workers.look_s):
             continue
         while link.poll():

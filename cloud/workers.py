@@ -6,6 +6,7 @@ Workers train and judge; this side alone signs and stores, so the release key ne
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import threading
 import time
@@ -17,6 +18,8 @@ from cloud.logs import is_json
 from cloud.releases import Outcome, Releases
 from cloud.settings import CloudSettings
 from cloud.store import DirectoryObjects, Store
+from cloud.telemetry import EVIDENCE
+from cloud.training.waiting import Waiting, levels, sentence
 from cloud.worker import Job, work
 from refold.errors import RefoldError
 
@@ -24,6 +27,7 @@ __all__ = ["Keeper", "Supervisor"]
 
 log = logging.getLogger(__name__)
 STOP_S = 3.0  # a worker in the middle of a training is not waited for: it loses nothing
+TELL_S = 60.0  # between two lines of the log about what a cohort waits for: it changes with every upload
 HEALTHY_S = 300.0  # a worker that lived this long starts with a clean record
 
 
@@ -39,10 +43,24 @@ class Keeper:
         self._process: Any = None
         self._recall = False
         self.status = "starting"
+        self.waiting: list[Waiting] = []
+        self._told = -math.inf
         self._thread = threading.Thread(target=self._keep, name=f"keeper-{job.cohort}", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+
+    def _hear_waiting(self, waiting: list[Waiting]) -> None:
+        text, now = sentence(waiting), time.monotonic()
+        news = waiting != self.waiting
+        with self._lock:
+            self.status, self.waiting, self._woken = text, waiting, False
+        EVIDENCE.replace(
+            (self._job.bundle_digest, self._job.cohort), levels(self._job.bundle_digest, self._job.cohort, waiting)
+        )
+        if news and now - self._told >= TELL_S:
+            self._told = now
+            log.info("%s: %s", self._job.cohort, text)
 
     def wake(self) -> None:
         """New evidence. One wake-up is enough until the worker has looked."""
@@ -130,7 +148,7 @@ class Keeper:
         elif kind == "outcome":
             try:
                 version = self._publish(content)
-                log.info("%s: %s", self._job.cohort, f"release {version}" if version else f"refused: {content.reason}")
+                log.info("%s: %s", self._job.cohort, f"release {version}" if version else _withheld(content))
             except RefoldError as e:
                 if e.code == "stale":
                     log.info("%s: %s", self._job.cohort, e.message)
@@ -141,10 +159,16 @@ class Keeper:
                 log.exception("A decision for %s could not be stored", self._job.cohort)
         elif kind == "fatal":
             return str(content)
+        elif kind == "waiting":
+            self._hear_waiting(content)
         else:
             with self._lock:
                 self.status, self._woken = str(content), False
         return ""
+
+
+def _withheld(outcome: Outcome) -> str:
+    return outcome.reason if outcome.undecided else f"refused: {outcome.reason}"
 
 
 def _in_thread(job: Job, link: connection.Connection) -> None:
@@ -189,6 +213,11 @@ class Supervisor:
             return "switched off"
         keeper = self._keepers.get((bundle_digest, cohort))
         return keeper.status if keeper else "not started"
+
+    def waiting(self, bundle_digest: str, cohort: str) -> list[Waiting]:
+        """What each domain of a cohort lacked when its worker last looked."""
+        keeper = self._keepers.get((bundle_digest, cohort))
+        return keeper.waiting if keeper else []
 
     def _scan(self) -> None:
         while not self._ended.is_set():

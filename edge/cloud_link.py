@@ -120,6 +120,10 @@ class CloudLink:
         assert self.updater is not None
         return self.updater
 
+    def available_bytes(self) -> int | None:
+        """Bytes the present hour still carries; None is unlimited. Raises StorageError."""
+        return self._budget.available()
+
     def look_around(self) -> None:
         """Takes up an identity that somebody put into the data directory. Called now and then."""
         if self._settings is not None and self.uplink is None:

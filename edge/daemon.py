@@ -37,11 +37,21 @@ from edge.directory import DataDirectory
 from edge.engine import EngineFactory, EngineSlot
 from edge.frame_path import Frame, FramePath, Prediction
 from edge.inference import Handlers, InferenceServer
+from edge.link_settings import SelectSettings
 from edge.metrics import MetricsServer, prometheus_text, resident_bytes
 from edge.outbox import Outbox
 from edge.runtime import Board, Latest, bounded
 from edge.samples import SampleWriter
-from edge.select import BudgetSelector, make_selector, rate_within
+from edge.select import (
+    BudgetSelector,
+    NewDomain,
+    NewDomainSelector,
+    Selector,
+    innermost,
+    make_selector,
+    rate_within,
+    room,
+)
 from edge.serving import ServingState
 from edge.settings import EdgeSettings
 from edge.sinks import JsonLines
@@ -239,11 +249,17 @@ class Daemon:
         return FramePath(
             self.bundle.preprocess,
             self.slot,
-            selector=make_selector(keep.name, classes, keep.options) if keep else None,
+            selector=self._selector(keep, classes) if keep else None,
             adaptation=self.adaptation,
             on_prediction=self._add_inline if inline and self.sink else self.sink.add if self.sink else None,
             on_sample=self.samples.add if keep else None,
         )
+
+    def _selector(self, keep: SelectSettings, classes: int) -> Selector:
+        inner = make_selector(keep.name, classes, keep.options)
+        quota = NewDomain(uploads=keep.new_domain, rate=keep.new_domain_rate)
+        known = self.adaptation.adapter.known_domains  # after a restart: domains of the bank had their quota
+        return NewDomainSelector(inner, quota, lambda: self.adaptation.domain, known)
 
     def _inference(self) -> InferenceServer | None:
         s = self.settings.inference
@@ -373,9 +389,13 @@ class Daemon:
         now, frames = time.monotonic(), self.path.frames
         elapsed, served = now - self._paced[0], frames - self._paced[1]
         self._paced = (now, frames)
-        selector, waiting = self.path.selector, len(self.outbox)
+        waiting, held = len(self.outbox), self.outbox.bytes
+        if isinstance(self.path.selector, NewDomainSelector):
+            each = held / waiting if waiting else float(np.prod(self.bundle.preprocess.shape))
+            self.path.selector.allow(room(self.link.available_bytes(), held, each))
+        selector = innermost(self.path.selector)
         if isinstance(selector, BudgetSelector) and waiting and served > 0:
-            rate = rate_within(self.settings.outbox.budget, self.outbox.bytes / waiting, served / max(elapsed, 1e-3))
+            rate = rate_within(self.settings.outbox.budget, held / waiting, served / max(elapsed, 1e-3))
             selector.set_rate(min(selector.settings.rate, rate))
 
     # ── what it says of itself ──────────────────────────────────────────────────────────────────────────────────────────

@@ -70,6 +70,13 @@ class SelectSettings(_Section):
         default="budget", description="which frames are uploaded"
     )
     options: dict[str, float | int] = Field(default_factory=dict, description="fields of the selector's own settings")
+    new_domain: int = Field(
+        default=256,
+        ge=0,
+        le=100_000,
+        description="random frames of a new domain kept besides, for its first release; 0: none",
+    )
+    new_domain_rate: float = Field(default=0.5, ge=0, le=1, description="of them per frame, as far as the hour's bytes go")
 
 
 class EnrolSettings(_Section):

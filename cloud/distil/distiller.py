@@ -97,12 +97,20 @@ class Distiller:
     def ready(self) -> list[str]:
         """Domains with enough new samples since their last training, most new first."""
         found = []
-        for domain, evidence in self._domains.items():
-            last = self._trained.get(domain, 0)
-            wanted = max(self.settings.fresh_samples, int(last * self.settings.growth))
-            if evidence.arrived >= wanted and len(evidence):
-                found.append((last - evidence.arrived, domain))
+        for domain, (arrived, wanted) in self.progress().items():
+            if arrived >= wanted and len(self._domains[domain]):
+                found.append((self._trained.get(domain, 0) - arrived, domain))
         return [domain for _, domain in sorted(found)]
+
+    def progress(self) -> dict[str, tuple[int, int]]:
+        """Domain to (samples it has had, samples its next training wants)."""
+        return {
+            domain: (
+                evidence.arrived,
+                max(self.settings.fresh_samples, int(self._trained.get(domain, 0) * self.settings.growth)),
+            )
+            for domain, evidence in self._domains.items()
+        }
 
     def train(self, domain: str, start: Mapping[str, NormState] | None = None) -> Candidate:
         """Trains on everything known of a domain.

@@ -22,7 +22,7 @@ class DistilSettings(BaseModel):
     batch: int = Field(default=64, ge=2, description="pictures per forward pass where no recipe says otherwise; bounds memory")
 
     # When to train
-    fresh_samples: int = Field(default=64, ge=1, description="new samples of a domain before it is trained for the first time")
+    fresh_samples: int = Field(default=176, ge=1, description="new samples of a domain before it is trained for the first time")
     growth: float = Field(default=1.5, gt=1, description="factor by which a domain's samples grow before it is trained again")
     kept_samples: int = Field(default=4096, ge=32, description="newest samples of a domain kept for training")
 

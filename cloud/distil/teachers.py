@@ -7,6 +7,7 @@ votes on each picture and its mirror image. Selected samples are never measured:
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import sys
@@ -29,6 +30,7 @@ from refold.preprocess import Preprocess
 __all__ = ["Teacher", "TeacherSource", "Teachers", "load_teachers"]
 
 U8 = NDArray[np.uint8]
+COUNTER = "num_batches_tracked"  # of training batches, which no prediction reads
 
 
 class TeacherSource(Protocol):
@@ -159,9 +161,16 @@ def _built(spec: str) -> nn.Module:
         raise UsageError(f"{spec!r} names no teacher: give a .pt2, file.py:callable or package.module:callable.")
     try:
         module = _import_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-        factory = getattr(module, name)
-    except (ImportError, AttributeError, OSError, SyntaxError) as e:
+    except (ImportError, OSError, SyntaxError) as e:
         raise UsageError(f"The teacher {spec} cannot be found: {e}.") from e
+    except (Exception, SystemExit) as e:  # a user's file: whatever it raises when it is read becomes a sentence
+        raise ModelError(f"The teacher's file {where} cannot be imported: {type(e).__name__}: {e}.") from e
+    factory = getattr(module, name, None)
+    if factory is None:
+        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean {near[0]}?" if near else "give file.py:callable or package.module:callable."
+        raise UsageError(f"The teacher {spec} cannot be found: {where} has no {name!r}; {hint}")
     try:
         network = factory()
     except Exception as e:  # a user's code: whatever it raises becomes a sentence
@@ -183,17 +192,29 @@ def _import_file(path: Path) -> object:
 
 
 def _fill(network: nn.Module, path: Path) -> None:
-    """Fills parameters and buffers by name; counters of training batches may be missing."""
+    """Fills parameters and buffers by name, all of them and no others; counters of training batches may be missing."""
     arrays = _arrays(path)
     state = network.state_dict()
+    unknown = sorted(name for name in arrays if name not in state and not name.endswith(COUNTER))
+    missing = sorted(name for name in state if name not in arrays and not name.endswith(COUNTER))
+    if unknown or missing:
+        parts = [f"{_some(names)} {what}" for names, what in ((missing, "not given"), (unknown, "not known")) if names]
+        raise InputError(f"The weights {path} do not fit the teacher: {', '.join(parts)}.")
     for name, tensor in state.items():
-        if name.endswith("num_batches_tracked"):
+        if name.endswith(COUNTER):
             continue
-        found = arrays.get(name)
-        if found is None or found.shape != tensor.shape:
-            raise InputError(f"The weights {path} do not fit the teacher at {name}.")
+        found = arrays[name]
+        if found.shape != tensor.shape:
+            raise InputError(
+                f"The weights {path} do not fit the teacher at {name}: {tuple(found.shape)} there, {tuple(tensor.shape)} here."
+            )
         state[name] = found.to(tensor.dtype)
     network.load_state_dict(state)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _arrays(path: Path) -> dict[str, Tensor]:

@@ -103,6 +103,11 @@ class Adapter:
         """Name of the present domain."""
         return self._present.name
 
+    @property
+    def known_domains(self) -> tuple[str, ...]:
+        """Names of the domains in the bank, the exported one included."""
+        return tuple(domain.name for domain in self._bank)
+
     def wants_taps(self, features: FrameFeatures) -> bool:
         """Takes one frame; True when its moments are wanted (`observe_taps`)."""
         self._frame += 1

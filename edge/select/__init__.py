@@ -9,6 +9,8 @@
     eata            the same with a redundancy bound that fits the class count    edge/select/eata.py
     budget          best scores within a rate, plus an unbiased random share      edge/select/budget.py
 
+    NewDomainSelector wraps any of them: more uploads of a new domain     edge/select/new_domain.py
+
 `BudgetSelector.set_rate(uploads_per_frame)` follows a changing byte budget; `rate_within` derives it.
 """
 
@@ -19,9 +21,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
-from edge.select.budget import Budget, BudgetSelector, rate_within
+from edge.select.budget import Budget, BudgetSelector, rate_within, room
 from edge.select.cema import CemaPaper, CemaPaperSelector, CemaReleased, cema_released
 from edge.select.eata import Eata, EataSelector
+from edge.select.new_domain import NewDomain, NewDomainSelector, innermost
 from edge.select.verdict import Probabilities, Selector, Verdict, entropy_of
 from refold.errors import UsageError
 
@@ -34,12 +37,16 @@ __all__ = [
     "CemaReleased",
     "Eata",
     "EataSelector",
+    "NewDomain",
+    "NewDomainSelector",
     "Probabilities",
     "Selector",
     "Verdict",
     "entropy_of",
+    "innermost",
     "make_selector",
     "rate_within",
+    "room",
 ]
 
 SELECTORS: dict[str, tuple[type[Any], Callable[[Any, int], Selector]]] = {

@@ -21,7 +21,7 @@ import numpy as np
 from edge.select.verdict import Probabilities, Verdict, entropy_of, informativeness
 from refold.errors import UsageError
 
-__all__ = ["Budget", "BudgetSelector", "rate_within"]
+__all__ = ["Budget", "BudgetSelector", "rate_within", "room"]
 
 UNBIASED_SCORE = 1.0  # the same for every random frame: eviction must not look at what the model thinks of them
 WINDOW = (128, 4096)  # latest scores looked at: at least four above the threshold, and a new domain fills it soon
@@ -65,6 +65,11 @@ def rate_within(bytes_per_hour: int | None, sample_bytes: float, frames_per_seco
         return 1.0
     frames = max(frames_per_second * 3600.0, 1e-9)
     return min(1.0, bytes_per_hour / max(sample_bytes, 1.0) / frames)
+
+
+def room(available: int | None, waiting: int, sample_bytes: float) -> float:
+    """How many more samples an hour carries: `available` bytes (None: any number), of which `waiting` are spoken for."""
+    return math.inf if available is None else max(available - waiting, 0) / max(sample_bytes, 1.0)
 
 
 class BudgetSelector:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from refold.v1 import norms_pb2 as refold_dot_v1_dot_norms__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15refold/v1/admin.proto\x12\trefold.v1\x1a\x15refold/v1/norms.proto\"\x0f\n\rStatusRequest\"\x87\x02\n\x0c\x44\x65viceStatus\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x02 \x01(\t\x12\x15\n\rbundle_digest\x18\x03 \x01(\t\x12\x17\n\x0frelease_version\x18\x04 \x01(\x04\x12\x19\n\x11last_seen_unix_ms\x18\x05 \x01(\x03\x12\x0e\n\x06\x64omain\x18\x06 \x01(\t\x12\x35\n\x07metrics\x18\x07 \x03(\x0b\x32$.refold.v1.DeviceStatus.MetricsEntry\x12\x12\n\nlast_error\x18\x08 \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xcc\x01\n\x0c\x43ohortStatus\x12\x15\n\rbundle_digest\x18\x01 \x01(\t\x12\x13\n\x0b\x62undle_name\x18\x02 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x03 \x01(\t\x12\x17\n\x0f\x63urrent_version\x18\x04 \x01(\x04\x12\x0f\n\x07samples\x18\x05 \x01(\x04\x12\x14\n\x0csample_bytes\x18\x06 \x01(\x04\x12\x1a\n\x12statistics_reports\x18\x07 \x01(\x04\x12\x11\n\tdistiller\x18\x08 \x01(\t\x12\x11\n\tlast_gate\x18\t \x01(\t\"\x87\x01\n\x0eStatusResponse\x12(\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x17.refold.v1.DeviceStatus\x12(\n\x07\x63ohorts\x18\x02 \x03(\x0b\x32\x17.refold.v1.CohortStatus\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x10\n\x08warnings\x18\n \x03(\t\"<\n\x13ListReleasesRequest\x12\x15\n\rbundle_digest\x18\x01 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x02 \x01(\t\"\x8a\x02\n\nReleaseRow\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x16\n\x0eparent_version\x18\x02 \x01(\x04\x12\x17\n\x0f\x63reated_unix_ms\x18\x03 \x01(\x03\x12\x15\n\rbundle_digest\x18\x04 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x05 \x01(\t\x12\x0e\n\x06\x64omain\x18\x06 \x01(\t\x12\r\n\x05\x62ytes\x18\x07 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\x12\r\n\x05state\x18\t \x01(\t\x12\x0e\n\x06reason\x18\n \x01(\t\x12,\n\x08\x65vidence\x18\x0b \x01(\x0b\x32\x1a.refold.v1.ReleaseEvidence\x12\x17\n\x0f\x65xpires_unix_ms\x18\x0c \x01(\x03\"?\n\x14ListReleasesResponse\x12\'\n\x08releases\x18\x01 \x03(\x0b\x32\x15.refold.v1.ReleaseRow\"\\\n\x0fRollbackRequest\x12\x15\n\rbundle_digest\x18\x01 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x02 \x01(\t\x12\x12\n\nto_version\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\"+\n\x10RollbackResponse\x12\x17\n\x0f\x63urrent_version\x18\x01 \x01(\x04\x32\xdc\x01\n\x05\x41\x64min\x12=\n\x06Status\x12\x18.refold.v1.StatusRequest\x1a\x19.refold.v1.StatusResponse\x12O\n\x0cListReleases\x12\x1e.refold.v1.ListReleasesRequest\x1a\x1f.refold.v1.ListReleasesResponse\x12\x43\n\x08Rollback\x12\x1a.refold.v1.RollbackRequest\x1a\x1b.refold.v1.RollbackResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15refold/v1/admin.proto\x12\trefold.v1\x1a\x15refold/v1/norms.proto\"\x0f\n\rStatusRequest\"\x87\x02\n\x0c\x44\x65viceStatus\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x02 \x01(\t\x12\x15\n\rbundle_digest\x18\x03 \x01(\t\x12\x17\n\x0frelease_version\x18\x04 \x01(\x04\x12\x19\n\x11last_seen_unix_ms\x18\x05 \x01(\x03\x12\x0e\n\x06\x64omain\x18\x06 \x01(\t\x12\x35\n\x07metrics\x18\x07 \x03(\x0b\x32$.refold.v1.DeviceStatus.MetricsEntry\x12\x12\n\nlast_error\x18\x08 \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x87\x01\n\x0e\x45videnceStatus\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0f\n\x07samples\x18\x02 \x01(\x04\x12\x16\n\x0esamples_wanted\x18\x03 \x01(\x04\x12\x10\n\x08held_out\x18\x04 \x01(\x04\x12\x17\n\x0fheld_out_wanted\x18\x05 \x01(\x04\x12\x11\n\tundecided\x18\x06 \x01(\x08\"\xf9\x01\n\x0c\x43ohortStatus\x12\x15\n\rbundle_digest\x18\x01 \x01(\t\x12\x13\n\x0b\x62undle_name\x18\x02 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x03 \x01(\t\x12\x17\n\x0f\x63urrent_version\x18\x04 \x01(\x04\x12\x0f\n\x07samples\x18\x05 \x01(\x04\x12\x14\n\x0csample_bytes\x18\x06 \x01(\x04\x12\x1a\n\x12statistics_reports\x18\x07 \x01(\x04\x12\x11\n\tdistiller\x18\x08 \x01(\t\x12\x11\n\tlast_gate\x18\t \x01(\t\x12+\n\x08\x65vidence\x18\n \x03(\x0b\x32\x19.refold.v1.EvidenceStatus\"\x87\x01\n\x0eStatusResponse\x12(\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x17.refold.v1.DeviceStatus\x12(\n\x07\x63ohorts\x18\x02 \x03(\x0b\x32\x17.refold.v1.CohortStatus\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x10\n\x08warnings\x18\n \x03(\t\"<\n\x13ListReleasesRequest\x12\x15\n\rbundle_digest\x18\x01 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x02 \x01(\t\"\x8a\x02\n\nReleaseRow\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x16\n\x0eparent_version\x18\x02 \x01(\x04\x12\x17\n\x0f\x63reated_unix_ms\x18\x03 \x01(\x03\x12\x15\n\rbundle_digest\x18\x04 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x05 \x01(\t\x12\x0e\n\x06\x64omain\x18\x06 \x01(\t\x12\r\n\x05\x62ytes\x18\x07 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\x12\r\n\x05state\x18\t \x01(\t\x12\x0e\n\x06reason\x18\n \x01(\t\x12,\n\x08\x65vidence\x18\x0b \x01(\x0b\x32\x1a.refold.v1.ReleaseEvidence\x12\x17\n\x0f\x65xpires_unix_ms\x18\x0c \x01(\x03\"?\n\x14ListReleasesResponse\x12\'\n\x08releases\x18\x01 \x03(\x0b\x32\x15.refold.v1.ReleaseRow\"\\\n\x0fRollbackRequest\x12\x15\n\rbundle_digest\x18\x01 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x02 \x01(\t\x12\x12\n\nto_version\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\"+\n\x10RollbackResponse\x12\x17\n\x0f\x63urrent_version\x18\x01 \x01(\x04\x32\xdc\x01\n\x05\x41\x64min\x12=\n\x06Status\x12\x18.refold.v1.StatusRequest\x1a\x19.refold.v1.StatusResponse\x12O\n\x0cListReleases\x12\x1e.refold.v1.ListReleasesRequest\x1a\x1f.refold.v1.ListReleasesResponse\x12\x43\n\x08Rollback\x12\x1a.refold.v1.RollbackRequest\x1a\x1b.refold.v1.RollbackResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,20 +40,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DEVICESTATUS']._serialized_end=340
   _globals['_DEVICESTATUS_METRICSENTRY']._serialized_start=294
   _globals['_DEVICESTATUS_METRICSENTRY']._serialized_end=340
-  _globals['_COHORTSTATUS']._serialized_start=343
-  _globals['_COHORTSTATUS']._serialized_end=547
-  _globals['_STATUSRESPONSE']._serialized_start=550
-  _globals['_STATUSRESPONSE']._serialized_end=685
-  _globals['_LISTRELEASESREQUEST']._serialized_start=687
-  _globals['_LISTRELEASESREQUEST']._serialized_end=747
-  _globals['_RELEASEROW']._serialized_start=750
-  _globals['_RELEASEROW']._serialized_end=1016
-  _globals['_LISTRELEASESRESPONSE']._serialized_start=1018
-  _globals['_LISTRELEASESRESPONSE']._serialized_end=1081
-  _globals['_ROLLBACKREQUEST']._serialized_start=1083
-  _globals['_ROLLBACKREQUEST']._serialized_end=1175
-  _globals['_ROLLBACKRESPONSE']._serialized_start=1177
-  _globals['_ROLLBACKRESPONSE']._serialized_end=1220
-  _globals['_ADMIN']._serialized_start=1223
-  _globals['_ADMIN']._serialized_end=1443
+  _globals['_EVIDENCESTATUS']._serialized_start=343
+  _globals['_EVIDENCESTATUS']._serialized_end=478
+  _globals['_COHORTSTATUS']._serialized_start=481
+  _globals['_COHORTSTATUS']._serialized_end=730
+  _globals['_STATUSRESPONSE']._serialized_start=733
+  _globals['_STATUSRESPONSE']._serialized_end=868
+  _globals['_LISTRELEASESREQUEST']._serialized_start=870
+  _globals['_LISTRELEASESREQUEST']._serialized_end=930
+  _globals['_RELEASEROW']._serialized_start=933
+  _globals['_RELEASEROW']._serialized_end=1199
+  _globals['_LISTRELEASESRESPONSE']._serialized_start=1201
+  _globals['_LISTRELEASESRESPONSE']._serialized_end=1264
+  _globals['_ROLLBACKREQUEST']._serialized_start=1266
+  _globals['_ROLLBACKREQUEST']._serialized_end=1358
+  _globals['_ROLLBACKRESPONSE']._serialized_start=1360
+  _globals['_ROLLBACKRESPONSE']._serialized_end=1403
+  _globals['_ADMIN']._serialized_start=1406
+  _globals['_ADMIN']._serialized_end=1626
 # @@protoc_insertion_point(module_scope)

@@ -38,8 +38,24 @@ class DeviceStatus(_message.Message):
     last_error: str
     def __init__(self, device_id: _Optional[str] = ..., cohort: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., release_version: _Optional[int] = ..., last_seen_unix_ms: _Optional[int] = ..., domain: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., last_error: _Optional[str] = ...) -> None: ...
 
+class EvidenceStatus(_message.Message):
+    __slots__ = ("domain", "samples", "samples_wanted", "held_out", "held_out_wanted", "undecided")
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_WANTED_FIELD_NUMBER: _ClassVar[int]
+    HELD_OUT_FIELD_NUMBER: _ClassVar[int]
+    HELD_OUT_WANTED_FIELD_NUMBER: _ClassVar[int]
+    UNDECIDED_FIELD_NUMBER: _ClassVar[int]
+    domain: str
+    samples: int
+    samples_wanted: int
+    held_out: int
+    held_out_wanted: int
+    undecided: bool
+    def __init__(self, domain: _Optional[str] = ..., samples: _Optional[int] = ..., samples_wanted: _Optional[int] = ..., held_out: _Optional[int] = ..., held_out_wanted: _Optional[int] = ..., undecided: _Optional[bool] = ...) -> None: ...
+
 class CohortStatus(_message.Message):
-    __slots__ = ("bundle_digest", "bundle_name", "cohort", "current_version", "samples", "sample_bytes", "statistics_reports", "distiller", "last_gate")
+    __slots__ = ("bundle_digest", "bundle_name", "cohort", "current_version", "samples", "sample_bytes", "statistics_reports", "distiller", "last_gate", "evidence")
     BUNDLE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_NAME_FIELD_NUMBER: _ClassVar[int]
     COHORT_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +65,7 @@ class CohortStatus(_message.Message):
     STATISTICS_REPORTS_FIELD_NUMBER: _ClassVar[int]
     DISTILLER_FIELD_NUMBER: _ClassVar[int]
     LAST_GATE_FIELD_NUMBER: _ClassVar[int]
+    EVIDENCE_FIELD_NUMBER: _ClassVar[int]
     bundle_digest: str
     bundle_name: str
     cohort: str
@@ -58,7 +75,8 @@ class CohortStatus(_message.Message):
     statistics_reports: int
     distiller: str
     last_gate: str
-    def __init__(self, bundle_digest: _Optional[str] = ..., bundle_name: _Optional[str] = ..., cohort: _Optional[str] = ..., current_version: _Optional[int] = ..., samples: _Optional[int] = ..., sample_bytes: _Optional[int] = ..., statistics_reports: _Optional[int] = ..., distiller: _Optional[str] = ..., last_gate: _Optional[str] = ...) -> None: ...
+    evidence: _containers.RepeatedCompositeFieldContainer[EvidenceStatus]
+    def __init__(self, bundle_digest: _Optional[str] = ..., bundle_name: _Optional[str] = ..., cohort: _Optional[str] = ..., current_version: _Optional[int] = ..., samples: _Optional[int] = ..., sample_bytes: _Optional[int] = ..., statistics_reports: _Optional[int] = ..., distiller: _Optional[str] = ..., last_gate: _Optional[str] = ..., evidence: _Optional[_Iterable[_Union[EvidenceStatus, _Mapping]]] = ...) -> None: ...
 
 class StatusResponse(_message.Message):
     __slots__ = ("devices", "cohorts", "version", "warnings")

@@ -48,6 +48,9 @@ class StatisticsOnly:
     def ready(self) -> list[str]:
         return [d for d, n in self.seen.items() if n >= self.trained[d] + FRESH and d in self.evidence]
 
+    def progress(self) -> dict[str, tuple[int, int]]:
+        return {d: (n, self.trained[d] + FRESH) for d, n in self.seen.items()}
+
     def train(self, domain: str, start: Any) -> Any:
         self.trained[domain] = self.seen[domain]
         weight = {"collapse": -3.0}.get(os.environ.get("SCHOOL", ""), 1.0)

@@ -14,6 +14,7 @@ from small_nets import images
 
 from cloud.bundles import register
 from cloud.ingest import held_back
+from cloud.telemetry import render
 from refold.bundle import Bundle
 from refold.release import admit, open_signed
 from refold.signing import KeyRing
@@ -73,6 +74,29 @@ def test_workers_as_threads_do_the_same(tmp_path: Path, small: Bundle) -> None:
         assert not workers_of(os.getpid())
 
 
+def test_status_and_metrics_say_what_is_missing(working: Fleet, small: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "cloud.workers")
+    device, operator = working.device(), working.operator()
+    rows = [sample(small, image) for image in images(12, 16, 9)]
+    device.upload(*rows)
+    held = sum(held_back(r.header.digest, 0.25) for r in rows)
+    wanted = (12 - held, 24, held, 8)
+    end = time.monotonic() + 60
+    while True:
+        (cohort,) = operator.admin.Status(admin_pb2.StatusRequest(), timeout=20).cohorts
+        if cohort.evidence:
+            break
+        assert time.monotonic() < end, cohort
+        time.sleep(0.05)
+    (found,) = cohort.evidence
+    assert (found.samples, found.samples_wanted, found.held_out, found.held_out_wanted) == wanted and not found.undecided
+    said = f"waiting for evidence: d1: {wanted[0]} of 24 samples, {held} of 8 held out"
+    assert cohort.distiller == said and said in caplog.text
+    labels = f'bundle="{small.digest[:16]}",cohort="{COHORT}",domain="d1",kind='
+    assert f'refold_cloud_evidence{{{labels}"samples_wanted"}} 24' in render()
+    assert f'refold_cloud_evidence{{{labels}"held_out"}} {held}' in render()
+
+
 def test_the_held_back_share_is_never_taught(working: Fleet, small: Bundle) -> None:
     device = working.device()
     send_population(device, small)
@@ -92,7 +116,7 @@ def test_a_killed_worker_starts_again_and_releases_nothing_twice(working: Fleet,
     worker.send_signal(signal.SIGKILL)
     worker.wait(10)
     end = time.monotonic() + 60
-    while (status := working.cloud._supervisor.status(small.digest, COHORT)) != "waiting for evidence":
+    while not (status := working.cloud._supervisor.status(small.digest, COHORT)).startswith("waiting for evidence"):
         assert time.monotonic() < end, status
         time.sleep(0.05)
     time.sleep(1.0)  # five looks: enough for a second release, were there one
@@ -124,7 +148,7 @@ def test_a_candidate_gone_wrong_is_refused_with_the_reason(
     device = working.device()
     send_population(device, small)
     (row,) = decisions(working, 1)
-    assert row.state == "refused" and "agreement with the teacher does not rise" in row.reason
+    assert row.state == "refused" and "it agrees less with the teacher: agreement" in row.reason
     assert not device.poll(small).HasField("release")
 
 

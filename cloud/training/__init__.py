@@ -1,0 +1,1 @@
+"""Around a training: what teachers are worth before one begins, and what evidence it still waits for."""

@@ -91,6 +91,9 @@ class _Rewriting:
     def run(self) -> ExportedProgram:
         self.module = copy.deepcopy(self.program.graph_module)
         self.graph = self.module.graph
+        for theirs, ours in zip(self.program.graph.nodes, self.graph.nodes, strict=True):
+            if ours.name != theirs.name:  # a copy renames what is a word of Python, as in forward(self, input)
+                ours.name = theirs.name
         self._observe()
         for node in [n for n in self.graph.nodes if n.op != "placeholder"]:
             self.who = self.at = node
@@ -220,7 +223,7 @@ class _Rewriting:
             graph_signature=signature,
             state_dict=p.state_dict,
             range_constraints=p.range_constraints,
-            module_call_graph=copy.deepcopy(p.module_call_graph),
+            module_call_graph=p.module_call_graph,
             example_inputs=p.example_inputs,
             constants=p.constants,
         )

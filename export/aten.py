@@ -270,9 +270,16 @@ def _arithmetic(op: str, targets: tuple[Any, ...]) -> None:
     @handles(*targets)
     def run(low: Lowering, node: fx.Node, out: str) -> str:
         a, b = low.arg(node, 0), low.arg(node, 1)
-        alpha = node.kwargs.get("alpha", 1)
-        if alpha != 1 or node.kwargs.get("rounding_mode"):
-            raise refuse(low, node, f"is a torch.{op} with alpha or rounding_mode")
+        alpha = low.arg(node, 2, "alpha", 1) if op in ("add", "sub") else 1
+        if node.kwargs.get("rounding_mode"):
+            raise refuse(low, node, f"is a torch.{op} with a rounding_mode")
+        if not isinstance(alpha, (int, float)):
+            raise refuse(low, node, f"is a torch.{op} whose alpha is not a number")
+        if alpha != 1 and isinstance(b, str):
+            shape = rank_of(low, node, 1)
+            b = low.add("mul_constant", [b], f"{out}_scaled", parameters={"value": torch.tensor(float(alpha))}, shape_made=shape)
+        elif alpha != 1 and isinstance(b, (Tensor, int, float)):
+            b = b * alpha
         if isinstance(a, str) and isinstance(b, str):
             return low.add(op, [a, b], out)
         value, source = (a, b) if isinstance(b, str) else (b, a)
@@ -504,8 +511,10 @@ def movedim(low: Lowering, node: fx.Node, out: str) -> str:
 
 @handles(aten.roll.default)
 def roll(low: Lowering, node: fx.Node, out: str) -> str:
-    last, shape, shifts = low.arg(node, 0), rank_of(low, node), low.arg(node, 1)
-    for i, (axis, shift) in enumerate(zip([a % len(shape) for a in low.arg(node, 2, "dims", [])], shifts, strict=True)):
+    last, shape, shifts, axes = low.arg(node, 0), rank_of(low, node), low.arg(node, 1), low.arg(node, 2, "dims", [])
+    if len(axes) != len(shifts):
+        raise refuse(low, node, "rolls the batch")  # without dims, everything as one row
+    for i, (axis, shift) in enumerate(zip([a % len(shape) for a in axes], shifts, strict=True)):
         if shape[axis] == -1:
             raise refuse(low, node, "rolls the batch")
         at = -shift % shape[axis]

@@ -71,8 +71,8 @@ def _static(size: Any) -> int:
 class Lowering:
     """Attributes:
     names: id of a tensor → its name in the model's state.
-    values, layers: the names of values and of layers. Every node of the program has its value's name from the beginning:
-        what is made on the way gets another.
+    values, layers: the names of values and of layers. The nodes of the program have theirs from the beginning: what is made on
+        the way gets another.
     pieces: a concatenation that writes made → its axis, and each part with its length.
     """
 
@@ -81,7 +81,7 @@ class Lowering:
         self.env: dict[fx.Node, Any] = {}
         self.names: dict[int, str] = {}
         self.tensors: list[Tensor] = []
-        self.values = Names(["input", *(node.name for node in program.graph.nodes)])
+        self.values = Names(["input", *(n.name for n in program.graph.nodes if isinstance(n.meta.get("val"), Tensor))])
         self.layers = Names()
         self.pieces: dict[str, tuple[int, list[tuple[str, int]]]] = {}
         self.state: set[str] = set()
@@ -108,6 +108,8 @@ class Lowering:
                     self._shape("input", node)
             elif node.op == "call_function":
                 self.env[node] = self._call(node)
+            elif node.op == "get_attr":  # the body of a higher-order operator, which has no handler
+                self.env[node] = None
             elif node.op == "output":
                 self._output(node)
         self.graph.prune()

@@ -8,7 +8,6 @@ refuses it where it finds nothing more exact to say.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from export.frontend.faults import line_of
 from export.frontend.run import run_program
-from export.frontend.verify import MOVED, alike
+from export.frontend.verify import Ask, alike
 from refold.errors import ModelError
 
 __all__ = ["Reference", "answer", "check_training", "probe", "separate"]
@@ -108,29 +107,28 @@ class Reference:
         found = torch.cat([p for p in parts if p is not None])
         first = inputs[:BATCH]
 
-        def near() -> Tensor:
-            moved = answer(anew(), first * MOVED)
-            assert moved is not None
-            return moved
+        def ask(images: Tensor) -> Tensor:
+            got = answer(anew(), images)
+            assert got is not None
+            return got
 
-        doubt = _asked_again(one, first, found[: len(first)], near)
+        doubt = _asked_again(one, first, found[: len(first)], ask)
         return cls(model, found.to(torch.float32).numpy(), doubt)
 
 
-def _asked_again(
-    model: nn.Module | ExportedProgram, x: Tensor, before: Tensor, near: Callable[[], Tensor]
-) -> ModelError | None:
+def _asked_again(model: nn.Module | ExportedProgram, x: Tensor, before: Tensor, ask: Ask) -> ModelError | None:
     again = answer(model, x)
-    if again is None or not alike(before, again, near):
+    if again is None or not alike(before, again, lambda images: before, x):
         return ModelError(
             "The model answers the same images differently from one call to the next: it draws random numbers, counts, or "
             "remembers. Call .eval(), and take what changes out of forward.",
             code="not-a-function",
         )
-    few = min(2, len(x))
-    alone = [answer(model, x[i : i + 1]) for i in range(few)]
-    if any(a is None or a.shape != before[i : i + 1].shape for i, a in enumerate(alone)) or not alike(
-        before[:few], torch.cat([a for a in alone if a is not None]), lambda: near()[:few], before
+    few = x[:2]
+    alone = [answer(model, image[None]) for image in few]
+    row = (1, *before.shape[1:])
+    if any(a is None or a.shape != row for a in alone) or not alike(
+        before[: len(few)], torch.cat([a for a in alone if a is not None]), ask, few, before
     ):
         return ModelError(
             "The model answers an image differently alone than among others: a device hands it one at a time. Take what depends "

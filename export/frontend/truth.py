@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from export.capture import capture
 from export.frontend.reference import Reference, answer, separate
-from export.frontend.verify import MOVED, alike, differs, first_apart, module_records
+from export.frontend.verify import alike, differs, first_apart, module_records
 from export.interpret import float_parameters, run
 from export.ir import Graph
 from refold.errors import GateError
@@ -57,13 +57,13 @@ def hold_to_module(reference: Reference, graph: Graph, truth: Graph, logits: F32
     worst = int((wanted - ours).abs().amax(1).nan_to_num(torch.inf).argmax())
     one = torch.from_numpy(x[worst : worst + 1])
 
-    def near() -> Tensor:
+    def ask(images: Tensor) -> Tensor:
         model = reference.model
-        moved = answer(model if isinstance(model, ExportedProgram) else separate(model), one * MOVED)
-        assert moved is not None
-        return moved
+        found = answer(model if isinstance(model, ExportedProgram) else separate(model), images)
+        assert found is not None
+        return found
 
-    if not alike(wanted[worst : worst + 1], ours[worst : worst + 1], near, wanted):
+    if not alike(wanted[worst : worst + 1], ours[worst : worst + 1], ask, one, wanted):
         raise differs("the float graph", _where(reference, truth, one))
 
 

@@ -504,9 +504,12 @@ def permute(low: Lowering, node: fx.Node, out: str) -> str:
 
 @handles(aten.movedim.int, aten.movedim.intlist)
 def movedim(low: Lowering, node: fx.Node, out: str) -> str:
-    shape = rank_of(low, node)
-    moved = torch.movedim(torch.empty(range(len(shape))), low.arg(node, 1), low.arg(node, 2)).shape
-    return low.add("transpose", [low.arg(node, 0)], out, axes=list(moved))
+    rank = len(rank_of(low, node))
+    source, target = ([a % rank for a in ([given] if isinstance(given, int) else given)] for given in node.args[1:3])  # type: ignore[union-attr, operator]
+    axes = [a for a in range(rank) if a not in source]
+    for place, axis in sorted(zip(target, source, strict=True)):
+        axes.insert(place, axis)
+    return low.add("transpose", [low.arg(node, 0)], out, axes=axes)
 
 
 @handles(aten.roll.default)
@@ -589,6 +592,15 @@ def slice_(low: Lowering, node: fx.Node, out: str) -> str:
         if len(parts) == 1:
             return parts[0][0]
     return _cut(low, low.arg(node, 0), out, shape, axis, begin, end, step)
+
+
+@handles(aten.narrow.default)
+def narrow(low: Lowering, node: fx.Node, out: str) -> str:
+    axis, shape = axis_of(low, node, low.arg(node, 1)), rank_of(low, node)
+    if shape[axis] == -1:
+        raise refuse(low, node, "cuts the batch into pieces")
+    start = low.arg(node, 2) % shape[axis]
+    return _cut(low, low.arg(node, 0), out, shape, axis, start, start + low.arg(node, 3))
 
 
 @handles(aten.select.int)

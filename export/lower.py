@@ -19,6 +19,7 @@ from export.frontend.names import Names
 from export.frontend.run import layer_of, user_outputs
 from export.ir import Graph, Node
 from refold.errors import ModelError
+from refold.norms import identifier
 
 __all__ = ["BATCH", "HANDLERS", "Lowering", "Several", "handles", "known_operators", "lower"]
 
@@ -71,8 +72,8 @@ def _static(size: Any) -> int:
 class Lowering:
     """Attributes:
     names: id of a tensor → its name in the model's state.
-    values, layers: the names of values and of layers. The nodes of the program have theirs from the beginning: what is made on
-        the way gets another.
+    values: the names of values. The nodes of the program have theirs from the beginning: what is made on the way gets another.
+    layers: the names of layers, as identifiers.
     pieces: a concatenation that writes made → its axis, and each part with its length.
     """
 
@@ -206,7 +207,9 @@ class Lowering:
         if self.node is None or output != self.node.name:
             output = self.values.fresh(output)
         layer = name or output
-        layer = self.layers.fresh(f"{layer}@{output}" if layer in self.layers else layer)
+        while identifier(layer) in self.layers:
+            layer = f"{layer}@{output}"
+        self.layers.fresh(identifier(layer))
         if attributes.get("site"):
             attributes["site"] = layer
         held = {role: self.constant(t, role, layer) for role, t in (parameters or {}).items() if t is not None}

@@ -36,6 +36,7 @@ __all__ = [
     "NormTable",
     "SiteTensors",
     "check_state",
+    "identifier",
     "nearest_power_of_two",
     "offset_room",
     "refold",
@@ -45,8 +46,9 @@ __all__ = [
 F32 = NDArray[np.float32]
 BIAS_LIMIT = 2**30  # |B| stays below half the int32 range: room for the accumulator (quant.md §4.2)
 FLOOR_BITS = 28  # a dead channel's floor leaves its bias two bits of room under BIAS_LIMIT
-LEAST_OFFSET = 0.01  # every channel of a norm can be offset by this much at least, however small its scale
-DEAD_OFFSET = 1.0  # and by this much in a layer without a live channel: a normalised activation's own size
+LEAST_ROOM = 0.01  # a channel of a norm that int32 does not let be offset by this much is dead
+SHARE_OF_ROOM = 1 / 64  # ... or by this share of the layer's largest |gamma| or |beta|
+DEAD_ROOM = 1.0  # what a layer without a live channel can be offset by: a normalised activation's own size
 
 
 class NormKind(Enum):
@@ -162,9 +164,9 @@ class NormSite:
         letting the dead convolution through at under 1/32 of the bias in the worst case. A dead channel without an offset gets
         the floor of the layer's largest, so that a release may give it one.
 
-        A channel with a norm is dead as well when its scale is so small that int32 would not hold an offset as large as the
-        layer's largest |gamma| or |beta| (filters of 1e-9, gammas of 0 in a residual branch that begins as nothing): its
-        convolution is then below 1e-3 of the layer's output, and its floor is what such an offset needs.
+        A channel with a norm is dead as well when its scale is so small that int32 holds no offset to speak of (filters of 1e-9,
+        the gammas of 0 of a residual branch that begins as nothing): what its convolution adds is then below 2**-16 of the
+        layer's output, and its floor makes room for an offset as large as the layer's largest |gamma| or |beta|.
         """
         layer_bias = _vector(layer_bias, "layer_bias")
         a, bias = _affine(exported, layer_bias, epsilon)
@@ -232,15 +234,16 @@ def _affine(state: NormState, layer_bias: F32, epsilon: float) -> tuple[NDArray[
 
 
 def _floor_for_offsets(state: NormState, size: NDArray[np.float64], unit: float) -> NDArray[np.float64]:
-    """0 where a folded scale `size` leaves room for the layer's largest offset, else the scale that does; float64 (channels,).
+    """0 where a folded scale leaves room for offsets, else the scale that does; float64 (channels,).
 
     Args:
+        size: the folded scales without a floor.
         unit: the largest offset at a folded scale of 1.
     """
-    offset = max(float(np.abs(state.gamma).max(initial=0.0)), float(np.abs(state.beta).max(initial=0.0)), LEAST_OFFSET)
-    if (size * unit <= offset).all():
-        offset = max(offset, DEAD_OFFSET)
-    return np.where(size * unit <= offset, offset / unit, 0.0)
+    largest = max(float(np.abs(state.gamma).max(initial=0.0)), float(np.abs(state.beta).max(initial=0.0)))
+    dead = size * unit <= max(largest * SHARE_OF_ROOM, LEAST_ROOM)
+    room = max(largest, DEAD_ROOM if dead.all() else LEAST_ROOM)
+    return np.where(dead, room / unit, 0.0)
 
 
 def nearest_power_of_two(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -294,6 +297,11 @@ def refold(site: NormSite, state: NormState, input_scale: float = 1.0) -> Folded
             code="bias-overflow",
         )
     return FoldedAffine(ws, codes.astype(np.int32), (np.float32(xs) * ws).astype(np.float32))
+
+
+def identifier(name: str) -> str:
+    """A site's or a layer's name as one identifier: what the cloud's student calls it."""
+    return name.replace(".", "__").replace("@", "__at__")
 
 
 def offset_room(site: NormSite, state: NormState, input_scale: float) -> NDArray[np.float64]:

@@ -24,7 +24,7 @@ from export.bits import EIGHT, BitPlan
 from export.calibrate import Calibration
 from export.capture import capture
 from export.checks import F32, Evidence, agree, run_checks, student_answers
-from export.frontend.faults import blamed
+from export.frontend.faults import Steps, blamed
 from export.frontend.truth import captured as captured_of
 from export.frontend.truth import hold_to_module
 from export.given import Given, taken, with_constants
@@ -272,7 +272,17 @@ def export_model(
         ModelError, InputError, UsageError: the model or the pictures cannot be used.
         GateError: a self-check failed; nothing was written.
         StorageError: the disk is full or not writable.
+        InternalError: a fault of Refold's, with what was being done.
     """  # fmt: skip
+    steps = Steps(progress)
+    with blamed(lambda: f"{steps.last or 'Exporting'}".capitalize()):
+        return _exported(model, output, preprocess, pictures, options, keys, steps, given)
+
+
+def _exported(
+    model: nn.Module | ExportedProgram, output: Path, preprocess: Preprocess, pictures: Pictures, options: Options,
+    keys: Sequence[SigningKey], progress: Progress, given: Given | None,
+) -> Exported:  # fmt: skip
     if not output.parent.is_dir():
         raise UsageError(f"There is no directory {output.parent} to write {output.name} into.")
     recipe = make_recipe(model, preprocess, pictures, options, progress, given)

@@ -1,6 +1,6 @@
 """The cloud's student: the integer model as a trainable torch program, with the same codes and the same scales.
 
-    norms.<site>.{gamma, beta}            parameters      <site> with "__" for "."
+    norms.<site>.{gamma, beta}            parameters      <site> with "__" for ".": `refold.norms.identifier`
     norms.<site>.{mean, variance}         buffers
     layers.<layer>.{codes, scale, bias, bias_step}  buffers   int8 codes of the unfolded weights, their scales; and `floor`
                                                               where folded scales are powers of two
@@ -34,7 +34,9 @@ from export.scales import Scale
 from refold.errors import ModelError
 from refold.norms import FoldedAffine, NormSite, identifier, refold
 
-__all__ = ["Student", "student_program"]
+__all__ = ["Student", "flat", "student_program"]
+
+flat = identifier
 
 ROLES = ("gamma", "beta", "mean", "variance")
 

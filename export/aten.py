@@ -82,8 +82,8 @@ def linear(low: Lowering, node: fx.Node, out: str) -> str:
     if len(shape) == 2:
         return low.add("linear", [low.arg(node, 0)], out, name=name, parameters=parameters)
     rows = low.reshape(low.arg(node, 0), f"{out}_rows", (-1, shape[-1]))
-    low.add("linear", [rows], f"{out}_product", name=name, parameters=parameters, shape_made=(-1, weight.shape[0]))
-    return low.reshape(f"{out}_product", out, low.shape_of(node), low.layer(node))
+    product = low.add("linear", [rows], f"{out}_product", name=name, parameters=parameters, shape_made=(-1, weight.shape[0]))
+    return low.reshape(product, out, low.shape_of(node), low.layer(node))
 
 
 # ---- norms
@@ -244,8 +244,8 @@ def elu(low: Lowering, node: fx.Node, out: str) -> str:
         raise refuse(low, node, "is a CELU")
     if scale == 1:
         return low.add("elu", [low.arg(node, 0)], out, alpha=alpha)
-    low.add("elu", [low.arg(node, 0)], f"{out}_unscaled", alpha=alpha, shape_made=low.shape_of(node))
-    return low.add("mul_constant", [f"{out}_unscaled"], out, parameters={"value": torch.tensor(scale)})
+    unscaled = low.add("elu", [low.arg(node, 0)], f"{out}_unscaled", alpha=alpha, shape_made=low.shape_of(node))
+    return low.add("mul_constant", [unscaled], out, parameters={"value": torch.tensor(scale)})
 
 
 @handles(aten.prelu.default)
@@ -270,9 +270,18 @@ def _arithmetic(op: str, targets: tuple[Any, ...]) -> None:
     @handles(*targets)
     def run(low: Lowering, node: fx.Node, out: str) -> str:
         a, b = low.arg(node, 0), low.arg(node, 1)
-        alpha = node.kwargs.get("alpha", 1)
-        if alpha != 1 or node.kwargs.get("rounding_mode"):
-            raise refuse(low, node, f"is a torch.{op} with alpha or rounding_mode")
+        alpha = low.arg(node, 2, "alpha", 1) if op in ("add", "sub") else 1
+        if node.kwargs.get("rounding_mode"):
+            raise refuse(low, node, f"is a torch.{op} with a rounding_mode")
+        if not isinstance(alpha, (int, float)):
+            raise refuse(low, node, f"is a torch.{op} whose alpha is not a number")
+        if alpha != 1 and isinstance(b, str):
+            shape = rank_of(low, node, 1)
+            b = low.add(
+                "mul_constant", [b], f"{out}_scaled", parameters={"value": torch.tensor(float(alpha))}, shape_made=shape
+            )
+        elif alpha != 1 and isinstance(b, (Tensor, int, float)):
+            b = b * alpha
         if isinstance(a, str) and isinstance(b, str):
             return low.add(op, [a, b], out)
         value, source = (a, b) if isinstance(b, str) else (b, a)
@@ -312,8 +321,10 @@ def matmul(low: Lowering, node: fx.Node, out: str) -> str:
         shape, weight = rank_of(low, node), b.reshape(b.shape[-2:]).t().contiguous()
         name = low.owner(b, low.layer(node))
         rows = low.reshape(a, f"{out}_rows", (-1, shape[-1]))
-        low.add("linear", [rows], f"{out}_product", name=name, parameters={"weight": weight}, shape_made=(-1, b.shape[-1]))
-        return low.reshape(f"{out}_product", out, low.shape_of(node), low.layer(node))
+        product = low.add(
+            "linear", [rows], f"{out}_product", name=name, parameters={"weight": weight}, shape_made=(-1, b.shape[-1])
+        )
+        return low.reshape(product, out, low.shape_of(node), low.layer(node))
     value, source = (a, b) if isinstance(a, Tensor) else (b, a)
     return low.add("matmul_constant", [source], out, parameters={"value": value}, reversed=isinstance(a, Tensor))
 
@@ -336,17 +347,17 @@ def attention(low: Lowering, node: fx.Node, out: str) -> str:
     scale = low.arg(node, 6, "scale") or 1 / math.sqrt(shape[-1])
     rank = len(shape)
     scores = (*shape[:-1], keys[-2])
-    low.add("transpose", [k], f"{out}_kt", shape_made=(*keys[:-2], keys[-1], keys[-2]),
-            axes=[*range(rank - 2), rank - 1, rank - 2])  # fmt: skip
-    low.add("matmul", [q, f"{out}_kt"], f"{out}_product", shape_made=scores)
-    last = low.add("mul_constant", [f"{out}_product"], f"{out}_scaled", shape_made=scores,
+    turned = low.add("transpose", [k], f"{out}_kt", shape_made=(*keys[:-2], keys[-1], keys[-2]),
+                     axes=[*range(rank - 2), rank - 1, rank - 2])  # fmt: skip
+    product = low.add("matmul", [q, turned], f"{out}_product", shape_made=scores)
+    last = low.add("mul_constant", [product], f"{out}_scaled", shape_made=scores,
                    parameters={"value": torch.tensor(float(scale))})  # fmt: skip
     if isinstance(mask, Tensor) and mask.dtype != torch.bool:
         last = low.add("add_constant", [last], f"{out}_masked", shape_made=scores, parameters={"value": mask})
     elif mask is not None:
         raise refuse(low, node, "is attention with a mask that is not a constant to add")
-    low.add("softmax", [last], f"{out}_weights", shape_made=scores, axis=rank - 1)
-    return low.add("matmul", [f"{out}_weights", v], out)
+    weights = low.add("softmax", [last], f"{out}_weights", shape_made=scores, axis=rank - 1)
+    return low.add("matmul", [weights, v], out)
 
 
 # ---- pooling and resizing
@@ -415,8 +426,8 @@ def mean(low: Lowering, node: fx.Node, out: str) -> str:
         return low.add("mean", [low.arg(node, 0)], out, axes=axes, keep=keep)
     if keep:
         return low.add("global_avg_pool", [low.arg(node, 0)], out)
-    low.add("global_avg_pool", [low.arg(node, 0)], f"{out}_pool", shape_made=(*shape[:2], 1, 1))
-    return low.reshape(f"{out}_pool", out, low.shape_of(node))
+    pooled = low.add("global_avg_pool", [low.arg(node, 0)], f"{out}_pool", shape_made=(*shape[:2], 1, 1))
+    return low.reshape(pooled, out, low.shape_of(node))
 
 
 @handles(aten.sum.dim_IntList)
@@ -475,16 +486,16 @@ def pixel_shuffle(low: Lowering, node: fx.Node, out: str) -> str:
     r, (n, c, h, w) = int(low.arg(node, 1)), rank_of(low, node)
     c //= r * r
     parts = low.reshape(low.arg(node, 0), f"{out}_parts", (n, c, r, r, h, w))
-    low.add("transpose", [parts], f"{out}_order", axes=[0, 1, 4, 2, 5, 3], shape_made=(n, c, h, r, w, r))
-    return low.reshape(f"{out}_order", out, low.shape_of(node))
+    order = low.add("transpose", [parts], f"{out}_order", axes=[0, 1, 4, 2, 5, 3], shape_made=(n, c, h, r, w, r))
+    return low.reshape(order, out, low.shape_of(node))
 
 
 @handles(aten.channel_shuffle.default)
 def channel_shuffle(low: Lowering, node: fx.Node, out: str) -> str:
     groups, (n, c, h, w) = int(low.arg(node, 1)), rank_of(low, node)
     parts = low.reshape(low.arg(node, 0), f"{out}_parts", (n, groups, c // groups, h, w))
-    low.add("transpose", [parts], f"{out}_order", axes=[0, 2, 1, 3, 4], shape_made=(n, c // groups, groups, h, w))
-    return low.reshape(f"{out}_order", out, low.shape_of(node))
+    order = low.add("transpose", [parts], f"{out}_order", axes=[0, 2, 1, 3, 4], shape_made=(n, c // groups, groups, h, w))
+    return low.reshape(order, out, low.shape_of(node))
 
 
 @handles(aten.permute.default)
@@ -495,15 +506,20 @@ def permute(low: Lowering, node: fx.Node, out: str) -> str:
 
 @handles(aten.movedim.int, aten.movedim.intlist)
 def movedim(low: Lowering, node: fx.Node, out: str) -> str:
-    shape = rank_of(low, node)
-    moved = torch.movedim(torch.empty(range(len(shape))), low.arg(node, 1), low.arg(node, 2)).shape
-    return low.add("transpose", [low.arg(node, 0)], out, axes=list(moved))
+    rank = len(rank_of(low, node))
+    source, target = ([a % rank for a in ([given] if isinstance(given, int) else given)] for given in node.args[1:3])  # type: ignore[union-attr, operator]
+    axes = [a for a in range(rank) if a not in source]
+    for place, axis in sorted(zip(target, source, strict=True)):
+        axes.insert(place, axis)
+    return low.add("transpose", [low.arg(node, 0)], out, axes=axes)
 
 
 @handles(aten.roll.default)
 def roll(low: Lowering, node: fx.Node, out: str) -> str:
-    last, shape, shifts = low.arg(node, 0), rank_of(low, node), low.arg(node, 1)
-    for i, (axis, shift) in enumerate(zip([a % len(shape) for a in low.arg(node, 2, "dims", [])], shifts, strict=True)):
+    last, shape, shifts, axes = low.arg(node, 0), rank_of(low, node), low.arg(node, 1), low.arg(node, 2, "dims", [])
+    if len(axes) != len(shifts):
+        raise refuse(low, node, "rolls the batch")  # without dims, everything as one row
+    for i, (axis, shift) in enumerate(zip([a % len(shape) for a in axes], shifts, strict=True)):
         if shape[axis] == -1:
             raise refuse(low, node, "rolls the batch")
         at = -shift % shape[axis]
@@ -521,10 +537,10 @@ def vector_norm(low: Lowering, node: fx.Node, out: str) -> str:
     if order != 2:
         raise refuse(low, node, f"is a vector norm of order {order}; only 2 is supported")
     source, shape = low.arg(node, 0), rank_of(low, node)
-    low.add("mul", [source, source], f"{out}_square", shape_made=shape, keep_float=True)
-    low.add("sum", [f"{out}_square"], f"{out}_sum", axes=axes, keep=bool(low.arg(node, 3, "keepdim", False)),
-            shape_made=low.shape_of(node))  # fmt: skip
-    return low.add("sqrt", [f"{out}_sum"], out)
+    square = low.add("mul", [source, source], f"{out}_square", shape_made=shape, keep_float=True)
+    total = low.add("sum", [square], f"{out}_sum", axes=axes, keep=bool(low.arg(node, 3, "keepdim", False)),
+                    shape_made=low.shape_of(node))  # fmt: skip
+    return low.add("sqrt", [total], out)
 
 
 @handles(aten.transpose.int, aten.t.default, aten.swapaxes.default, aten.mT.default)
@@ -541,6 +557,27 @@ def _cut(low: Lowering, source: str, out: str, shape: tuple[int, ...], axis: int
     return low.add("slice", [source], out, shape_made=made, axis=axis, start=start, stop=stop, step=step)
 
 
+def cut(
+    low: Lowering, source: str, out: str, shape: tuple[int, ...], axis: int, start: int, stop: int
+) -> list[tuple[str, int]]:
+    """Rows start to stop of an axis as values with their lengths: the parts a write put there, where they are whole."""
+    if start >= stop:
+        return []
+    if (start, stop) == (0, shape[axis]) and source not in low.pieces:
+        return [(source, stop)]
+    at, parts = low.pieces.get(source, (-1, []))
+    if at != axis:
+        return [(_cut(low, source, out, shape, axis, start, stop), stop - start)]
+    found, end = [], 0
+    for i, (part, length) in enumerate(parts):
+        begin, end = end, end + length
+        first, last = max(start, begin) - begin, min(stop, end) - begin
+        size = (*shape[:axis], length, *shape[axis + 1 :])
+        if first < last:
+            found += cut(low, part, f"{out}_{i}", size, axis, first, last)
+    return found
+
+
 @handles(aten.slice.Tensor)
 def slice_(low: Lowering, node: fx.Node, out: str) -> str:
     axis, shape = axis_of(low, node, low.arg(node, 1, "dim", 0)), rank_of(low, node)
@@ -552,7 +589,20 @@ def slice_(low: Lowering, node: fx.Node, out: str) -> str:
     begin, end, step = slice(start, stop, step).indices(shape[axis])
     if (begin, end, step) == (0, shape[axis], 1):
         return low.arg(node, 0)  # type: ignore[no-any-return]
+    if step == 1 and low.pieces.get(low.arg(node, 0), (-1, []))[0] == axis:
+        parts = cut(low, low.arg(node, 0), f"{out}_part", shape, axis, begin, end)
+        if len(parts) == 1:
+            return parts[0][0]
     return _cut(low, low.arg(node, 0), out, shape, axis, begin, end, step)
+
+
+@handles(aten.narrow.default)
+def narrow(low: Lowering, node: fx.Node, out: str) -> str:
+    axis, shape = axis_of(low, node, low.arg(node, 1)), rank_of(low, node)
+    if shape[axis] == -1:
+        raise refuse(low, node, "cuts the batch into pieces")
+    start = low.arg(node, 2) % shape[axis]
+    return _cut(low, low.arg(node, 0), out, shape, axis, start, start + low.arg(node, 3))
 
 
 @handles(aten.select.int)
@@ -616,11 +666,11 @@ def concat(low: Lowering, node: fx.Node, out: str) -> str:
         one = (*shape[:axis], 1, *shape[axis + 1 :])
         parts = [low.reshape(p, f"{out}_{i}", one) if isinstance(p, str) else p.unsqueeze(axis) for i, p in enumerate(parts)]
     if any(isinstance(p, Tensor) for p in parts):
-        parts = [_with_batch(low, node, p, f"{out}_c{i}") if isinstance(p, Tensor) else p for i, p in enumerate(parts)]
+        parts = [with_batch(low, node, p, f"{out}_c{i}") if isinstance(p, Tensor) else p for i, p in enumerate(parts)]
     return low.add("concat", parts, out, axis=axis)
 
 
-def _with_batch(low: Lowering, node: fx.Node, value: Tensor, out: str) -> str:
+def with_batch(low: Lowering, node: fx.Node, value: Tensor, out: str) -> str:
     """A constant repeated for every picture."""
     if value.shape[0] != 1:
         raise refuse(low, node, "joins a constant whose first axis is not 1 with activations")
@@ -633,9 +683,8 @@ def expand(low: Lowering, node: fx.Node, out: str) -> str:
     if isinstance(value, Tensor):
         if shape[0] != -1:
             raise refuse(low, node, "expands a constant by the batch size on another axis than the first")
-        full = value.expand(1, *shape[1:]).contiguous()
-        low.names.setdefault(id(full), low.names.get(id(value), f"{out}.value"))
-        return _with_batch(low, node, full, out)
+        full = low.remember(value.expand(1, *shape[1:]).contiguous(), low.names.get(id(value), f"{out}.value"))
+        return with_batch(low, node, full, out)
     if rank_of(low, node) == shape:
         return value  # type: ignore[no-any-return]
     ones = low.remember(torch.ones([1 if s == -1 else s for s in shape]), f"{out}.ones")

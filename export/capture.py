@@ -16,6 +16,10 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from export.frontend.faults import line_of
+from export.frontend.functional import functionalise
+from export.frontend.reference import check_training, probe, separate
+from export.frontend.verify import check_lowered, check_module
 from export.ir import Graph
 from export.lower import known_operators, lower
 from export.weights import load_weights
@@ -99,30 +103,36 @@ def load_program(path: Path) -> ExportedProgram:
 
 
 def capture(model: nn.Module | ExportedProgram, height: int, width: int) -> Graph:
-    """The graph of a model at one input size, any batch size.
+    """The graph of a model at one input size, any batch size; it computes what the model does, which is checked.
 
     Raises:
         InputError: a weight is NaN or infinite.
         ModelError: torch cannot capture it, it is in training mode, or it uses an operator export does not know.
+        GateError: the graph does not compute what the model does; the first layer that differs is named.
     """
-    program = program_of(model, height, width)
+    program, example = program_of(model, height, width), probe(height, width)
     for name, tensor in program.state_dict.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{name} contains NaN or infinity: these weights cannot be exported.", code="not-finite")
+    pure = functionalise(program, example)
     try:
-        graph = lower(_decomposed(program))
+        graph = lower(_decomposed(pure))
     except ModelError as e:
         if e.code == "operator":
-            lower(program)  # refuses too, but names the operator as the person wrote it
+            lower(pure)  # refuses too, but names the operator as the person wrote it
         raise
     for name, value in graph.constants.items():
         if not np.isfinite(value).all():
             raise InputError(f"{name} contains NaN or infinity: these weights cannot be exported.", code="not-finite")
+    check_lowered(program, graph, example)
     return graph
 
 
 def program_of(model: nn.Module | ExportedProgram, height: int, width: int) -> ExportedProgram:
-    """The model as torch captured it: weights and names inside, the Python class no longer needed. Raises as `capture`."""
+    """The model as torch captured it: weights and names inside, the Python class no longer needed. Raises as `capture`.
+
+    The module is left as it was: a copy of it is captured.
+    """
     if isinstance(model, ExportedProgram):
         shape = tuple(model.graph_signature.user_inputs and _input_shape(model))
         if shape[1:] != (3, height, width):
@@ -130,8 +140,10 @@ def program_of(model: nn.Module | ExportedProgram, height: int, width: int) -> E
                 f"The program takes {shape}; the preprocessing makes (batch, 3, {height}, {width}).", code="inputs"
             )
         return model
-    _check_training(model)
-    return _export(model.float(), (3, height, width))
+    check_training(model)
+    program = _export(separate(model), (3, height, width))
+    check_module(lambda: separate(model), program, probe(height, width))
+    return program
 
 
 def _decomposed(program: ExportedProgram) -> ExportedProgram:
@@ -154,14 +166,6 @@ def _input_shape(program: ExportedProgram) -> tuple[int, ...]:
     return tuple(int(s) if isinstance(s, int) else -1 for s in node.meta["val"].shape)
 
 
-def _check_training(model: nn.Module) -> None:
-    left = [name or "the model itself" for name, m in model.named_modules() if m.training]
-    if left:
-        raise ModelError(
-            f"{left[0]} is in training mode: call .eval() last in the function that makes the model.", code="training"
-        )
-
-
 def _export(model: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
     example = torch.zeros(2, *shape)
     with warnings.catch_warnings(), torch.no_grad():
@@ -169,7 +173,7 @@ def _export(model: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
         try:
             model(example)
         except Exception as e:
-            raise ModelError(f"The model does not take an input of (2, {', '.join(map(str, shape))}): {_line(e)}") from e
+            raise ModelError(f"The model does not take an input of (2, {', '.join(map(str, shape))}): {line_of(e)}.") from e
         disabled = logging.root.manager.disable
         logging.disable(logging.CRITICAL)  # torch logs and prints the whole graph of what it cannot capture
         try:
@@ -177,15 +181,10 @@ def _export(model: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
                 return torch.export.export(model, (example,), dynamic_shapes=({0: Dim("batch")},))
         except Exception as e:  # torch._dynamo and the symbolic shapes have their own trees
             raise ModelError(
-                f"torch.export cannot capture the model: {_line(e)} Control flow that depends on the picture, or a batch size "
+                f"torch.export cannot capture the model: {line_of(e)}. Control flow that depends on the picture, or a batch size "
                 "written into the code, are the usual reasons.",
                 code="capture",
                 detail=str(e),
             ) from e
         finally:
             logging.disable(disabled)
-
-
-def _line(e: Exception) -> str:
-    first = next((part.strip() for part in str(e).splitlines() if part.strip()), type(e).__name__)
-    return first[:300].rstrip(".") + "."

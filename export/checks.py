@@ -29,7 +29,7 @@ from export.quantise import IntegerModel
 from export.runtimes import Runtime, Tolerance, runtime_of
 from export.targets import Artefact, TargetProfile
 from refold.errors import GateError
-from refold.norms import NormKind, NormSite, NormState, NormTable
+from refold.norms import NormKind, NormSite, NormState, NormTable, offset_room
 
 __all__ = ["Evidence", "agree", "perturbed", "run_checks", "student_answers"]
 
@@ -176,18 +176,26 @@ def _identities(
 
 
 def perturbed(table: NormTable, strength: float, seed: int = 0) -> dict[str, NormState]:
-    """Admissible states about `strength` away from the exported ones, every number by another amount."""
+    """Admissible states about `strength` away from the exported ones, every number by another amount.
+
+    Offsets move no further than a quarter of what the channel's int32 bias has room for.
+    """
     rng = np.random.default_rng(seed)
-    return {site.name: _near(site, strength, rng) for site in table.norms}
+    scales = {a.tensor: a.scale for a in table.activations}
+    return {site.name: _near(site, strength, rng, scales.get(site.input_tensor, 1.0)) for site in table.norms}
 
 
-def _near(site: NormSite, strength: float, rng: np.random.Generator) -> NormState:
+def _near(site: NormSite, strength: float, rng: np.random.Generator, input_scale: float) -> NormState:
     s = site.exported
 
     def around(values: F32) -> F32:
         return np.asarray(values * rng.uniform(1 - strength, 1 + strength, values.shape), np.float32)
 
-    beta = s.beta + rng.uniform(-strength, strength, s.beta.shape)
+    moved = rng.uniform(-strength, strength, s.beta.shape)
+    if site.kind is NormKind.FOLDED:
+        room = offset_room(site, s, input_scale) / 4
+        moved = np.clip(moved, -room, room)
+    beta = s.beta + moved
     if not site.kind.has_statistics:
         return NormState(around(s.gamma), np.asarray(beta, np.float32)) if site.kind is not NormKind.RMS else NormState(
             around(s.gamma), s.beta

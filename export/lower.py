@@ -14,8 +14,12 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from export.frontend.faults import blamed
+from export.frontend.names import Names
+from export.frontend.run import layer_of, user_outputs
 from export.ir import Graph, Node
 from refold.errors import ModelError
+from refold.norms import identifier
 
 __all__ = ["BATCH", "HANDLERS", "Lowering", "Several", "handles", "known_operators", "lower"]
 
@@ -39,17 +43,26 @@ def handles(*targets: Any) -> Callable[[Handler], Handler]:
 
 
 def lower(program: ExportedProgram) -> Graph:
-    """Raises ModelError naming the operator and the layer that cannot be expressed."""
-    from export import aten  # noqa: F401  (fills HANDLERS)
+    """Args:
+        program: without in-place operators (`export.frontend.functional`).
 
+    Raises:
+        ModelError: naming the operator and the layer that cannot be expressed.
+        InternalError: a handler failed in a way nobody expected; the layer and the operator are named, too.
+    """  # fmt: skip
+    _fill()
     return Lowering(program).run()
 
 
 def known_operators() -> set[Any]:
     """The targets of call_function nodes that `lower` has a handler for."""
-    from export import aten  # noqa: F401  (fills HANDLERS)
-
+    _fill()
     return set(HANDLERS)
+
+
+def _fill() -> None:
+    from export import aten  # noqa: F401  (fills HANDLERS)
+    from export.frontend import writes  # noqa: F401
 
 
 def _static(size: Any) -> int:
@@ -57,17 +70,29 @@ def _static(size: Any) -> int:
 
 
 class Lowering:
+    """Attributes:
+    names: id of a tensor → its name in the model's state.
+    values: the names of values. The nodes of the program have theirs from the beginning: what is made on the way gets another.
+    layers: the names of layers, as identifiers.
+    pieces: a concatenation that writes made → its axis, and each part with its length.
+    """
+
     def __init__(self, program: ExportedProgram) -> None:
         self.program = program
         self.env: dict[fx.Node, Any] = {}
         self.names: dict[int, str] = {}
         self.tensors: list[Tensor] = []
-        self.layers: set[str] = set()
+        self.values = Names(["input", *(n.name for n in program.graph.nodes if isinstance(n.meta.get("val"), Tensor))])
+        self.layers = Names()
+        self.pieces: dict[str, tuple[int, list[tuple[str, int]]]] = {}
+        self.state: set[str] = set()
+        self.node: fx.Node | None = None
         self.graph = Graph("", "", [], {}, {})
 
     def run(self) -> Graph:
         signature, state = self.program.graph_signature, dict(self.program.state_dict)
         state.update({k: v for k, v in self.program.constants.items() if isinstance(v, Tensor)})
+        self.state = set(state)
         given = {
             **signature.inputs_to_parameters,
             **signature.inputs_to_buffers,
@@ -84,6 +109,8 @@ class Lowering:
                     self._shape("input", node)
             elif node.op == "call_function":
                 self.env[node] = self._call(node)
+            elif node.op == "get_attr":  # the body of a higher-order operator, which has no handler
+                self.env[node] = None
             elif node.op == "output":
                 self._output(node)
         self.graph.prune()
@@ -99,7 +126,7 @@ class Lowering:
         self.graph.shapes[value] = tuple(_static(s) for s in node.meta["val"].shape)
 
     def _output(self, node: fx.Node) -> None:
-        results = [r for r in _flat(node.args[0]) if isinstance(r, fx.Node)]
+        results = [r for r in _flat(user_outputs(self.program.graph_signature, node.args[0])) if isinstance(r, fx.Node)]
         if len(results) != 1 or not isinstance(self.env[results[0]], str):
             raise ModelError(
                 f"The model returns {len(results)} tensors; an image classifier returns one, the logits. Wrap it in a module "
@@ -131,16 +158,16 @@ class Lowering:
                 "model so that this part runs outside.",
                 code="operator",
             )
-        result = handler(self, node, node.name)
+        self.node = node
+        with blamed(f"Layer {self.layer(node)} ({_op_name(node.target)})"):
+            result = handler(self, node, node.name)
         if isinstance(result, str):
             self._shape(result, node)
         return result
 
     def layer(self, node: fx.Node) -> str:
         """The module path the node was written in, else its own name."""
-        stack = node.meta.get("nn_module_stack") or {}
-        path = next((str(v[0]) for v in reversed(list(stack.values())) if v[0]), "")
-        return path.removeprefix("L['self'].") or node.name
+        return layer_of(node)
 
     def arg(self, node: fx.Node, index: int, name: str = "", default: Any = None) -> Any:
         """Argument `index` with values for graph nodes: a value's name, a constant tensor, or a plain number."""
@@ -148,11 +175,11 @@ class Lowering:
         return fx.map_arg(raw, lambda n: self.env[n]) if raw is not None else default
 
     def constant(self, tensor: Tensor, role: str, layer: str) -> str:
-        """Name under which a constant is kept: its own, if it is a parameter of the model."""
-        name = self.names.get(id(tensor), f"{layer}.{role}")
+        """Name under which a constant is kept: its own, if it is a parameter of the model, and then nothing else has it."""
+        own = self.names.get(id(tensor), "")
+        name, array = own or f"{layer}.{role}", tensor.detach().to(torch.float32).numpy()
         known = self.graph.constants.get(name)
-        array = tensor.detach().to(torch.float32).numpy()
-        while known is not None and not np.array_equal(known, array, equal_nan=True):
+        while (name in self.state and name != own) or (known is not None and not np.array_equal(known, array, equal_nan=True)):
             name += "_"
             known = self.graph.constants.get(name)
         self.graph.constants[name] = array
@@ -174,10 +201,13 @@ class Lowering:
         shape_made: Sequence[int] | None = None,
         **attributes: Any,
     ) -> str:
+        """Adds a node and returns the name of its value: `output` where that is the program's own or free, else a fresh one."""
+        if self.node is None or output != self.node.name:
+            output = self.values.fresh(output)
         layer = name or output
-        if layer in self.layers:
+        while identifier(layer) in self.layers:
             layer = f"{layer}@{output}"
-        self.layers.add(layer)
+        self.layers.fresh(identifier(layer))
         if attributes.get("site"):
             attributes["site"] = layer
         held = {role: self.constant(t, role, layer) for role, t in (parameters or {}).items() if t is not None}

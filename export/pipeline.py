@@ -24,6 +24,9 @@ from export.bits import EIGHT, BitPlan
 from export.calibrate import Calibration
 from export.capture import capture
 from export.checks import F32, Evidence, agree, run_checks, student_answers
+from export.frontend.faults import Steps, blamed
+from export.frontend.truth import captured as captured_of
+from export.frontend.truth import hold_to_module
 from export.given import Given, taken, with_constants
 from export.ir import Graph
 from export.operators import OPERATORS, Role
@@ -150,11 +153,15 @@ def make_recipe(
         for target in targets:
             runtime_of(target)  # a package that is missing is said before minutes of calibration
     progress("capturing the model")
-    captured = _marked(capture(model, preprocess.height, preprocess.width), options.keep_float)
-    captured = captured if given is None else with_constants(captured, given)
+    x = preprocess.apply(pictures.images)
+    if given is None:
+        captured, reference = captured_of(model, x)
+    else:
+        captured = with_constants(capture(model, preprocess.height, preprocess.width), given)
+    captured = _marked(captured, options.keep_float)
     graph, placement = prepared(captured)
     options.bits.check(graph)
-    qmax, x = min(t.qmax for t in targets), preprocess.apply(pictures.images)
+    qmax = min(t.qmax for t in targets)
     if not any(is_integer_layer(placement, n) for n in graph.nodes):
         raise ModelError("The model has no convolution or linear layer that can run in integers.", code="no-layers")
     if given is not None:
@@ -180,6 +187,7 @@ def make_recipe(
         progress,
     )
     best = found.best
+    hold_to_module(reference, captured, found.truth, best.calibration.float_logits, x)
     integers = integer_model(
         best.graph, best.placement, best.weights, best.calibration.scales, qmax, peak=best.calibration.peak
     )
@@ -265,7 +273,17 @@ def export_model(
         ModelError, InputError, UsageError: the model or the pictures cannot be used.
         GateError: a self-check failed; nothing was written.
         StorageError: the disk is full or not writable.
+        InternalError: a fault of Refold's, with what was being done.
     """  # fmt: skip
+    steps = Steps(progress)
+    with blamed(lambda: f"{steps.last or 'Exporting'}".capitalize()):
+        return _exported(model, output, preprocess, pictures, options, keys, steps, given)
+
+
+def _exported(
+    model: nn.Module | ExportedProgram, output: Path, preprocess: Preprocess, pictures: Pictures, options: Options,
+    keys: Sequence[SigningKey], progress: Progress, given: Given | None,
+) -> Exported:  # fmt: skip
     check_output(output)
     recipe = make_recipe(model, preprocess, pictures, options, progress, given)
     classes = recipe.model.graph.shapes[recipe.model.graph.output][-1]

@@ -1,6 +1,6 @@
 """The cloud's student: the integer model as a trainable torch program, with the same codes and the same scales.
 
-    norms.<site>.{gamma, beta}            parameters      <site> with "__" for "."
+    norms.<site>.{gamma, beta}            parameters      <site> with "__" for ".": `refold.norms.identifier`
     norms.<site>.{mean, variance}         buffers
     layers.<layer>.{codes, scale, bias, bias_step}  buffers   int8 codes of the unfolded weights, their scales; and `floor`
                                                               where folded scales are powers of two
@@ -26,14 +26,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from export.frontend.names import Names
 from export.interpret import FakeQuantise, run, simulated
 from export.ir import Node
 from export.quantise import IntegerModel
 from export.scales import Scale
 from refold.errors import ModelError
-from refold.norms import FoldedAffine, NormSite, refold
+from refold.norms import FoldedAffine, NormSite, identifier, refold
 
-__all__ = ["Student", "student_program"]
+__all__ = ["Student", "flat", "student_program"]
+
+flat = identifier
 
 ROLES = ("gamma", "beta", "mean", "variance")
 
@@ -57,11 +60,6 @@ class _Holder(nn.Module):
         return found
 
 
-def flat(name: str) -> str:
-    """A module path as one identifier."""
-    return name.replace(".", "__").replace("@", "__at__")
-
-
 class Student(nn.Module):
     """float32 (N, 3, H, W) → logits float32 (N, classes); any N."""
 
@@ -71,6 +69,7 @@ class Student(nn.Module):
         super().__init__()
         self._graph, self._sites = model.graph, model.sites
         self.norms, self.layers, self.constants = _Holder(), _Holder(), _Holder()
+        self._names, self._constants = Names(dir(self.constants)), dict[str, str]()
         self._integer = set(model.weights)
         self.at: FakeQuantise | None = None
         self._scales = {a.tensor: model.scale_of(a.tensor) for a in model.table.activations}
@@ -85,7 +84,7 @@ class Student(nn.Module):
         site = model.sites.get(node.output)
         kept = set(node.parameters)
         if site is not None and site.has_norm:
-            place = self.norms.child(flat(site.name))
+            place = self.norms.child(identifier(site.name))
             for role in ROLES:
                 value = getattr(site.exported, role)
                 if value.size and role in ("gamma", "beta"):
@@ -94,7 +93,7 @@ class Student(nn.Module):
                     place.buffer(role, value)
             kept -= set(ROLES)
         if node.output in model.weights:
-            w, place = model.weights[node.output], self.layers.child(flat(node.output))
+            w, place = model.weights[node.output], self.layers.child(identifier(node.output))
             place.buffer("codes", w.codes)
             place.buffer("scale", w.scale.reshape(-1, *[1] * (w.codes.ndim - 1)))
             self._hold_bias(model, node.output, place)
@@ -102,9 +101,10 @@ class Student(nn.Module):
                 place.buffer("floor", site.scale_floor)
             kept -= {"weight", "bias"}
         for role in kept:
-            name = flat(node.parameters[role])
-            if not hasattr(self.constants, name):
-                self.constants.buffer(name, model.graph.constants[node.parameters[role]])
+            given = node.parameters[role]
+            if given not in self._constants:
+                self._constants[given] = self._names.fresh(identifier(given))
+                self.constants.buffer(self._constants[given], model.graph.constants[given])
 
     def _hold_bias(self, model: IntegerModel, output: str, place: _Holder) -> None:
         """The layer's bias; where no norm follows, as the int32 bias of the engine represents it."""
@@ -127,7 +127,10 @@ class Student(nn.Module):
         if not self._rounded:
             return {}
         sites = [self._sites[output] for output in self._rounded]
-        norms, places = [self.norms.child(flat(s.name)) for s in sites], [self.layers.child(flat(o)) for o in self._rounded]
+        norms, places = (
+            [self.norms.child(identifier(s.name)) for s in sites],
+            [self.layers.child(identifier(o)) for o in self._rounded],
+        )
         gamma = torch.cat([self._served_gamma(s, p) for s, p in zip(sites, places, strict=True)]).detach().double()
         beta, mean, variance = (torch.cat([n.tensor(role) for n in norms]).detach().double() for role in ROLES[1:])
         bias, step = (torch.cat([p.tensor(name) for p in places]) for name in ("bias", "bias_step"))
@@ -140,7 +143,7 @@ class Student(nn.Module):
 
     def _served_gamma(self, site: NormSite, place: _Holder) -> Tensor:
         """gamma as the engine has it: on a site of powers of two, moved so that the folded scale is one (`refold.norms`)."""
-        norm = self.norms.child(flat(site.name))
+        norm = self.norms.child(identifier(site.name))
         gamma = norm.tensor("gamma")
         if not site.power_of_two:
             return gamma
@@ -157,11 +160,11 @@ class Student(nn.Module):
         site = self._sites.get(node.output)
         for role, name in node.parameters.items():
             if site is not None and site.has_norm and role in ROLES:
-                found[role] = self.norms.child(flat(site.name)).tensor(role)
+                found[role] = self.norms.child(identifier(site.name)).tensor(role)
             elif not (node.output in self._integer and role in ("weight", "bias")):
-                found[role] = self.constants.tensor(flat(name))
+                found[role] = self.constants.tensor(self._constants[name])
         if node.output in self._integer and site is not None:
-            place = self.layers.child(flat(node.output))
+            place = self.layers.child(identifier(node.output))
             found["weight"] = place.tensor("codes").to(torch.float32) * place.tensor("scale")
             found["bias"] = biases[node.output] if site.has_norm else place.tensor("bias")
             if site.has_norm:

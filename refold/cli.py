@@ -7,12 +7,12 @@ import json
 import logging
 import os
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from refold import __version__
-from refold.errors import RefoldError, StorageError
+from refold.errors import InternalError, RefoldError, StorageError
 
 __all__ = ["main"]
 
@@ -63,7 +63,10 @@ def cli(debug: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> Any:
-    """Runs the command; a RefoldError becomes its sentence on stderr and its exit code, Ctrl-C becomes 130."""
+    """Runs the command; a RefoldError becomes its sentence on stderr and its exit code, Ctrl-C becomes 130.
+
+    An exception nobody expected becomes a sentence, too, and exit code 70; with --debug, or REFOLD_DEBUG set, it passes.
+    """
     args = sys.argv[1:] if argv is None else argv
     try:
         return cli.main(args=args, prog_name="refold", standalone_mode=False)
@@ -75,21 +78,30 @@ def main(argv: list[str] | None = None) -> Any:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Stopped.", err=True)
         sys.exit(130)
-    except RefoldError as e:
+    except BrokenPipeError:  # whoever read our output has gone
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115  (Python flushes it when it ends)
+        sys.exit(1)
+    except Exception as e:
         if os.environ.get("REFOLD_DEBUG"):
             raise
-        _end(e, args)
-    except OSError as e:
-        if os.environ.get("REFOLD_DEBUG"):
-            raise
-        _end(StorageError(f"{f'{e.filename}: ' if e.filename else ''}{e.strerror or e}. Check the path and the disk."), args)
+        told = _told(e, args)
+        if "--json" in args:
+            click.echo(json.dumps({"error": {"code": told.code, "message": told.message}}))
+        click.echo(f"refold: {told.message}", err=True)
+        sys.exit(told.exit_code)
 
 
-def _end(e: RefoldError, args: list[str]) -> NoReturn:
-    if "--json" in args:
-        click.echo(json.dumps({"error": {"code": e.code, "message": e.message}}))
-    click.echo(f"refold: {e.message}", err=True)
-    sys.exit(e.exit_code)
+def _told(e: Exception, args: list[str]) -> RefoldError:
+    if isinstance(e, RefoldError):
+        return e
+    if isinstance(e, OSError):
+        return StorageError(f"{f'{e.filename}: ' if e.filename else ''}{e.strerror or e}. Check the path and the disk.")
+    command = " ".join(["refold", *args[:1]])
+    said = next((line.strip() for line in str(e).splitlines() if line.strip()), "")[:300].rstrip(".")
+    return InternalError(
+        f"`{command}` failed inside Refold ({type(e).__name__}{f': {said}' if said else ''}). Please report it with what "
+        f"`refold --debug {' '.join(args[:1])} ...` prints."
+    )
 
 
 if __name__ == "__main__":

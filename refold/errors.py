@@ -11,7 +11,8 @@
     ├── StorageError          exit 7   a disk is full, read-only or failing
     ├── NetworkError          exit 8   the other side is away, slow or refuses
     ├── AccessError           exit 9   a certificate, token or role does not permit the call
-    └── GateError             exit 10  a self-check or release gate did not pass
+    ├── GateError             exit 10  a self-check or release gate did not pass
+    └── InternalError         exit 70  a fault of Refold itself: nobody expected this
 
 Each error has a stable `code` for machines, a `message` that says what happened, to what, and what to do, and an optional
 `detail` that goes to logs only. A command prints the message and exits with `exit_code`; a traceback is a bug.
@@ -26,6 +27,7 @@ __all__ = [
     "BundleError",
     "GateError",
     "InputError",
+    "InternalError",
     "ModelError",
     "NetworkError",
     "NormStateError",
@@ -108,3 +110,10 @@ class AccessError(RefoldError):
 class GateError(RefoldError):
     exit_code = 10
     default_code = "gate"
+
+
+class InternalError(RefoldError):
+    """What was going on, with the exception behind it as `__cause__`. Tests treat it as what it is: a bug."""
+
+    exit_code = 70
+    default_code = "internal"

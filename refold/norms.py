@@ -36,7 +36,9 @@ __all__ = [
     "NormTable",
     "SiteTensors",
     "check_state",
+    "identifier",
     "nearest_power_of_two",
+    "offset_room",
     "refold",
     "unfold_moments",
 ]
@@ -44,6 +46,9 @@ __all__ = [
 F32 = NDArray[np.float32]
 BIAS_LIMIT = 2**30  # |B| stays below half the int32 range: room for the accumulator (quant.md §4.2)
 FLOOR_BITS = 28  # a dead channel's floor leaves its bias two bits of room under BIAS_LIMIT
+LEAST_ROOM = 0.01  # a channel of a norm that int32 does not let be offset by this much is dead
+SHARE_OF_ROOM = 1 / 64  # ... or by this share of the layer's largest |gamma| or |beta|
+DEAD_ROOM = 1.0  # what a layer without a live channel can be offset by: a normalised activation's own size
 
 
 class NormKind(Enum):
@@ -158,13 +163,20 @@ class NormSite:
         A channel whose |gamma| is about 0 would need a bias beyond int32; its floor keeps that bias at 2**28, at the price of
         letting the dead convolution through at under 1/32 of the bias in the worst case. A dead channel without an offset gets
         the floor of the layer's largest, so that a release may give it one.
+
+        A channel with a norm is dead as well when its scale is so small that int32 holds no offset to speak of (filters of 1e-9,
+        the gammas of 0 of a residual branch that begins as nothing): what its convolution adds is then below 2**-16 of the
+        layer's output, and its floor makes room for an offset as large as the layer's largest |gamma| or |beta|.
         """
         layer_bias = _vector(layer_bias, "layer_bias")
         a, bias = _affine(exported, layer_bias, epsilon)
         unit = float(np.float32(input_scale)) * 2.0**FLOOR_BITS
         floor = np.maximum(np.abs(bias) / unit, np.finfo(np.float32).tiny)
-        dead = _vector(weight_scale, "weight_scale") * np.abs(a) <= floor
+        size = _vector(weight_scale, "weight_scale") * np.abs(a)
+        dead = size <= floor
         floor = np.where(dead, np.maximum(floor, np.abs(bias).max(initial=0.0) / unit), floor)
+        if has_norm:
+            floor = np.maximum(floor, _floor_for_offsets(exported, size, float(np.float32(input_scale)) * BIAS_LIMIT))
         if power_of_two:
             mantissa, exponent = np.frexp(floor)
             floor = np.ldexp(1.0, exponent - (mantissa == 0.5))  # the next power of two upwards
@@ -221,6 +233,19 @@ def _affine(state: NormState, layer_bias: F32, epsilon: float) -> tuple[NDArray[
     return a, b
 
 
+def _floor_for_offsets(state: NormState, size: NDArray[np.float64], unit: float) -> NDArray[np.float64]:
+    """0 where a folded scale leaves room for offsets, else the scale that does; float64 (channels,).
+
+    Args:
+        size: the folded scales without a floor.
+        unit: the largest offset at a folded scale of 1.
+    """
+    largest = max(float(np.abs(state.gamma).max(initial=0.0)), float(np.abs(state.beta).max(initial=0.0)))
+    dead = size * unit <= max(largest * SHARE_OF_ROOM, LEAST_ROOM)
+    room = max(largest, DEAD_ROOM if dead.all() else LEAST_ROOM)
+    return np.where(dead, room / unit, 0.0)
+
+
 def nearest_power_of_two(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """float64, each positive value's nearest power of two; from the middle of two, which is 3/4 of the larger, upwards.
 
@@ -274,6 +299,18 @@ def refold(site: NormSite, state: NormState, input_scale: float = 1.0) -> Folded
     return FoldedAffine(ws, codes.astype(np.int32), (np.float32(xs) * ws).astype(np.float32))
 
 
+def identifier(name: str) -> str:
+    """A site's or a layer's name as one identifier: what the cloud's student calls it."""
+    return name.replace(".", "__").replace("@", "__at__")
+
+
+def offset_room(site: NormSite, state: NormState, input_scale: float) -> NDArray[np.float64]:
+    """How far beta can move from a state, up or down, before `refold` refuses the bias: float64 (channels,), FOLDED only."""
+    a, bias = _served_affine(site, state, site.layer_bias)
+    step = float(np.float32(input_scale)) * np.maximum(site.weight_scale.astype(np.float64) * np.abs(a), site.scale_floor)
+    return np.maximum(BIAS_LIMIT * step - np.abs(bias), 0.0)
+
+
 def _check_shape(site: NormSite, state: NormState) -> None:
     n = site.channels
     wanted = {
@@ -318,7 +355,7 @@ def check_state(site: NormSite, state: NormState, *, trust_ratio: float = 8.0) -
         return
     reach = np.where(site.weight_scale > 0, site.scale_floor / np.maximum(site.weight_scale, 1e-38), np.inf)
     live = np.abs(a0) >= reach
-    flipped = np.flatnonzero(live & (np.where(a < 0, -1, 1) != site.sign))
+    flipped = np.flatnonzero((live | (np.abs(a) > reach)) & (np.where(a < 0, -1, 1) != site.sign))
     if flipped.size:
         raise NormStateError(
             f"Channel {flipped[0]} of {site.name} changes the sign of gamma; the integers carry the exported sign for ever. "

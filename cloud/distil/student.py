@@ -19,7 +19,7 @@ from cloud.distil.norm_mode import Moments, observed_moments, population_moments
 from cloud.distil.rounding import quicken
 from refold.bundle import Bundle
 from refold.errors import BundleError
-from refold.norms import NormSite, NormState
+from refold.norms import NormSite, NormState, identifier
 
 __all__ = ["Student"]
 
@@ -56,7 +56,7 @@ class Student:
         self._affine: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._buffers: dict[str, tuple[Tensor, Tensor]] = {}
         for site in self.sites:
-            stem = f"norms.{site.name.replace('.', '__')}"
+            stem = f"norms.{identifier(site.name)}"
             try:
                 beta = tensors[f"{stem}.beta"] if site.exported.beta.size else None
                 self._affine[site.name] = (tensors[f"{stem}.gamma"], beta)

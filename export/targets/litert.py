@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from export.frontend.faults import blamed
 from export.interpret import float_parameters, run
 from export.ir import Graph, Node
 from export.operators import Role
@@ -77,8 +78,9 @@ class _Writer:
 
     def write_all(self) -> None:
         for node in self.model.graph.nodes:
-            form, tensor, order = self._emit(node)
-            self.b.put(node.output, form, self.b.narrowed(node.output, tensor) if form == "codes" else tensor, order)
+            with blamed(f"Writing layer {node.name} ({node.op})"):
+                form, tensor, order = self._emit(node)
+                self.b.put(node.output, form, self.b.narrowed(node.output, tensor) if form == "codes" else tensor, order)
 
     def _emit(self, node: Node) -> tuple[str, int, Order]:
         b, role = self.b, self.model.placement.roles[node.output]

@@ -13,6 +13,7 @@ A value has up to three forms, made when first asked for:
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -187,9 +188,9 @@ class LiteRtBuilder:
         return self._constants[name]
 
     def constant(self, name: str, value: Any, dtype: Any = np.float32) -> int:
-        """A constant; the same name, shape and type always hold the same value."""
+        """A constant; the same name and value give the same tensor."""
         array = np.ascontiguousarray(value, dtype)
-        key = f"{name}|{array.shape}|{array.dtype}"
+        key = f"{name}|{array.shape}|{array.dtype}|{hashlib.sha256(array.tobytes()).hexdigest()}"
         if key not in self._constants:
             self._constants[key] = self.tensor(name, array.shape, dtype, array)
         return self._constants[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,8 @@ __all__ = ["IR_VERSION", "OPSET", "OnnxBuilder"]
 
 OPSET = 17  # LayerNormalization; everything else is older. ONNX Runtime 1.20 reads it
 IR_VERSION = 8
+RESERVED = ("input", "logits", "moments", "batch", "all")
+ROLES = ("weight", "bias", "gamma", "beta", "value", "ones")  # of parameters: no name made here ends so
 KINDS = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.int32): TensorProto.INT32,
@@ -48,6 +51,9 @@ class OnnxBuilder:
         self.packed: dict[str, WeightCodes] = {}
         self._made: set[str] = set()
         self._embedded = embedded
+        self._contents: dict[str, bytes] = {}
+        values = [self.graph.input, *(n.output for n in self.graph.nodes)]
+        self._ours = {*values, *(n.name for n in self.graph.nodes), *RESERVED}  # what names made here begin with
         for name, value in self.adaptable().items():
             self.tensors[name] = numpy_helper.from_array(np.asarray(value), name) if embedded else _external(name, value)
 
@@ -64,10 +70,15 @@ class OnnxBuilder:
         return output
 
     def constant(self, name: str, value: Any, dtype: Any = np.float32) -> str:
-        """An inline initialiser; the same name always holds the same value."""
-        if name not in self.tensors:
-            self.tensors[name] = numpy_helper.from_array(np.ascontiguousarray(value, dtype), name)
-        return name
+        """Name of an inline initialiser with this value: `name`, unless something else has it already."""
+        array = np.ascontiguousarray(value, dtype)
+        content = hashlib.sha256(f"{array.shape}{array.dtype}".encode() + array.tobytes()).digest()
+        found, count = name, 2
+        while found in self.tensors and self._contents.get(found) != content:
+            found, count = f"{name}_{count}", count + 1
+        if found not in self.tensors:
+            self.tensors[found], self._contents[found] = numpy_helper.from_array(array, found), content
+        return found
 
     def weight_codes(self, node: Node) -> tuple[str, str]:
         """Names of an integer layer's codes, sign included, and of their zero point; few bits are left out of the file."""
@@ -89,13 +100,19 @@ class OnnxBuilder:
         A cast and a multiplication, which ONNX Runtime does once, when it loads the model. Its DequantizeLinear of 16-bit codes
         asks for opset 21 and runs at every inference.
         """
-        name = node.parameters[role]
-        stored = self.model.stored.get(name)
+        held = node.parameters[role]
+        stored, name = self.model.stored.get(held), self._apart(held)
         if stored is None:
-            return self.constant(name, self.graph.constants[name])
+            return self.constant(name, self.graph.constants[held])
         codes = self.constant(f"{name}.codes", stored.codes, np.int16)
         whole = self.node("Cast", [codes], f"{name}.whole", to=TensorProto.FLOAT)
         return self.node("Mul", [whole, self.constant(f"{name}.step", stored.step)], f"{name}.real")
+
+    def _apart(self, name: str) -> str:
+        """A parameter's name where no name made here could be the same, as `mul.scale` of a module called mul could, else another."""
+        stem, _, last = name.rpartition(".")
+        ours = name in self._ours or (stem.partition(".")[0] in self._ours and last.rstrip("_") not in ROLES)
+        return f"parameter/{name}" if ours else name
 
     def scale(self, value: str) -> tuple[str, str]:
         """Names of the scale and zero point tensors of a quantised value."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from export.frontend.faults import blamed
 from export.ir import Node
 from export.operators import Role
 from export.quantise import IntegerModel
@@ -33,16 +34,17 @@ def _emit_all(b: OnnxBuilder) -> list[tuple[Node, str]]:
     """Writes every node; returns the norms with statistics, and the float tensor each leaves before its activation."""
     tapped = []
     for node in b.graph.nodes:
-        if b.model.placement.roles[node.output] is Role.CODES:
-            emit_codes(b, node)
-            continue
-        before = f"{node.output}.y" if node.activation is not None else node.output
-        if node.output in b.model.weights:
-            emit_integer_layer(b, node, before)
-        else:
-            EMITTERS[node.op](b, node, [b.real(v) for v in node.inputs], before)
-        if node.activation is not None:
-            b.clamped(node, before, node.output)
+        with blamed(f"Writing layer {node.name} ({node.op})"):
+            if b.model.placement.roles[node.output] is Role.CODES:
+                emit_codes(b, node)
+                continue
+            before = f"{node.output}.y" if node.activation is not None else node.output
+            if node.output in b.model.weights:
+                emit_integer_layer(b, node, before)
+            else:
+                EMITTERS[node.op](b, node, [b.real(v) for v in node.inputs], before)
+            if node.activation is not None:
+                b.clamped(node, before, node.output)
         site = b.model.sites.get(node.output)
         if site is not None and site.has_norm and site.kind.has_statistics:
             tapped.append((node, before))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from export.frontend.faults import blamed
 from export.ir import Node
 from export.quantise import IntegerModel
 from export.targets import Artefact, TargetProfile, register_writer
@@ -53,12 +54,13 @@ def _emit_all(b: TensorRtBuilder) -> list[tuple[Node, str]]:
     tapped = []
     for node in b.graph.nodes:
         before = f"{node.output}.y" if node.activation is not None else node.output
-        if node.output in b.model.weights:
-            _emit_layer(b, node, before)
-        else:
-            OURS.get(node.op, _shared)(b, node, [b.real(v) for v in node.inputs], before)
-        if node.activation is not None:
-            b.clamped(node, before, node.output)
+        with blamed(f"Writing layer {node.name} ({node.op})"):
+            if node.output in b.model.weights:
+                _emit_layer(b, node, before)
+            else:
+                OURS.get(node.op, _shared)(b, node, [b.real(v) for v in node.inputs], before)
+            if node.activation is not None:
+                b.clamped(node, before, node.output)
         site = b.model.sites.get(node.output)
         if site is not None and site.has_norm and site.kind.has_statistics:
             tapped.append((node, before))

@@ -1,0 +1,273 @@
+"""Whether the model was trained on another reading of the images: other scaling, other means, blue and red exchanged.
+
+Three witnesses, none of which needs the training data:
+
+* *Running statistics.* A norm has stored the mean and the variance of what it saw in training. Under the right reading what it
+  sees is near them; under a wrong one every layer from the first on is off. The mismatch is the squared Hellinger distance
+  between the two normal distributions (0: the same, 1: they do not overlap), averaged over the channels of a norm and over norms.
+* *Confidence*, image by image: under the right reading most images are answered with less entropy. It tells BGR from RGB, which
+  the statistics of natural images hardly do.
+* *Labels*, where there are any: the same images under both readings, by McNemar's exact test.
+
+A reading is called more likely only where the witnesses that exist do not contradict each other. The thresholds were chosen on
+ResNet-44 and the AugMix ResNet-56 of the tests' data; docs/adr/014-what-export-doubts.md has what they give on other models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from export.diagnose.chance import information
+from export.diagnose.finding import Finding
+from export.diagnose.intervals import at_least, paired
+from export.interpret import batches, float_parameters, run
+from export.ir import Graph, Node
+from export.operators import Parameters, batch_norm
+from export.preprocessing import SETS
+from refold.preprocess import Preprocess
+
+__all__ = ["Response", "doubt_channels", "doubt_scaling", "mismatch_of", "readings", "respond", "unlikely_reading"]
+
+F32 = NDArray[np.float32]
+U8 = NDArray[np.uint8]
+I64 = NDArray[np.int64]
+
+LARGE = 64 * 64  # pixels from which fewer images are run
+SCREENED, SCREENED_LARGE = 64, 32  # images on which the scalings compete
+COMPARED, COMPARED_LARGE = 256, 96  # images on which RGB and BGR compete
+ALIKE = 0.15  # of a reading's spread that two may differ by and still count as one: ImageNet's and CIFAR's constants do
+CLOSER = 2.0  # times the other scaling's statistics must be closer
+APART = 0.01  # squared Hellinger distance they must be closer by
+SURE, LIKELY = 0.001, 0.02  # probability of the evidence if both readings were equally good
+CLEARLY = 1.1  # times closer from which the channel order needs only LIKELY evidence of the images
+CLEAN = 0.05  # mismatch above which the images are not what the model was trained on, however they are read
+INFORMED = 0.2  # of log(classes): what a model without running statistics must tell more under the other reading
+
+
+@dataclass(frozen=True)
+class Response:
+    """What the float model does with the images under one reading.
+
+    Attributes:
+        logits: float32 (N, classes).
+        mismatch: of the norms' statistics, 0 to 1; None where no norm has any.
+    """
+
+    logits: F32
+    mismatch: float | None
+
+    @property
+    def predicted(self) -> I64:
+        return np.asarray(self.logits.argmax(1), np.int64)
+
+    @property
+    def entropy(self) -> NDArray[np.float64]:
+        """Of each answer, nats: float64 (N,)."""
+        shifted = self.logits.astype(np.float64) - self.logits.max(1, keepdims=True)
+        total = np.exp(shifted).sum(1)
+        entropy: NDArray[np.float64] = np.log(total) - (np.exp(shifted) * shifted).sum(1) / total
+        return entropy
+
+
+def readings(stated: Preprocess) -> dict[str, Preprocess]:
+    """Other scalings people use, by what --preprocess calls them; those that are the stated one but for a little are left out."""
+    centred = {"scale": 1.0, "mean": tuple(round(255 * m, 3) for m in SETS["imagenet"]["mean"])}
+    mean = "/".join(f"{m:g}" for m in centred["mean"])  # type: ignore[attr-defined]
+    plain = {"scale": 1 / 255, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    others = {name: replace(stated, **{**plain, **values}) for name, values in SETS.items()}
+    others[f"scale=1,mean={mean}"] = replace(stated, **{**plain, **centred})
+    return {name: other for name, other in others.items() if _difference(stated, other) > ALIKE}
+
+
+def _difference(one: Preprocess, other: Preprocess) -> float:
+    a, b = one.table(), other.table()
+    return float(np.sqrt(((a - b) ** 2).mean()) / max(float(a.std(1).mean()), 1e-12))
+
+
+def respond(graph: Graph, x: F32) -> Response:
+    """Runs the float graph.
+
+    Args:
+        x: float32 (N, 3, H, W).
+    """
+    parameters, moments = float_parameters(graph), _Moments(graph)
+    with torch.no_grad():
+        logits = np.concatenate([run(graph, batch, parameters, None, moments.norm).numpy() for batch in batches(x)])
+    return Response(logits, moments.mismatch())
+
+
+class _Moments:
+    """Mean and variance of what every norm with running statistics sees, over all batches."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.stored = {n.output: [graph.constants[n.parameters[r]] for r in ("mean", "variance")] for n in graph.nodes
+                       if "mean" in n.parameters and "variance" in n.parameters}  # fmt: skip
+        self.epsilon = {n.output: float(n.attributes.get("epsilon", 0.0)) for n in graph.nodes}
+        self.sums: dict[str, list[NDArray[np.float64]]] = {}
+        self.counts: dict[str, int] = {}
+
+    def norm(self, node: Node, y: Tensor, parameters: Parameters) -> Tensor:
+        if node.output in self.stored:
+            axes = [0, *range(2, y.dim())]
+            variance, mean = (t.double().numpy() for t in torch.var_mean(y, dim=axes, correction=0))
+            weight = y.shape[0]
+            found = [weight * mean, weight * (variance + mean**2)]
+            known = self.sums.get(node.output)
+            self.sums[node.output] = found if known is None else [a + b for a, b in zip(known, found, strict=True)]
+            self.counts[node.output] = self.counts.get(node.output, 0) + weight
+        return batch_norm(node, y, parameters)
+
+    def mismatch(self) -> float | None:
+        each = []
+        for output, (mean, square) in self.sums.items():
+            m, q = mean / self.counts[output], square / self.counts[output]
+            each.append(mismatch_of(m, np.maximum(q - m**2, 0.0), *self.stored[output], self.epsilon[output]))
+        return float(np.mean(each)) if each else None
+
+
+def mismatch_of(
+    mean: NDArray[np.float64], variance: NDArray[np.float64], stored_mean: F32, stored_variance: F32, epsilon: float = 1e-5
+) -> float:
+    """Squared Hellinger distance between normal distributions, mean over channels; all arrays (channels,).
+
+    1 - sqrt(2 s t / (s² + t²)) exp(-(m - n)² / (4 (s² + t²))); Pardo, "Statistical Inference Based on Divergence Measures" (2006),
+    chapter 1. `epsilon` is added to both variances as the norm does, so that dead channels match.
+    """
+    a, b = variance + epsilon, stored_variance.astype(np.float64) + epsilon
+    overlap = np.sqrt(2 * np.sqrt(a * b) / (a + b)) * np.exp(-((mean - stored_mean) ** 2) / (4 * (a + b)))
+    return float(np.mean(1 - overlap))
+
+
+def doubt_scaling(stated: Response, others: Mapping[str, Response], labels: I64 | None) -> str | None:
+    """The scaling that is more likely than the stated one, if one is."""
+    if stated.mismatch is not None:
+        name = min(others, key=lambda n: others[n].mismatch or 0.0, default=None)
+        if name is None:
+            return None
+        other = others[name]
+        assert other.mismatch is not None
+        doubted = other.mismatch * CLOSER < stated.mismatch and other.mismatch + APART < stated.mismatch
+        if doubted and (labels is None or not _contradicted(stated, other, labels)):
+            return name
+        return _by_labels(stated, {n: r for n, r in others.items() if _no_farther(r, stated)}, labels)
+    if labels is not None:
+        return _by_labels(stated, others, labels)
+    name = max(others, key=lambda n: information(others[n].logits), default=None)
+    if name is None:
+        return None
+    gained = information(others[name].logits) - information(stated.logits)
+    return name if gained > INFORMED * float(np.log(stated.logits.shape[1])) else None
+
+
+def doubt_channels(stated: Response, swapped: Response, labels: I64 | None) -> bool:
+    """Red and blue seem to be exchanged."""
+    if not _no_farther(swapped, stated):
+        return False
+    if labels is not None:
+        if _contradicted(stated, swapped, labels):
+            return False
+        if _by_labels(stated, {"swapped": swapped}, labels):
+            return True
+    lower = swapped.entropy < stated.entropy
+    p = at_least(int(lower.sum()), len(lower), 0.5)
+    if p < SURE:
+        return stated.mismatch is not None or information(swapped.logits) > information(stated.logits)
+    a, b = stated.mismatch, swapped.mismatch
+    return a is not None and b is not None and p < LIKELY and b * CLEARLY < a and b < CLEAN
+
+
+def _no_farther(other: Response, stated: Response) -> bool:
+    return other.mismatch is None or stated.mismatch is None or other.mismatch < stated.mismatch
+
+
+def _contradicted(stated: Response, other: Response, labels: I64) -> bool:
+    better, worse = _only(stated, other, labels)
+    return paired(better, worse) < LIKELY
+
+
+def _by_labels(stated: Response, others: Mapping[str, Response], labels: I64 | None) -> str | None:
+    if labels is None or not others:
+        return None
+    name = max(others, key=lambda n: int((others[n].predicted == labels).sum()))
+    better, worse = _only(others[name], stated, labels)
+    return name if paired(better, worse) * len(others) < SURE else None
+
+
+def _only(one: Response, other: Response, labels: I64) -> tuple[int, int]:
+    """(images that only the first gets right, images that only the second does)."""
+    a, b = one.predicted == labels, other.predicted == labels
+    return int((a & ~b).sum()), int((b & ~a).sum())
+
+
+def unlikely_reading(graph: Graph, images: U8, stated: Preprocess, labels: I64 | None) -> Iterator[Finding]:
+    """Compares the stated reading with others.
+
+    Args:
+        graph: the float graph after its rules.
+        images: uint8 (N, H, W, 3) at the model's size.
+        labels: int64 (N,), or None.
+    """
+    large = stated.width * stated.height >= LARGE
+    few = _spread(len(images), SCREENED_LARGE if large else SCREENED)
+    many = _spread(len(images), COMPARED_LARGE if large else COMPARED)
+    base, others = respond(graph, stated.apply(images[few])), {}
+    for name, other in readings(stated).items():
+        found = respond(graph, other.apply(images[few]))
+        if np.isfinite(found.logits).all():
+            others[name] = found
+    better = doubt_scaling(base, others, None if labels is None else labels[few])
+    likely = stated if better is None else readings(stated)[better]
+    plain, swapped = (respond(graph, likely.apply(images[many][..., order])) for order in ([0, 1, 2], [2, 1, 0]))
+    exchanged = doubt_channels(plain, swapped, None if labels is None else labels[many])
+    if better is None and not exchanged:
+        return
+    first = base if better is None and not exchanged else respond(graph, stated.apply(images[many]))
+    last, said = swapped if exchanged else plain, []
+    size = f"{stated.width}x{stated.height}"
+    if better is not None:
+        said.append(f"with --preprocess {size},{better}")
+    if exchanged:
+        said.append("with red and blue exchanged (BGR)")
+    numbers, told = _compared(first, last, None if labels is None else labels[many])
+    advice = []
+    if better is not None:
+        advice.append("Check --preprocess against the model's training.")
+    if exchanged:
+        advice.append(
+            "If the images were written by OpenCV, convert them to RGB; if the model was trained on BGR, let its forward begin with "
+            "x.flip(1): devices give RGB."
+        )
+    yield Finding(
+        "input-reading",
+        f"The model seems to have been trained on another input: {' and '.join(said)} {told}. {' '.join(advice)}",
+        {**numbers, "scaling": float(better is not None), "channels": float(exchanged)},
+    )
+
+
+def _compared(stated: Response, other: Response, labels: I64 | None) -> tuple[dict[str, float], str]:
+    numbers, told = {"images": float(len(stated.logits))}, []
+    if labels is not None:
+        a, b = (float((r.predicted == labels).mean()) for r in (stated, other))
+        numbers |= {"accuracy": a, "accuracy_other": b}
+        told.append(f"it gets {b:.1%} instead of {a:.1%} of {len(labels)} labelled images right")
+    if stated.mismatch is not None and other.mismatch is not None:
+        numbers |= {"mismatch": stated.mismatch, "mismatch_other": other.mismatch}
+        told.append(
+            f"its norms see values {stated.mismatch / max(other.mismatch, 1e-9):.1f} times closer to their running statistics "
+            f"(squared Hellinger distance {other.mismatch:.3f} instead of {stated.mismatch:.3f})"
+        )
+    share = float((other.entropy < stated.entropy).mean())
+    numbers["more_confident"] = share
+    if not told or share > 0.5:
+        told.append(f"{share:.0%} of the images are answered more confidently")
+    return numbers, ", ".join(told)
+
+
+def _spread(count: int, most: int) -> NDArray[np.int64]:
+    return np.linspace(0, count - 1, min(count, most)).astype(np.int64)

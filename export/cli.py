@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from export.bits import parse_bits
 from export.calibrate import CHOICES
 from export.capture import load_model
+from export.diagnose.held_out import measured_accuracy, told_accuracy
 from export.pictures import class_names, load_pictures
 from export.pipeline import EVERY_TARGET, MOST_PICTURES, Exported, Options, export_model
 from export.preprocessing import parse_preprocess
@@ -47,6 +48,11 @@ STEPS = 12  # about as many steps as the pipeline announces; the bar only has to
     type=click.Path(path_type=Path),
     required=True,
     help="Folder of pictures, or npz with images uint8 (N, H, W, 3).",
+)
+@click.option(
+    "--validation",
+    type=click.Path(path_type=Path),
+    help="Labelled images the model was not trained on, in the forms of --calibration: accuracy is measured on these.",
 )
 @click.option("--preprocess", required=True, help="As in 32x32,imagenet or a TOML/JSON file: docs/guide/export.md.")
 @click.option(
@@ -89,14 +95,22 @@ STEPS = 12  # about as many steps as the pipeline announces; the bar only has to
     show_default=True,
     help="Share of pictures on which int8 and float must choose the same class.",
 )
+@click.option(
+    "--accept-difference",
+    is_flag=True,
+    help="Keep a target whose runtime chooses other classes than the bundle's other runtime; the bundle says how often.",
+)
+@click.option("--strict", is_flag=True, help="Warnings (chance accuracy, unlikely preprocessing, few images, ...) refuse.")
 @click.option("--key", "keys", multiple=True, type=click.Path(path_type=Path), help="Sign with this private key (PEM).")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of torch, while exporting.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def export_one(
-    model: str, weights: Path | None, calibration: Path, preprocess: str, targets: tuple[str, ...], output: Path,
+    model: str, weights: Path | None, calibration: Path, validation: Path | None, preprocess: str, targets: tuple[str, ...],
+    output: Path,
     name: str | None, classes: str | None, input_size: str | None, sample_limit: int, observer: str, bits: tuple[str, ...],
     budget: str | None, equalise: bool, correct_bias: bool,
-    keep_float: tuple[str, ...], min_agreement: float, keys: tuple[Path, ...], threads: int, as_json: bool,
+    keep_float: tuple[str, ...], min_agreement: float, accept_difference: bool, strict: bool, keys: tuple[Path, ...],
+    threads: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantise MODEL (file.py:callable, package.module:callable or a .pt2) into a bundle.
 
@@ -118,13 +132,20 @@ def export_one(
         names = class_names(classes)
         signers = [SigningKey.load(k) for k in keys]
         pictures = load_pictures(calibration, plan, sample_limit, names)
+        unseen = None
+        if validation is not None:
+            unseen = load_pictures(validation, plan, MOST_PICTURES, names, "validation")
         progress("loading the model")
         options = Options(
             targets, name or output.stem, names, observer, parse_bits(bits), None if budget is None else parse_size(budget),
-            equalise, correct_bias, keep_float, min_agreement,
+            equalise, correct_bias, keep_float, min_agreement, accept_difference, strict,
         )  # fmt: skip
-        done = export_model(load_model(model, weights), output, plan, pictures, options, keys=signers, progress=progress)
-    _report(done, len(pictures.images), pictures.skipped, time.monotonic() - started, as_json)
+        loaded = load_model(model, weights)
+        done = export_model(
+            loaded, output, plan, pictures, options, keys=signers, progress=progress, validation=unseen
+        )
+    skipped = pictures.skipped + (() if unseen is None else unseen.skipped)
+    _report(done, len(pictures.images), skipped, time.monotonic() - started, as_json)
 
 
 def _report(done: Exported, used: int, skipped: tuple[str, ...], seconds: float, as_json: bool) -> None:
@@ -139,6 +160,8 @@ def _report(done: Exported, used: int, skipped: tuple[str, ...], seconds: float,
             "sensitivities": {r.name: dict(r.errors) for r in done.recipe.sensitivities},
             "integer_layers": integer, "float_layers": len(layers) - integer, "seconds": round(seconds, 1),
             "checks": {t: dict(c) for t, c in done.checks.items()}, "refused": dict(done.refused),
+            "accuracy": {t: measured_accuracy(c, used) for t, c in done.checks.items()},
+            "warnings": [f.told() for f in done.findings],
         }, indent=1))  # fmt: skip
         return
     if skipped:
@@ -155,11 +178,19 @@ def _report(done: Exported, used: int, skipped: tuple[str, ...], seconds: float,
     )
     for line in _choices(done):
         click.echo(line)
+    warned = f", {_warnings(len(done.findings))} below" if done.findings else ""
     for target, checks in done.checks.items():
-        told = ", ".join(f"{k} {v:.4g}" for k, v in checks.items())
-        click.echo(f"{target}: every check passed ({told})")
+        told = ", ".join(f"{k} {v:.4g}" for k, v in checks.items() if "accuracy" not in k and "validation" not in k)
+        click.echo(f"{target}: every check passed{warned} ({told})")
+        click.echo(f"{target}: {told_accuracy(checks, used)}")
     for target, why in done.refused.items():
         click.echo(f"{target}: left out. {why}")
+    for finding in done.findings:
+        click.echo(f"warning: {finding.message} [{finding.code}]", err=True)
+
+
+def _warnings(count: int) -> str:
+    return "1 warning" if count == 1 else f"{count} warnings"
 
 
 def _bits(done: Exported) -> str:

@@ -24,6 +24,11 @@ from export.bits import EIGHT, BitPlan
 from export.calibrate import Calibration
 from export.capture import capture
 from export.checks import F32, Evidence, agree, run_checks, student_answers
+from export.diagnose import Finding, diagnose
+from export.diagnose.channels import lost_channels
+from export.diagnose.held_out import HeldOut
+from export.diagnose.labels import checked
+from export.diagnose.runtimes import differing
 from export.given import Given, taken, with_constants
 from export.ir import Graph
 from export.operators import OPERATORS, Role
@@ -70,7 +75,11 @@ class Options:
         budget: bytes the integer layers' weights may take; their bits are then chosen by sensitivity, but where `bits` speaks.
         equalise, correct_bias: `export.ptq`; each is kept where the integer network's output error falls.
         keep_float: globs of layer names that stay in float.
-        min_agreement: share of calibration pictures on which the engine must choose the float model's class.
+        min_agreement: share of calibration pictures (and of validation images) on which the engine must choose the float
+            model's class.
+        accept_difference: keep a target whose runtime chooses other classes than the bundle's other runtime; the difference is
+            measured and written into the bundle.
+        strict: refuse where a diagnosis finds something doubtful (`export.diagnose`).
     """
 
     targets: Sequence[str] = ("ort-x86-avx2",)
@@ -83,6 +92,8 @@ class Options:
     correct_bias: bool = False
     keep_float: Sequence[str] = ()
     min_agreement: float = 0.9
+    accept_difference: bool = False
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,12 +127,14 @@ class Exported:
 
     Attributes:
         refused: with `--target all`, the targets that were left out, each with the sentence that says why.
+        findings: what is doubtful about the model, the images or the integers; also in the bundle.
     """
 
     bundle: Bundle
     recipe: Recipe
     checks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
 
 
 def make_recipe(
@@ -252,6 +265,7 @@ def export_model(
     keys: Sequence[SigningKey] = (),
     progress: Progress = lambda what: None,
     given: Given | None = None,
+    validation: Pictures | None = None,
 ) -> Exported:
     """Exports a model into `output`.
 
@@ -259,10 +273,12 @@ def export_model(
         model: in evaluation mode, with its weights.
         pictures: calibration; at most `MOST_PICTURES` of them go into the bundle.
         given: of a training; its own forward pass then takes the float model's place in the checks.
+        validation: images that neither training nor calibration saw; accuracy and agreement are measured on them. They do not
+            go into the bundle, the numbers do.
 
     Raises:
         ModelError, InputError, UsageError: the model or the pictures cannot be used.
-        GateError: a self-check failed; nothing was written.
+        GateError: a self-check failed, or with `strict` something is doubtful; nothing was written.
         StorageError: the disk is full or not writable.
     """  # fmt: skip
     if not output.parent.is_dir():
@@ -271,12 +287,20 @@ def export_model(
     classes = recipe.model.graph.shapes[recipe.model.graph.output][-1]
     if options.classes and len(options.classes) != classes:
         raise UsageError(f"--classes names {len(options.classes)} classes; the model has {classes} outputs.")
+    pictures, doubts = checked(pictures, classes, "calibration")
+    progress("looking for doubtful inputs")
+    truth, findings = recipe.calibration.float_logits, list(doubts)
+    if given is None:  # a training knows its images and labels already
+        findings += diagnose(recipe.truth, recipe.model.table, pictures, preprocess, truth)
+    held_out = None if validation is None else HeldOut(recipe.truth, validation, pictures, preprocess, classes)
+    findings += [] if held_out is None else held_out.findings
+    if options.strict:
+        _refuse(findings)
     progress("writing the student")
     student = student_program(recipe.model)
     x = preprocess.apply(pictures.images)
     manifest = _manifest(recipe, preprocess, options, classes, compare(recipe.truth, recipe.model, x))
     parts = {manifest.student: student, manifest.calibration: _calibration_part(pictures)}
-    truth = recipe.calibration.float_logits
     evidence = Evidence(x, pictures.labels, truth, student_answers(student, x), options.min_agreement)
     checks: dict[str, dict[str, float]] = {}
     answers: dict[str, F32] = {}
@@ -284,12 +308,13 @@ def export_model(
     for target in recipe.targets:
         progress(f"writing and checking {target.name}")
         try:
-            artefact, checks[target.name] = _checked(recipe, target, evidence, answers)
+            artefact, numbers, doubted = _checked(recipe, target, evidence, answers, options, held_out)
         except RefoldError as e:
             if EVERY_TARGET not in options.targets:
                 raise
             refused[target.name] = e.message
             continue
+        checks[target.name], findings = numbers, [*findings, *doubted]
         entry = manifest.targets.add(name=target.name, weight_bits=recipe.model.bits)
         entry.updatable = not target.compiled_on_device  # there the device decides, once it has built an engine
         entry.model = f"targets/{target.name}/{target.model}"
@@ -308,23 +333,50 @@ def export_model(
         raise GateError(
             f"No target is possible. {' '.join(f'{name}: {why}' for name, why in refused.items())}", code="no-target"
         )
+    if options.strict:
+        _refuse(findings)
+    for finding in findings:
+        manifest.findings.add(code=finding.code, message=finding.message, numbers=finding.numbers)
     progress("saving")
-    return Exported(write_bundle(output, manifest, parts, *keys), recipe, checks, refused)
+    return Exported(write_bundle(output, manifest, parts, *keys), recipe, checks, refused, tuple(findings))
+
+
+def _refuse(findings: Sequence[Finding]) -> None:
+    if findings:
+        raise GateError(
+            f"{' '.join(f.message for f in findings)} Nothing was saved, because of --strict.", code="doubtful"
+        )
 
 
 def _checked(
-    recipe: Recipe, target: TargetProfile, evidence: Evidence, answers: dict[str, F32]
-) -> tuple[Artefact, dict[str, float]]:
-    """One target's files and check numbers. `answers` are the logits by target of those that passed; this one's are added."""
-    runtime_of(target)
+    recipe: Recipe,
+    target: TargetProfile,
+    evidence: Evidence,
+    answers: dict[str, F32],
+    options: Options,
+    held_out: HeldOut | None,
+) -> tuple[Artefact, dict[str, float], list[Finding]]:
+    """One target's files, check numbers and findings. `answers` are the logits by target of those that passed; this one's are
+    added."""
+    runtime = runtime_of(target)
     artefact = write(target, recipe.model)
     numbers, logits = run_checks(target, artefact, recipe.model, evidence, lambda states: fresh_export(recipe, states, target))
+    findings = [*lost_channels(target.name, logits, evidence.float_logits)]
+    if held_out is not None:
+        measured, more = held_out.measure(
+            target.name, lambda x: runtime.logits(artefact, recipe.model, x), options.min_agreement
+        )
+        numbers, logits = numbers | measured, np.concatenate([logits, more])
     other = next((name for name in answers if TARGETS[name].runtime != target.runtime), None)
     if other is not None:
         least = min(runtime_of(t).tolerance.same for t in (target, TARGETS[other]))
-        numbers |= agree(target.name, logits, other, answers[other], evidence.step, least)
+        agreed = agree(
+            target.name, logits, other, answers[other], evidence.step, least, accepted=options.accept_difference
+        )
+        numbers |= agreed
+        findings += differing(target.name, other, agreed, len(logits), least)
     answers[target.name] = logits
-    return artefact, numbers
+    return artefact, numbers, findings
 
 
 def _calibration_part(pictures: Pictures) -> bytes:

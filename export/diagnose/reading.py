@@ -240,8 +240,8 @@ def unlikely_reading(graph: Graph, images: U8, stated: Preprocess, labels: I64 |
         advice.append("Check --preprocess against the model's training.")
     if exchanged:
         advice.append(
-            "If the images were written by OpenCV, convert them to RGB; if the model was trained on BGR, let its forward begin with "
-            "x.flip(1): devices give RGB."
+            "If the images come from OpenCV, convert them to RGB; if the model was trained on BGR, reverse the input channels of its "
+            "first convolution (weight.flip(1)): devices give RGB."
         )
     yield Finding(
         "input-reading",

@@ -160,6 +160,8 @@ def _report(done: Exported, used: int, skipped: tuple[str, ...], seconds: float,
             "sensitivities": {r.name: dict(r.errors) for r in done.recipe.sensitivities},
             "integer_layers": integer, "float_layers": len(layers) - integer, "seconds": round(seconds, 1),
             "checks": {t: dict(c) for t, c in done.checks.items()}, "refused": dict(done.refused),
+            "shared_scales": [{"name": s.name, "op": s.op, "parts": dict(s.parts), "outputs": list(s.lost), "error": s.error,
+                               "in_float": list(s.nodes)} for s in done.recipe.shared],
             "accuracy": {t: measured_accuracy(c, used) for t, c in done.checks.items()},
             "warnings": [f.told() for f in done.findings],
         }, indent=1))  # fmt: skip
@@ -200,7 +202,9 @@ def _bits(done: Exported) -> str:
 
 
 def _choices(done: Exported) -> Iterator[str]:
-    """What the options that measure have found: treatments, and the table of sensitivities behind a budget."""
+    """What was decided by measuring: values left in float, treatments, and the table of sensitivities behind a budget."""
+    for shared in done.recipe.shared:
+        yield f"{shared.name} ({shared.op}) stays in float: {shared.reason} (error {shared.error:.2f} of their spread)"
     for name, (without, having) in done.recipe.treated.items():
         verdict = "kept" if having < without else "left out"
         yield f"{name.replace('_', ' ')}: output error {without:.4f} without, {having:.4f} with; {verdict}"

@@ -34,13 +34,13 @@ from export.ir import Graph
 from export.operators import OPERATORS, Role
 from export.pictures import Pictures
 from export.placement import is_integer_layer
-from export.ptq import LayerSensitivity, compare
+from export.ptq import LayerSensitivity, SharedScale, compare
 from export.quantise import (
     IntegerModel,
     integer_model,
     quantised_weights,
 )
-from export.rounding import Rounding, prepared, round_off
+from export.rounding import Rounding, prepared, round_off_shared
 from export.runtimes import runtime_of
 from export.scales import Scale
 from export.student import student_program
@@ -106,6 +106,7 @@ class Recipe:
         model: the integer model at the exported state.
         treated: name of a treatment (`export.ptq`) → the output error (without it, with it); the smaller was kept.
         sensitivities: by layer, where a budget decided.
+        shared: values that stay in float because one scale would lose outputs (`export.ptq.shared_scale`).
     """
 
     graph: Graph
@@ -119,6 +120,7 @@ class Recipe:
     given: Given | None = None
     treated: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     sensitivities: tuple[LayerSensitivity, ...] = ()
+    shared: tuple[SharedScale, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -184,13 +186,8 @@ def make_recipe(
             stored=given.stored,
         )
         return Recipe(captured, calibration.scales, qmax, options.bits, targets, integers, calibration, graph, given)
-    found = round_off(
-        captured,
-        x,
-        qmax,
-        Rounding(options.observer, options.bits, options.budget, options.equalise, options.correct_bias),
-        progress,
-    )
+    how = Rounding(options.observer, options.bits, options.budget, options.equalise, options.correct_bias)
+    found, shared = round_off_shared(captured, x, qmax, how, progress)
     best = found.best
     integers = integer_model(
         best.graph, best.placement, best.weights, best.calibration.scales, qmax, peak=best.calibration.peak
@@ -207,6 +204,7 @@ def make_recipe(
         None,
         found.treated,
         found.sensitivities,
+        shared,
     )
 
 
@@ -412,7 +410,8 @@ def _manifest(
             size = packed_size(codes.codes.size, codes.bits)
             m.layers.add(op=op, weight_bits=codes.bits, weight_bytes=size, runs_in="int8", **common)
         elif model.placement.roles[node.output] is Role.FLOAT and node.op not in BEHIND_A_NORM:
-            reason = "kept so by --keep-float" if node.attributes.get("keep_float") else OPERATORS[node.op].reason
+            kept = node.attributes.get("float_reason", "kept so by --keep-float")
+            reason = kept if node.attributes.get("keep_float") else OPERATORS[node.op].reason
             held = node.parameters.values()
             stored = [p for p in held if p in model.stored]
             size = sum(model.stored[p].codes.nbytes if p in stored else model.graph.constants[p].nbytes for p in held)

@@ -108,9 +108,8 @@ def agree(
         return {f"argmax_{other}": same}
     if not accepted:
         raise GateError(
-            f"{target} and {other} choose the same class on only {round(same * count)} of {count} pictures ({same:.1%}; 95 % "
-            f"interval {low:.1%} to {high:.1%}, at least {least:.1%} is asked) although they hold the same weights: nothing was "
-            "saved for it. Leave one of them out, or take the difference with --accept-difference; it is then written into the "
+            f"{target} and {other} choose the same class on only {same:.1%} of {count} pictures (95 % interval {low:.1%} to "
+            f"{high:.1%}; at least {least:.1%} is asked) although they hold the same weights: nothing was saved for it. Leave one of them out, or take the difference with --accept-difference; it is then written into the "
             "bundle.",
             code="targets-differ",
         )

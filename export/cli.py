@@ -17,7 +17,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from export.bits import parse_bits
 from export.calibrate import CHOICES
 from export.capture import load_model
-from export.diagnose.held_out import measured_accuracy, told_accuracy
+from export.diagnose.held_out import measured_accuracy
+from export.diagnose.report import check_lines, warning_lines
 from export.pictures import class_names, load_pictures
 from export.pipeline import EVERY_TARGET, MOST_PICTURES, Exported, Options, export_model
 from export.preprocessing import parse_preprocess
@@ -180,19 +181,12 @@ def _report(done: Exported, used: int, skipped: tuple[str, ...], seconds: float,
     )
     for line in _choices(done):
         click.echo(line)
-    warned = f", {_warnings(len(done.findings))} below" if done.findings else ""
-    for target, checks in done.checks.items():
-        told = ", ".join(f"{k} {v:.4g}" for k, v in checks.items() if "accuracy" not in k and "validation" not in k)
-        click.echo(f"{target}: every check passed{warned} ({told})")
-        click.echo(f"{target}: {told_accuracy(checks, used)}")
+    for line in check_lines(done.checks, done.findings, used):
+        click.echo(line)
     for target, why in done.refused.items():
         click.echo(f"{target}: left out. {why}")
-    for finding in done.findings:
-        click.echo(f"warning: {finding.message} [{finding.code}]", err=True)
-
-
-def _warnings(count: int) -> str:
-    return "1 warning" if count == 1 else f"{count} warnings"
+    for line in warning_lines(done.findings):
+        click.echo(line, err=True)
 
 
 def _bits(done: Exported) -> str:

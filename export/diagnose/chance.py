@@ -43,7 +43,8 @@ def chance(predicted: I64, labels: I64, where: str = "the calibration images") -
     count, hits, expected = len(labels), int((predicted == labels).sum()), _by_chance(predicted, labels)
     low, high = interval(hits, count)
     p = at_least(hits, count, expected)
-    possible = expected**count <= DOUBT  # so few images, or so few classes among them, that even all right would show nothing
+    seen = len(np.union1d(predicted, labels))
+    possible = max(expected, 1 / seen) ** count <= DOUBT  # else not even all right would show anything
     skill = (high - expected) / (1 - expected) if expected < 1 else 1.0
     if not possible or (p <= DOUBT and skill >= LEAST_SKILL):
         return

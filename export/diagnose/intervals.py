@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 __all__ = ["CONFIDENCE", "at_least", "at_most", "interval", "paired"]
 
@@ -24,9 +26,15 @@ def _tail(low: int, high: int, count: int, share: float) -> float:
         return 0.0
     if share <= 0.0 or share >= 1.0:
         return float(low <= (0 if share <= 0.0 else count) <= high)
-    k = np.arange(low, high + 1)
-    ways = np.array([math.lgamma(count + 1) - math.lgamma(i + 1) - math.lgamma(count - i + 1) for i in k.tolist()])
+    k, factorial = np.arange(low, high + 1), _log_factorials(count)
+    ways = factorial[count] - factorial[k] - factorial[count - k]
     return float(min(np.exp(ways + k * math.log(share) + (count - k) * math.log1p(-share)).sum(), 1.0))
+
+
+@lru_cache(maxsize=16)
+def _log_factorials(most: int) -> NDArray[np.float64]:
+    """log(n!) for n from 0 to most."""
+    return np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, most + 1)))])
 
 
 def at_least(hits: int, count: int, share: float) -> float:

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from export.diagnose.amount import FEWEST
 from export.diagnose.chance import information
 from export.diagnose.finding import Finding
 from export.diagnose.intervals import at_least, paired
@@ -32,17 +33,17 @@ from export.operators import Parameters, batch_norm
 from export.preprocessing import SETS
 from refold.preprocess import Preprocess
 
-__all__ = ["Response", "doubt_channels", "doubt_scaling", "mismatch_of", "readings", "respond", "unlikely_reading"]
+__all__ = ["Response", "doubt_channels", "doubt_scaling", "leading", "mismatch_of", "readings", "respond", "unlikely_reading"]
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 I64 = NDArray[np.int64]
 
 LARGE = 64 * 64  # pixels from which fewer images are run
-SCREENED, SCREENED_LARGE = 64, 32  # images on which the scalings compete
-COMPARED, COMPARED_LARGE = 256, 96  # images on which RGB and BGR compete
-ALIKE = 0.15  # of a reading's spread that two may differ by and still count as one: ImageNet's and CIFAR's constants do
-CLOSER = 2.0  # times the other scaling's statistics must be closer
+COMPARED, COMPARED_LARGE = 256, 64  # images on which RGB and BGR compete
+SCREENED = 4  # times fewer on which the scalings do: they differ more
+ALIKE = 0.25  # of a reading's spread that two may differ by and still count as one: ImageNet's and CIFAR's constants do
+CLOSER = 1.5  # times the other scaling's statistics must be closer
 APART = 0.01  # squared Hellinger distance they must be closer by
 SURE, LIKELY = 0.001, 0.02  # probability of the evidence if both readings were equally good
 CLEARLY = 1.1  # times closer from which the channel order needs only LIKELY evidence of the images
@@ -144,35 +145,43 @@ def mismatch_of(
     return float(np.mean(1 - overlap))
 
 
-def doubt_scaling(stated: Response, others: Mapping[str, Response], labels: I64 | None) -> str | None:
-    """The scaling that is more likely than the stated one, if one is."""
-    if stated.mismatch is not None:
-        name = min(others, key=lambda n: others[n].mismatch or 0.0, default=None)
-        if name is None:
-            return None
-        other = others[name]
-        assert other.mismatch is not None
-        doubted = other.mismatch * CLOSER < stated.mismatch and other.mismatch + APART < stated.mismatch
-        if doubted and (labels is None or not _contradicted(stated, other, labels)):
-            return name
-        return _by_labels(stated, {n: r for n, r in others.items() if _no_farther(r, stated)}, labels)
+def leading(others: Mapping[str, Response], labels: I64 | None) -> str:
+    """Of several readings the one with the nearest statistics; without statistics, with the most right or the most told."""
+
+    def merit(name: str) -> float:
+        response = others[name]
+        if response.mismatch is not None:
+            return -response.mismatch
+        return float((response.predicted == labels).sum()) if labels is not None else information(response.logits)
+
+    return max(others, key=merit)
+
+
+def doubt_scaling(stated: Response, other: Response, labels: I64 | None, trials: int = 1) -> bool:
+    """Another scaling is more likely than the stated one.
+
+    Args:
+        labels: int64 (N,), or None.
+        trials: how many scalings `other` was chosen among.
+    """
+    if stated.mismatch is not None and other.mismatch is not None:
+        if other.mismatch * CLOSER < stated.mismatch and other.mismatch + APART < stated.mismatch:
+            return labels is None or not _contradicted(stated, other, labels)
+        return other.mismatch < stated.mismatch and _by_labels(stated, other, labels, trials)
     if labels is not None:
-        return _by_labels(stated, others, labels)
-    name = max(others, key=lambda n: information(others[n].logits), default=None)
-    if name is None:
-        return None
-    gained = information(others[name].logits) - information(stated.logits)
-    return name if gained > INFORMED * float(np.log(stated.logits.shape[1])) else None
+        return _by_labels(stated, other, labels, trials)
+    gained = information(other.logits) - information(stated.logits)
+    return gained > INFORMED * float(np.log(stated.logits.shape[1]))
 
 
 def doubt_channels(stated: Response, swapped: Response, labels: I64 | None) -> bool:
     """Red and blue seem to be exchanged."""
-    if not _no_farther(swapped, stated):
+    if stated.mismatch is not None and swapped.mismatch is not None and swapped.mismatch >= stated.mismatch:
         return False
     if labels is not None:
         if _contradicted(stated, swapped, labels):
             return False
-        if _by_labels(stated, {"swapped": swapped}, labels):
+        if _by_labels(stated, swapped, labels, 1):
             return True
     lower = swapped.entropy < stated.entropy
     p = at_least(int(lower.sum()), len(lower), 0.5)
@@ -182,21 +191,13 @@ def doubt_channels(stated: Response, swapped: Response, labels: I64 | None) -> b
     return a is not None and b is not None and p < LIKELY and b * CLEARLY < a and b < CLEAN
 
 
-def _no_farther(other: Response, stated: Response) -> bool:
-    return other.mismatch is None or stated.mismatch is None or other.mismatch < stated.mismatch
-
-
 def _contradicted(stated: Response, other: Response, labels: I64) -> bool:
     better, worse = _only(stated, other, labels)
     return paired(better, worse) < LIKELY
 
 
-def _by_labels(stated: Response, others: Mapping[str, Response], labels: I64 | None) -> str | None:
-    if labels is None or not others:
-        return None
-    name = max(others, key=lambda n: int((others[n].predicted == labels).sum()))
-    better, worse = _only(others[name], stated, labels)
-    return name if paired(better, worse) * len(others) < SURE else None
+def _by_labels(stated: Response, other: Response, labels: I64 | None, trials: int) -> bool:
+    return labels is not None and paired(*_only(other, stated, labels)) * trials < SURE
 
 
 def _only(one: Response, other: Response, labels: I64) -> tuple[int, int]:
@@ -214,27 +215,23 @@ def unlikely_reading(graph: Graph, images: U8, stated: Preprocess, labels: I64 |
         labels: int64 (N,), or None.
     """
     large = stated.width * stated.height >= LARGE
-    few = _spread(len(images), SCREENED_LARGE if large else SCREENED)
-    many = _spread(len(images), COMPARED_LARGE if large else COMPARED)
-    base, others = respond(graph, stated.apply(images[few])), {}
-    for name, other in readings(stated).items():
-        found = respond(graph, other.apply(images[few]))
-        if np.isfinite(found.logits).all():
-            others[name] = found
-    better = doubt_scaling(base, others, None if labels is None else labels[few])
+    many = np.linspace(0, len(images) - 1, min(len(images), COMPARED_LARGE if large else COMPARED)).astype(np.int64)
+    images, labels = images[many], None if labels is None else labels[many]
+    few = np.arange(0, len(images), SCREENED if len(images) >= SCREENED * FEWEST else 1)
+    first = respond(graph, stated.apply(images))
+    better, plain = _better_scaling(graph, images, stated, few, first, labels)
     likely = stated if better is None else readings(stated)[better]
-    plain, swapped = (respond(graph, likely.apply(images[many][..., order])) for order in ([0, 1, 2], [2, 1, 0]))
-    exchanged = doubt_channels(plain, swapped, None if labels is None else labels[many])
+    swapped = respond(graph, likely.apply(np.ascontiguousarray(images[..., ::-1])))
+    exchanged = doubt_channels(plain, swapped, labels)
     if better is None and not exchanged:
         return
-    first = base if better is None and not exchanged else respond(graph, stated.apply(images[many]))
     last, said = swapped if exchanged else plain, []
     size = f"{stated.width}x{stated.height}"
     if better is not None:
         said.append(f"with --preprocess {size},{better}")
     if exchanged:
         said.append("with red and blue exchanged (BGR)")
-    numbers, told = _compared(first, last, None if labels is None else labels[many])
+    numbers, told = _compared(first, last, labels)
     advice = []
     if better is not None:
         advice.append("Check --preprocess against the model's training.")
@@ -248,6 +245,25 @@ def unlikely_reading(graph: Graph, images: U8, stated: Preprocess, labels: I64 |
         f"The model seems to have been trained on another input: {' and '.join(said)} {told}. {' '.join(advice)}",
         {**numbers, "scaling": float(better is not None), "channels": float(exchanged)},
     )
+
+
+def _better_scaling(
+    graph: Graph, images: U8, stated: Preprocess, few: NDArray[np.int64], first: Response, labels: I64 | None
+) -> tuple[str | None, Response]:
+    """The more likely scaling's name, if there is one, and the response under it, else `first`. All compete on the images `few`;
+    the best of them meets the stated one on all."""
+    part, others = None if labels is None else labels[few], {}
+    candidates = {**readings(stated), "": stated}
+    for name, candidate in candidates.items():
+        found = respond(graph, candidate.apply(images[few]))
+        if np.isfinite(found.logits).all():
+            others[name] = found
+    leader = leading(others, part)
+    if leader:
+        found = respond(graph, candidates[leader].apply(images))
+        if doubt_scaling(first, found, labels, len(others) - 1):
+            return leader, found
+    return None, first
 
 
 def _compared(stated: Response, other: Response, labels: I64 | None) -> tuple[dict[str, float], str]:
@@ -268,6 +284,3 @@ def _compared(stated: Response, other: Response, labels: I64 | None) -> tuple[di
         told.append(f"{share:.0%} of the images are answered more confidently")
     return numbers, ", ".join(told)
 
-
-def _spread(count: int, most: int) -> NDArray[np.int64]:
-    return np.linspace(0, count - 1, min(count, most)).astype(np.int64)

@@ -17,7 +17,7 @@ def untrained(table: NormTable) -> Iterator[Finding]:
     sites = table.norms
     initial = [s for s in sites if _initial(s)]
     counted = [s for s in initial if s.kind.has_statistics]
-    if len(initial) == len(sites):
+    if initial and len(initial) == len(sites):
         yield Finding(
             "untrained",
             f"All {len(sites)} norms hold the values a new layer begins with (scale 1, shift 0): these are the weights of a model "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import export_nets
 import torch
 from export_nets import ConvNorm
 from torch import Tensor, nn
@@ -115,3 +116,17 @@ class Alike(nn.Module):
         x = self.stem(x)
         y: Tensor = self.fc(torch.cat([self.a(x), self.b(x), self.c(x)], 1).mean((2, 3)))
         return y
+
+
+def make(name: str) -> nn.Module:
+    """One of the above with norms that know the pictures, in evaluation mode."""
+    torch.manual_seed(0)
+    net: nn.Module = globals()[name]()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = 1.0
+    with torch.no_grad():
+        net.train()(torch.from_numpy(export_nets.PREPROCESS.apply(export_nets.pictures(32))))
+    if isinstance(net, (OneHead, ReadAgain)):
+        net.scale_up()
+    return net.eval()

@@ -90,7 +90,8 @@ def agree(
 ) -> dict[str, float]:
     """Two runtimes of one bundle must be one model to whoever reads their answers.
 
-    Judged by the 95 % interval of their agreement (Clopper and Pearson 1934): one image of 64 is no evidence of more than 0.5 %.
+    Judged by the 95 % interval of their agreement (Clopper and Pearson 1934): one image of 64 is no
+    evidence of more than 0.5 %.
 
     Args:
         target, logits: the runtime checked, float32 (N, classes).
@@ -109,8 +110,8 @@ def agree(
     if not accepted:
         raise GateError(
             f"{target} and {other} choose the same class on only {same:.1%} of {count} pictures (95 % interval {low:.1%} to "
-            f"{high:.1%}; at least {least:.1%} is asked) although they hold the same weights: nothing was saved for it. Leave one of them out, or take the difference with --accept-difference; it is then written into the "
-            "bundle.",
+            f"{high:.1%}; at least {least:.1%} is asked) although they hold the same weights: nothing was saved for "
+            "it. Leave one of them out, or take the difference with --accept-difference; it is then written into the bundle.",
             code="targets-differ",
         )
     return {f"argmax_{other}": same, "difference_accepted": 1.0}

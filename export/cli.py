@@ -142,9 +142,7 @@ def export_one(
             equalise, correct_bias, keep_float, min_agreement, accept_difference, strict,
         )  # fmt: skip
         loaded = load_model(model, weights)
-        done = export_model(
-            loaded, output, plan, pictures, options, keys=signers, progress=progress, validation=unseen
-        )
+        done = export_model(loaded, output, plan, pictures, options, keys=signers, progress=progress, validation=unseen)
     skipped = pictures.skipped + (() if unseen is None else unseen.skipped)
     _report(done, len(pictures.images), skipped, time.monotonic() - started, as_json)
 

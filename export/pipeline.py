@@ -341,9 +341,7 @@ def export_model(
 
 def _refuse(findings: Sequence[Finding]) -> None:
     if findings:
-        raise GateError(
-            f"{' '.join(f.message for f in findings)} Nothing was saved, because of --strict.", code="doubtful"
-        )
+        raise GateError(f"{' '.join(f.message for f in findings)} Nothing was saved, because of --strict.", code="doubtful")
 
 
 def _checked(
@@ -368,9 +366,7 @@ def _checked(
     other = next((name for name in answers if TARGETS[name].runtime != target.runtime), None)
     if other is not None:
         least = min(runtime_of(t).tolerance.same for t in (target, TARGETS[other]))
-        agreed = agree(
-            target.name, logits, other, answers[other], evidence.step, least, accepted=options.accept_difference
-        )
+        agreed = agree(target.name, logits, other, answers[other], evidence.step, least, accepted=options.accept_difference)
         numbers |= agreed
         findings += differing(target.name, other, agreed, len(logits), least)
     answers[target.name] = logits

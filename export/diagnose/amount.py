@@ -30,8 +30,8 @@ def amount(images: NDArray[np.uint8]) -> Iterator[Finding]:
     same = "" if count == len(images) else f" (of {len(images)}; the others are copies)"
     yield Finding(
         "too-few-images",
-        f"There {'is' if count == 1 else 'are'} only {count} different calibration image{'' if count == 1 else 's'}{same}. A new "
-        f"image then exceeds the range taken for any one activation with a probability of {beyond:.0%}, and even "
-        f"{count} of {count} agreeing answers show an agreement of no more than {shown:.0%} (95 % confidence). Give 100 to 500.",
+        f"There {'is' if count == 1 else 'are'} only {count} different calibration image{'' if count == 1 else 's'}{same}. A "
+        f"new image then exceeds the range taken for any one activation with a probability of {beyond:.0%}, and even "
+        f"{count} of {count} agreeing answers show an agreement no higher than {shown:.0%} (95 % sure). Give 100 to 500.",
         {"images": float(count), "out_of_range": beyond, "agreement_shown": shown},
     )

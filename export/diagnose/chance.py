@@ -52,8 +52,8 @@ def chance(predicted: I64, labels: I64, where: str = "the calibration images") -
     yield Finding(
         "chance",
         f"The float model names the label of {hits} of {count} of {where} ({hits / count:.1%}; 95 % interval {low:.1%} to "
-        f"{high:.1%}): {verdict} ({expected:.1%} for answers that ignore the image). Check --weights, --preprocess, the channel "
-        "order and the numbering of the labels.",
+        f"{high:.1%}): {verdict} ({expected:.1%} for answers that ignore the image). Check --weights, --preprocess, the "
+        "channel order and the numbering of the labels.",
         {"accuracy": hits / count, "accuracy_low": low, "accuracy_high": high, "by_chance": expected, "images": float(count)},
     )
 

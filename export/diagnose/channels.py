@@ -43,8 +43,8 @@ def lost_channels(target: str, logits: F32, truth: F32) -> Iterator[Finding]:
     yield Finding(
         "lost-channels",
         f"{target}: {len(lost)} of {len(errors)} outputs ({ranges_told(lost.tolist())}) are lost in integers: their error is "
-        f"{float(np.median(errors[lost])):.2f} of their own spread over the calibration images. Give the layers before them more "
-        "bits, or keep them in float (--keep-float).",
+        f"{float(np.median(errors[lost])):.2f} of their own spread over the calibration images. Give the layers before them "
+        "more bits, or keep them in float (--keep-float).",
         {"lost": float(len(lost)), "outputs": float(len(errors)), "error": float(np.median(errors[lost]))},
     )
 

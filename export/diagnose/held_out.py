@@ -60,7 +60,8 @@ class HeldOut:
             findings.append(
                 Finding(
                     "validation-overlap",
-                    f"{int((~fresh).sum())} of {len(fresh)} validation images are calibration images as well; they were left out.",
+                    f"{int((~fresh).sum())} of {len(fresh)} validation images are calibration images as well; "
+                    "they were left out.",
                     {"images": float(len(fresh)), "left_out": float((~fresh).sum())},
                 )
             )
@@ -91,9 +92,9 @@ class HeldOut:
         error = float(np.sqrt(np.mean((logits - truth) ** 2)) / max(float((truth - truth.mean(0)).std()), 1e-12))
         if same < min_agreement and error > FLOAT_ERROR:
             raise GateError(
-                f"{target}: the integer engine chooses the float model's class on only {same:.1%} of the {len(truth)} validation "
-                f"images (error {error:.2f} of the logits' spread). Calibrate with more images like these, try --correct-bias and "
-                "--equalise, or lower --min-agreement.",
+                f"{target}: the integer engine chooses the float model's class on only {same:.1%} of the {len(truth)} "
+                f"validation images (error {error:.2f} of the logits' spread). Calibrate with more images like these, try "
+                "--correct-bias and --equalise, or lower --min-agreement.",
                 code="accuracy",
             )
         numbers = {"validation_images": float(len(truth)), "validation_argmax_float": same}

@@ -35,8 +35,8 @@ def checked(pictures: Pictures, classes: int, what: str) -> tuple[Pictures, tupl
         return pictures, found
     if pictures.folders and len(pictures.folders) != classes:
         note = (
-            f"The {what} images lie in {len(pictures.folders)} class folders and the model has {classes} classes: which folder is "
-            "which class is not known, so they count as unlabelled. Name all classes in the model's order with --classes."
+            f"The {what} images lie in {len(pictures.folders)} class folders and the model has {classes} classes: which folder "
+            "is which class is not known, so they count as unlabelled. Name all classes in the model's order with --classes."
         )
         bare = Pictures(pictures.images, None, pictures.skipped, pictures.folders, pictures.notes)
         return bare, (*found, Finding("labels", note, {"folders": float(len(pictures.folders)), "classes": float(classes)}))
@@ -77,9 +77,9 @@ def numbering(predicted: I64, labels: I64, classes: int) -> Iterator[Finding]:
         first = next(c for c in range(classes) if matched[c] != c)
         yield Finding(
             "labels",
-            f"The labels seem to be numbered in another order than the model's classes: matched one to one, {right / count:.1%} "
-            f"instead of {hits / count:.1%} are right (the model answers {matched[first]} where the label is {first}). Name the "
-            "classes in the model's order with --classes.",
+            "The labels seem to be numbered in another order than the model's classes: matched one to one, "
+            f"{right / count:.1%} instead of {hits / count:.1%} are right (the model answers {matched[first]} where the label "
+            f"is {first}). Name the classes in the model's order with --classes.",
             {"accuracy": hits / count, "accuracy_renumbered": right / count},
         )
 

@@ -4,7 +4,7 @@ Three witnesses, none of which needs the training data:
 
 * *Running statistics.* A norm has stored the mean and the variance of what it saw in training. Under the right reading what it
   sees is near them; under a wrong one every layer from the first on is off. The mismatch is the squared Hellinger distance
-  between the two normal distributions (0: the same, 1: they do not overlap), averaged over the channels of a norm and over norms.
+  between the two normal distributions (0: the same, 1: they do not overlap), averaged over a norm's channels and over norms.
 * *Confidence*, image by image: under the right reading most images are answered with less entropy. It tells BGR from RGB, which
   the statistics of natural images hardly do.
 * *Labels*, where there are any: the same images under both readings, by McNemar's exact test.
@@ -77,7 +77,7 @@ class Response:
 
 
 def readings(stated: Preprocess) -> dict[str, Preprocess]:
-    """Other scalings people use, by what --preprocess calls them; those that are the stated one but for a little are left out."""
+    """Other scalings people use, by what --preprocess calls them; those that are nearly the stated one are left out."""
     centred = {"scale": 1.0, "mean": tuple(round(255 * m, 3) for m in SETS["imagenet"]["mean"])}
     mean = "/".join(f"{m:g}" for m in centred["mean"])  # type: ignore[attr-defined]
     plain = {"scale": 1 / 255, "mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -117,7 +117,8 @@ class _Moments:
         if node.output in self.stored:
             axes = [0, *range(2, y.dim())]
             off = y - parameters["mean"].view(1, -1, *[1] * (y.dim() - 2))  # var_mean takes ten times as long
-            self.sums[node.output] += len(y) * np.stack([off.mean(axes).double().numpy(), (off * off).mean(axes).double().numpy()])
+            moments = [t.mean(axes).double().numpy() for t in (off, off * off)]
+            self.sums[node.output] += len(y) * np.stack(moments)
             self.counts[node.output] += len(y)
         return batch_norm(node, y, parameters)
 
@@ -135,8 +136,8 @@ def mismatch_of(
 ) -> float:
     """Squared Hellinger distance between normal distributions, mean over channels; all arrays (channels,).
 
-    1 - sqrt(2 s t / (s² + t²)) exp(-(m - n)² / (4 (s² + t²))); Pardo, "Statistical Inference Based on Divergence Measures" (2006),
-    chapter 1. `epsilon` is added to both variances as the norm does, so that dead channels match.
+    1 - sqrt(2 s t / (s² + t²)) exp(-(m - n)² / (4 (s² + t²))); Pardo, "Statistical Inference Based on Divergence Measures"
+    (2006), chapter 1. `epsilon` is added to both variances as the norm does, so that dead channels match.
     """
     a, b = variance + epsilon, stored_variance.astype(np.float64) + epsilon
     overlap = np.sqrt(2 * np.sqrt(a * b) / (a + b)) * np.exp(-((mean - stored_mean) ** 2) / (4 * (a + b)))
@@ -235,8 +236,8 @@ def unlikely_reading(graph: Graph, images: U8, stated: Preprocess, labels: I64 |
         advice.append("Check --preprocess against the model's training.")
     if exchanged:
         advice.append(
-            "If the images come from OpenCV, convert them to RGB; if the model was trained on BGR, reverse the input channels of its "
-            "first convolution (weight.flip(1)): devices give RGB."
+            "If the images come from OpenCV, convert them to RGB; if the model was trained on BGR, reverse the input channels "
+            "of its first convolution (weight.flip(1)): devices give RGB."
         )
     yield Finding(
         "input-reading",
@@ -248,8 +249,10 @@ def unlikely_reading(graph: Graph, images: U8, stated: Preprocess, labels: I64 |
 def _better_scaling(
     graph: Graph, images: U8, stated: Preprocess, few: NDArray[np.int64], first: Response, labels: I64 | None
 ) -> tuple[str | None, Response]:
-    """The more likely scaling's name, if there is one, and the response under it, else `first`. All compete on the images `few`;
-    the best of them meets the stated one on all."""
+    """The more likely scaling's name, if there is one, and the response under it, else `first`.
+
+    All compete on the images `few`; the best of them meets the stated one on all.
+    """
     part, others = None if labels is None else labels[few], {}
     candidates = {**readings(stated), "": stated}
     for name, candidate in candidates.items():
@@ -281,4 +284,3 @@ def _compared(stated: Response, other: Response, labels: I64 | None) -> tuple[di
     if not told or share > 0.5:
         told.append(f"{share:.0%} of the images are answered more confidently")
     return numbers, ", ".join(told)
-

@@ -28,8 +28,8 @@ def differing(target: str, other: str, numbers: Mapping[str, float], count: int,
     )
     yield Finding(
         "targets-differ",
-        f"{target} and {other} choose different classes on {count - round(same * count)} of {count} images (agreement {same:.1%}, "
-        f"95 % interval {low:.1%} to {high:.1%}): {verdict}.",
+        f"{target} and {other} choose different classes on {count - round(same * count)} of {count} images (agreement "
+        f"{same:.1%}, 95 % interval {low:.1%} to {high:.1%}): {verdict}.",
         {"agreement": same, "agreement_low": low, "agreement_high": high, "images": float(count), "accepted": float(accepted)},
     )
 

@@ -20,16 +20,16 @@ def untrained(table: NormTable) -> Iterator[Finding]:
     if initial and len(initial) == len(sites):
         yield Finding(
             "untrained",
-            f"All {len(sites)} norms hold the values a new layer begins with (scale 1, shift 0): these are the weights of a model "
-            "that was never trained. Was --weights forgotten, or does the callable build the model without loading them?",
+            f"All {len(sites)} norms hold the values a new layer begins with (scale 1, shift 0): these are the weights of a "
+            "model that was never trained. Was --weights forgotten, or does the callable build the model without loading them?",
             {"initial_norms": float(len(initial)), "norms": float(len(sites))},
         )
     elif counted:
         names = ", ".join(s.name for s in counted[:NAMED]) + (", ..." if len(counted) > NAMED else "")
         yield Finding(
             "untrained",
-            f"{len(counted)} of {len(sites)} norms ({names}) hold the values a new layer begins with (scale 1, shift 0, mean 0, "
-            "variance 1): that part of the model was never trained, or its weights were not loaded.",
+            f"{len(counted)} of {len(sites)} norms ({names}) hold the values a new layer begins with (scale 1, shift 0, mean "
+            "0, variance 1): that part of the model was never trained, or its weights were not loaded.",
             {"initial_norms": float(len(counted)), "norms": float(len(sites))},
         )
 

@@ -4,10 +4,10 @@
     add                the smaller term falls below a step
     any other value    its channels differ so much, or lie so close together, that 256 codes do not tell them apart
 
-Error is judged where it counts, at every output channel against that channel's own spread; as a share of the whole output a lost
-score is nothing. An output that the rounding of a single value already loses is given back by leaving that value in float: the
-operator that makes it, and those that would round it again to read it. The inputs of a concatenation keep a scale each. All of
-this holds for every target, since no runtime here has a scale for each channel of an activation.
+Error is judged where it counts, at every output channel against that channel's own spread; as a share of the whole output a
+lost score is nothing. An output that the rounding of a single value already loses is given back by leaving that value in
+float: the operator that makes it, and those that would round it again to read it. The inputs of a concatenation keep a scale
+each. All of this holds for every target, since no runtime here has a scale for each channel of an activation.
 
 A network that loses no output this way, which is nearly every one, is left as it is, to the byte.
 """
@@ -146,7 +146,7 @@ def _parts(maker: Node, ranges: Mapping[str, float]) -> dict[str, float]:
 
 
 def _rounding(graph: Graph, placement: Placement, value: str) -> Iterator[Node]:
-    """The nodes that put `value` on its scale: the one that makes it and those that read it, or its moved codes, in integers."""
+    """The nodes that put `value` on its scale: the one that makes it and those that read it, or its moved codes."""
     shared = {v for v, source in placement.scale_of.items() if source == value}
     for node in graph.nodes:
         touches = node.output == value or any(v in shared for v in node.inputs)

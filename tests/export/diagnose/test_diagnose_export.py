@@ -29,7 +29,8 @@ FAST = ("--observer", "minmax")
 
 def _answers(images: np.ndarray) -> np.ndarray:
     with torch.no_grad():
-        found: np.ndarray = export_nets.make("residual")(torch.from_numpy(export_nets.PREPROCESS.apply(images))).numpy().argmax(1)
+        logits = export_nets.make("residual")(torch.from_numpy(export_nets.PREPROCESS.apply(images)))
+    found: np.ndarray = logits.numpy().argmax(1)
     return found
 
 
@@ -165,7 +166,8 @@ def test_two_runtimes_are_judged_by_an_interval(same, count, refused):
 def test_a_difference_is_accepted_and_told(tmp_path, monkeypatch):
     pytest.importorskip("ai_edge_litert")
     monkeypatch.setattr(checks, "_same_class", lambda logits, theirs, step: 0.5)
-    export = (export_nets.make("residual"), tmp_path / "m.refold", export_nets.PREPROCESS, Pictures(export_nets.pictures(40), None))
+    pictures = Pictures(export_nets.pictures(40), None)
+    export = (export_nets.make("residual"), tmp_path / "m.refold", export_nets.PREPROCESS, pictures)
     options = Options(("ort-x86-avx2", "litert"), observer="minmax")
     with pytest.raises(GateError, match=r"only 50\.0% of 40 pictures"):
         export_model(*export, options)

@@ -115,12 +115,12 @@ def test_labels_that_cannot_be_class_numbers():
 
 def test_few_images_are_told_with_a_number():
     images = export_nets.pictures(3)
-    found = list(amount(images))[0]
+    found = next(amount(images))
     assert found.code == "too-few-images" and "only 3 different" in found.message and "25%" in found.message
     assert found.numbers["agreement_shown"] == pytest.approx(stats.binomtest(3, 3).proportion_ci().low)
     copies = np.concatenate([images] * 100)
-    assert distinct(copies) == 3 and "(of 300; the others are copies)" in list(amount(copies))[0].message
-    assert "is only 1 different calibration image" in list(amount(images[:1]))[0].message
+    assert distinct(copies) == 3 and "(of 300; the others are copies)" in next(amount(copies)).message
+    assert "is only 1 different calibration image" in next(amount(images[:1])).message
     assert not list(amount(export_nets.pictures(32)))
 
 

@@ -9,7 +9,8 @@ student_*            the cloud's student computes what the engine computes; stud
                      distance of the engine from the float model
 taps_finite          the tap model runs and gives two moments for each channel
 argmax_<target>      where a bundle has several runtimes: the share of pictures on which this one and an earlier target's
-                     choose the same class, ties within a step counted as agreement
+                     choose the same class, ties within a step counted as agreement; judged by its confidence interval
+difference_accepted  1 where that share was too low and was accepted (--accept-difference)
 
 What a runtime is, and how much it may round, is behind `export.runtimes`.
 """
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from export.diagnose.intervals import interval
 from export.quantise import IntegerModel
 from export.runtimes import Runtime, Tolerance, runtime_of
 from export.targets import Artefact, TargetProfile
@@ -83,26 +85,36 @@ def run_checks(
     return numbers, logits
 
 
-def agree(target: str, logits: F32, other: str, theirs: F32, step: float, least: float = 0.995) -> dict[str, float]:
+def agree(
+    target: str, logits: F32, other: str, theirs: F32, step: float, least: float = 0.995, *, accepted: bool = False
+) -> dict[str, float]:
     """Two runtimes of one bundle must be one model to whoever reads their answers.
+
+    Judged by the 95 % interval of their agreement (Clopper and Pearson 1934): one image of 64 is no
+    evidence of more than 0.5 %.
 
     Args:
         target, logits: the runtime checked, float32 (N, classes).
         other, theirs: a target of another runtime that passed its checks.
         step: how far two logits of a picture may lie apart and still be a tie.
         least: share of pictures on which they must choose the same class.
+        accepted: a person takes the difference, whatever it is.
 
     Raises:
         GateError: they choose different classes too often.
     """
-    same = _same_class(logits, theirs, step)
-    if same < least:
+    same, count = _same_class(logits, theirs, step), len(logits)
+    low, high = interval(round(same * count), count)
+    if high >= least:
+        return {f"argmax_{other}": same}
+    if not accepted:
         raise GateError(
-            f"{target} and {other} choose the same class on only {same:.1%} of the calibration pictures although they hold the "
-            "same weights: nothing was saved for it. Please report it with the model.",
+            f"{target} and {other} choose the same class on only {same:.1%} of {count} pictures (95 % interval {low:.1%} to "
+            f"{high:.1%}; at least {least:.1%} is asked) although they hold the same weights: nothing was saved for "
+            "it. Leave one of them out, or take the difference with --accept-difference; it is then written into the bundle.",
             code="targets-differ",
         )
-    return {f"argmax_{other}": same}
+    return {f"argmax_{other}": same, "difference_accepted": 1.0}
 
 
 def _same_class(logits: F32, theirs: F32, step: float) -> float:
@@ -219,7 +231,8 @@ def _student(target: str, logits: F32, evidence: Evidence, tolerance: Tolerance)
     close = float((np.abs(got - logits) <= 2 * step).mean())
     noise = float(np.sqrt(np.mean((logits - evidence.float_logits) ** 2)))
     apart = float(np.sqrt(np.mean((got - logits) ** 2))) / max(noise, step)
-    alike = _same_class(logits, got, 2 * step) >= tolerance.argmax  # what may lie two steps apart may tie within two
+    agreed = _same_class(logits, got, 2 * step)  # what may lie two steps apart may tie within two
+    alike = interval(round(agreed * len(logits)), len(logits))[1] >= tolerance.argmax
     # A deep net spreads one rounding to every later value: two exact implementations of a ViT of twelve blocks end as two draws
     # of the same noise. They are one model while they choose alike and lie nearer to each other than to float.
     if not (alike and (close >= tolerance.steps or apart <= 1)) and apart > tolerance.noise:

@@ -17,6 +17,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from export.bits import parse_bits
 from export.calibrate import CHOICES
 from export.capture import load_model
+from export.diagnose.held_out import measured_accuracy
+from export.diagnose.report import check_lines, warning_lines
 from export.pictures import class_names, load_pictures
 from export.pipeline import EVERY_TARGET, MOST_PICTURES, Exported, Options, export_model
 from export.preprocessing import parse_preprocess
@@ -48,6 +50,11 @@ STEPS = 12  # about as many steps as the pipeline announces; the bar only has to
     type=click.Path(path_type=Path),
     required=True,
     help="Folder of pictures, or npz with images uint8 (N, H, W, 3).",
+)
+@click.option(
+    "--validation",
+    type=click.Path(path_type=Path),
+    help="Labelled images the model was not trained on, in the forms of --calibration: accuracy is measured on these.",
 )
 @click.option("--preprocess", required=True, help="As in 32x32,imagenet or a TOML/JSON file: docs/guide/export.md.")
 @click.option(
@@ -90,14 +97,22 @@ STEPS = 12  # about as many steps as the pipeline announces; the bar only has to
     show_default=True,
     help="Share of pictures on which int8 and float must choose the same class.",
 )
+@click.option(
+    "--accept-difference",
+    is_flag=True,
+    help="Keep a target whose runtime chooses other classes than the bundle's other runtime; the bundle says how often.",
+)
+@click.option("--strict", is_flag=True, help="Warnings (chance accuracy, unlikely preprocessing, few images, ...) refuse.")
 @click.option("--key", "keys", multiple=True, type=click.Path(path_type=Path), help="Sign with this private key (PEM).")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of torch, while exporting.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def export_one(
-    model: str, weights: Path | None, calibration: Path, preprocess: str, targets: tuple[str, ...], output: Path,
+    model: str, weights: Path | None, calibration: Path, validation: Path | None, preprocess: str, targets: tuple[str, ...],
+    output: Path,
     name: str | None, classes: str | None, input_size: str | None, sample_limit: int, observer: str, bits: tuple[str, ...],
     budget: str | None, equalise: bool, correct_bias: bool,
-    keep_float: tuple[str, ...], min_agreement: float, keys: tuple[Path, ...], threads: int, as_json: bool,
+    keep_float: tuple[str, ...], min_agreement: float, accept_difference: bool, strict: bool, keys: tuple[Path, ...],
+    threads: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantise MODEL (file.py:callable, package.module:callable or a .pt2) into a bundle.
 
@@ -120,13 +135,18 @@ def export_one(
         names = class_names(classes)
         signers = [SigningKey.load(k) for k in keys]
         pictures = load_pictures(calibration, plan, sample_limit, names)
+        unseen = None
+        if validation is not None:
+            unseen = load_pictures(validation, plan, MOST_PICTURES, names, "validation")
         progress("loading the model")
         options = Options(
             targets, name or output.stem, names, observer, parse_bits(bits), None if budget is None else parse_size(budget),
-            equalise, correct_bias, keep_float, min_agreement,
+            equalise, correct_bias, keep_float, min_agreement, accept_difference, strict,
         )  # fmt: skip
-        done = export_model(load_model(model, weights), output, plan, pictures, options, keys=signers, progress=progress)
-    _report(done, len(pictures.images), pictures.skipped, time.monotonic() - started, as_json)
+        loaded = load_model(model, weights)
+        done = export_model(loaded, output, plan, pictures, options, keys=signers, progress=progress, validation=unseen)
+    skipped = pictures.skipped + (() if unseen is None else unseen.skipped)
+    _report(done, len(pictures.images), skipped, time.monotonic() - started, as_json)
 
 
 def _report(done: Exported, used: int, skipped: tuple[str, ...], seconds: float, as_json: bool) -> None:
@@ -141,6 +161,10 @@ def _report(done: Exported, used: int, skipped: tuple[str, ...], seconds: float,
             "sensitivities": {r.name: dict(r.errors) for r in done.recipe.sensitivities},
             "integer_layers": integer, "float_layers": len(layers) - integer, "seconds": round(seconds, 1),
             "checks": {t: dict(c) for t, c in done.checks.items()}, "refused": dict(done.refused),
+            "shared_scales": [{"name": s.name, "op": s.op, "parts": dict(s.parts), "outputs": list(s.lost), "error": s.error,
+                               "in_float": list(s.nodes)} for s in done.recipe.shared],
+            "accuracy": {t: measured_accuracy(c, used) for t, c in done.checks.items()},
+            "warnings": [f.told() for f in done.findings],
         }, indent=1))  # fmt: skip
         return
     if skipped:
@@ -157,11 +181,12 @@ def _report(done: Exported, used: int, skipped: tuple[str, ...], seconds: float,
     )
     for line in _choices(done):
         click.echo(line)
-    for target, checks in done.checks.items():
-        told = ", ".join(f"{k} {v:.4g}" for k, v in checks.items())
-        click.echo(f"{target}: every check passed ({told})")
+    for line in check_lines(done.checks, done.findings, used):
+        click.echo(line)
     for target, why in done.refused.items():
         click.echo(f"{target}: left out. {why}")
+    for line in warning_lines(done.findings):
+        click.echo(line, err=True)
 
 
 def _bits(done: Exported) -> str:
@@ -171,7 +196,9 @@ def _bits(done: Exported) -> str:
 
 
 def _choices(done: Exported) -> Iterator[str]:
-    """What the options that measure have found: treatments, and the table of sensitivities behind a budget."""
+    """What was decided by measuring: values left in float, treatments, and the table of sensitivities behind a budget."""
+    for shared in done.recipe.shared:
+        yield f"{shared.name} ({shared.op}) stays in float: {shared.reason} (error {shared.error:.2f} of their spread)"
     for name, (without, having) in done.recipe.treated.items():
         verdict = "kept" if having < without else "left out"
         yield f"{name.replace('_', ' ')}: output error {without:.4f} without, {having:.4f} with; {verdict}"

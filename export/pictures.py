@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +22,18 @@ U8 = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Pictures:
-    """images uint8 (N, H, W, 3); labels int64 (N,) or None; skipped: one sentence for each picture that could not be used."""
+    """images uint8 (N, H, W, 3); labels int64 (N,) or None; skipped: one sentence for each picture that could not be used.
+
+    Attributes:
+        folders: names of the sub-folders the labels were counted from, in order; empty where labels came otherwise.
+        notes: one sentence for each thing that was given and could not be used as a label.
+    """
 
     images: U8
     labels: NDArray[np.int64] | None
     skipped: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def class_names(text: str | None) -> list[str]:
@@ -42,8 +49,13 @@ def class_names(text: str | None) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def load_pictures(source: Path, preprocess: Preprocess, limit: int = 512, classes: Sequence[str] = ()) -> Pictures:
+def load_pictures(
+    source: Path, preprocess: Preprocess, limit: int = 512, classes: Sequence[str] = (), what: str = "calibration"
+) -> Pictures:
     """Reads at most `limit` pictures, spread evenly over what is there.
+
+    Args:
+        what: the set's name in messages.
 
     Raises:
         InputError: nothing there, nothing usable, or every picture of one colour.
@@ -51,15 +63,15 @@ def load_pictures(source: Path, preprocess: Preprocess, limit: int = 512, classe
     if source.is_dir():
         found = _from_folder(source, preprocess, limit, classes)
     elif source.is_file():
-        found = _from_npz(source, preprocess, limit)
+        found = _from_npz(source, preprocess, limit, what)
     else:
-        raise InputError(f"There is no calibration set at {source}.", code="no-images")
+        raise InputError(f"There is no {what} set at {source}.", code="no-images")
     if not len(found.images):
-        raise InputError(f"No calibration picture in {source} can be used: {found.skipped[0]}", code="no-images")
+        raise InputError(f"No {what} picture in {source} can be used: {found.skipped[0]}", code="no-images")
     flat = found.images.reshape(len(found.images), -1)
     if float(flat.std()) < 1e-9 or (len(flat) > 1 and float(flat.astype(np.float32).std(1).max()) < FEWEST_LEVELS / 8):
         raise InputError(
-            f"The {len(found.images)} calibration pictures in {source} are each of one colour: ranges taken from them would be "
+            f"The {len(found.images)} {what} pictures in {source} are each of one colour: ranges taken from them would be "
             "wrong for real pictures. Give pictures like those the device will see.",
             code="calibration-uniform",
         )
@@ -91,10 +103,23 @@ def _from_folder(folder: Path, preprocess: Preprocess, limit: int, classes: Sequ
         labels.append(names.index(file.parent.name) if file.parent.name in names else -1)
     known = bool(labels) and min(labels) >= 0
     shape = (0, preprocess.height, preprocess.width, 3)
+    notes = ()
+    if not known and names:
+        notes = (_unlabelled(folder, names, labels),)
     return Pictures(
         np.stack(images) if images else np.zeros(shape, np.uint8),
         np.asarray(labels, np.int64) if known else None,
         tuple(skipped),
+        () if classes else tuple(names),
+        notes,
+    )
+
+
+def _unlabelled(folder: Path, names: Sequence[str], labels: Sequence[int]) -> str:
+    missing = sum(label < 0 for label in labels)
+    return (
+        f"The images in {folder} count as unlabelled: {missing} of {len(labels)} lie in no sub-folder named after a class "
+        f"({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})."
     )
 
 
@@ -103,25 +128,42 @@ def read_picture(file: Path, preprocess: Preprocess) -> U8:
     return read_image(file, preprocess, file.name)
 
 
-def _from_npz(file: Path, preprocess: Preprocess, limit: int) -> Pictures:
+def _from_npz(file: Path, preprocess: Preprocess, limit: int, what: str) -> Pictures:
     try:
         with file.open("rb") as f, np.load(f, allow_pickle=False) as archive:
             arrays = {k: archive[k] for k in archive.files}
     except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as e:  # TypeError: a bare .npy
-        raise InputError(f"The calibration set {file} cannot be read as .npz.", code="unreadable", detail=str(e)) from e
+        raise InputError(f"The {what} set {file} cannot be read as .npz.", code="unreadable", detail=str(e)) from e
     name = "images" if "images" in arrays else next((k for k, a in arrays.items() if a.ndim == 4), "")
     if not name:
         raise InputError(f"{file} holds no array of pictures: name it `images`, uint8 (N, H, W, 3).", code="no-images")
     images = arrays[name]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise InputError(
-            f"{name} in {file} is {images.dtype} {images.shape}; calibration pictures are uint8 (N, H, W, 3), RGB.",
+            f"{name} in {file} is {images.dtype} {images.shape}; {what} pictures are uint8 (N, H, W, 3), RGB.",
             code="not-rgb",
         )
-    labels = next((arrays[k] for k in ("labels", "y") if k in arrays and arrays[k].shape == images.shape[:1]), None)
+    labels, notes = _labels_of(file, arrays, len(images))
     index = _spread(len(images), limit) if len(images) else np.zeros(0, np.int64)
     images = images[index]
     if len(images) and (preprocess.resize is not Resize.EXACT or images.shape[1:3] != (preprocess.height, preprocess.width)):
         images = np.stack([fit(i, preprocess, f"{name} in {file.name}") for i in images])
     shown = (f"{file.name} is empty.",) if not len(images) else ()
-    return Pictures(np.ascontiguousarray(images), None if labels is None else labels[index].astype(np.int64), shown)
+    return Pictures(np.ascontiguousarray(images), None if labels is None else labels[index], shown, (), notes)
+
+
+def _labels_of(file: Path, arrays: Mapping[str, np.ndarray], count: int) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+    """`labels` or `y`, whichever is one whole number for each image; else why they cannot be used."""
+    notes = []
+    for name in ("labels", "y"):
+        if name not in arrays:
+            continue
+        given = arrays[name]
+        whole = given.dtype.kind in "iu" or (given.dtype.kind == "f" and bool((given == np.rint(given)).all()))
+        if given.shape == (count,) and whole:
+            return given.astype(np.int64), ()
+        notes.append(
+            f"{name} in {file.name} is {given.dtype} {given.shape}, not one whole number for each of the {count} images: the "
+            "images count as unlabelled."
+        )
+    return None, tuple(notes)

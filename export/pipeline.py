@@ -24,6 +24,11 @@ from export.bits import EIGHT, BitPlan
 from export.calibrate import Calibration
 from export.capture import capture
 from export.checks import F32, Evidence, agree, run_checks, student_answers
+from export.diagnose import Finding, diagnose
+from export.diagnose.channels import lost_channels
+from export.diagnose.held_out import HeldOut
+from export.diagnose.labels import checked
+from export.diagnose.runtimes import differing
 from export.frontend.faults import Steps, blamed
 from export.frontend.truth import captured as captured_of
 from export.frontend.truth import hold_to_module
@@ -32,13 +37,13 @@ from export.ir import Graph
 from export.operators import OPERATORS, Role
 from export.pictures import Pictures
 from export.placement import is_integer_layer
-from export.ptq import LayerSensitivity, compare
+from export.ptq import LayerSensitivity, SharedScale, compare
 from export.quantise import (
     IntegerModel,
     integer_model,
     quantised_weights,
 )
-from export.rounding import Rounding, prepared, round_off
+from export.rounding import Rounding, prepared, round_off_shared
 from export.runtimes import runtime_of
 from export.scales import Scale
 from export.student import student_program
@@ -74,7 +79,11 @@ class Options:
         budget: bytes the integer layers' weights may take; their bits are then chosen by sensitivity, but where `bits` speaks.
         equalise, correct_bias: `export.ptq`; each is kept where the integer network's output error falls.
         keep_float: globs of layer names that stay in float.
-        min_agreement: share of calibration pictures on which the engine must choose the float model's class.
+        min_agreement: share of calibration pictures (and of validation images) on which the engine must choose the float
+            model's class.
+        accept_difference: keep a target whose runtime chooses other classes than the bundle's other runtime; the difference is
+            measured and written into the bundle.
+        strict: refuse where a diagnosis finds something doubtful (`export.diagnose`).
     """
 
     targets: Sequence[str] = ("ort-x86-avx2",)
@@ -87,6 +96,8 @@ class Options:
     correct_bias: bool = False
     keep_float: Sequence[str] = ()
     min_agreement: float = 0.9
+    accept_difference: bool = False
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,7 @@ class Recipe:
         model: the integer model at the exported state.
         treated: name of a treatment (`export.ptq`) → the output error (without it, with it); the smaller was kept.
         sensitivities: by layer, where a budget decided.
+        shared: values that stay in float because one scale would lose outputs (`export.ptq.shared_scale`).
     """
 
     graph: Graph
@@ -112,6 +124,7 @@ class Recipe:
     given: Given | None = None
     treated: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     sensitivities: tuple[LayerSensitivity, ...] = ()
+    shared: tuple[SharedScale, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,12 +133,14 @@ class Exported:
 
     Attributes:
         refused: with `--target all`, the targets that were left out, each with the sentence that says why.
+        findings: what is doubtful about the model, the images or the integers; also in the bundle.
     """
 
     bundle: Bundle
     recipe: Recipe
     checks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
 
 
 def make_recipe(
@@ -179,13 +194,8 @@ def make_recipe(
             stored=given.stored,
         )
         return Recipe(captured, calibration.scales, qmax, options.bits, targets, integers, calibration, graph, given)
-    found = round_off(
-        captured,
-        x,
-        qmax,
-        Rounding(options.observer, options.bits, options.budget, options.equalise, options.correct_bias),
-        progress,
-    )
+    how = Rounding(options.observer, options.bits, options.budget, options.equalise, options.correct_bias)
+    found, shared = round_off_shared(captured, x, qmax, how, progress)
     best = found.best
     hold_to_module(reference, captured, found.truth, best.calibration.float_logits, x)
     integers = integer_model(
@@ -203,6 +213,7 @@ def make_recipe(
         None,
         found.treated,
         found.sensitivities,
+        shared,
     )
 
 
@@ -261,6 +272,7 @@ def export_model(
     keys: Sequence[SigningKey] = (),
     progress: Progress = lambda what: None,
     given: Given | None = None,
+    validation: Pictures | None = None,
 ) -> Exported:
     """Exports a model into `output`.
 
@@ -268,33 +280,43 @@ def export_model(
         model: in evaluation mode, with its weights.
         pictures: calibration; at most `MOST_PICTURES` of them go into the bundle.
         given: of a training; its own forward pass then takes the float model's place in the checks.
+        validation: images that neither training nor calibration saw; accuracy and agreement are measured on them. They do not
+            go into the bundle, the numbers do.
 
     Raises:
         ModelError, InputError, UsageError: the model or the pictures cannot be used.
-        GateError: a self-check failed; nothing was written.
+        GateError: a self-check failed, or with `strict` something is doubtful; nothing was written.
         StorageError: the disk is full or not writable.
         InternalError: a fault of Refold's, with what was being done.
     """  # fmt: skip
     steps = Steps(progress)
-    with blamed(lambda: f"{steps.last or 'Exporting'}".capitalize()):
-        return _exported(model, output, preprocess, pictures, options, keys, steps, given)
+    with blamed(lambda: str(steps.last or "Exporting").capitalize()):
+        return _exported(model, output, preprocess, pictures, options, keys, steps, given, validation)
 
 
 def _exported(
     model: nn.Module | ExportedProgram, output: Path, preprocess: Preprocess, pictures: Pictures, options: Options,
-    keys: Sequence[SigningKey], progress: Progress, given: Given | None,
+    keys: Sequence[SigningKey], progress: Progress, given: Given | None, validation: Pictures | None,
 ) -> Exported:  # fmt: skip
     check_output(output)
     recipe = make_recipe(model, preprocess, pictures, options, progress, given)
     classes = recipe.model.graph.shapes[recipe.model.graph.output][-1]
     if options.classes and len(options.classes) != classes:
         raise UsageError(f"--classes names {len(options.classes)} classes; the model has {classes} outputs.")
+    pictures, doubts = checked(pictures, classes, "calibration")
+    progress("looking for doubtful inputs")
+    truth, findings = recipe.calibration.float_logits, list(doubts)
+    if given is None:  # a training knows its images and labels already
+        findings += diagnose(recipe.truth, recipe.model.table, pictures, preprocess, truth)
+    held_out = None if validation is None else HeldOut(recipe.truth, validation, pictures, preprocess, classes)
+    findings += [] if held_out is None else held_out.findings
+    if options.strict:
+        _refuse(findings)
     progress("writing the student")
     student = student_program(recipe.model)
     x = preprocess.apply(pictures.images)
     manifest = _manifest(recipe, preprocess, options, classes, compare(recipe.truth, recipe.model, x))
     parts = {manifest.student: student, manifest.calibration: _calibration_part(pictures)}
-    truth = recipe.calibration.float_logits
     evidence = Evidence(x, pictures.labels, truth, student_answers(student, x), options.min_agreement)
     checks: dict[str, dict[str, float]] = {}
     answers: dict[str, F32] = {}
@@ -302,12 +324,13 @@ def _exported(
     for target in recipe.targets:
         progress(f"writing and checking {target.name}")
         try:
-            artefact, checks[target.name] = _checked(recipe, target, evidence, answers)
+            artefact, numbers, doubted = _checked(recipe, target, evidence, answers, options, held_out)
         except RefoldError as e:
             if EVERY_TARGET not in options.targets:
                 raise
             refused[target.name] = e.message
             continue
+        checks[target.name], findings = numbers, [*findings, *doubted]
         entry = manifest.targets.add(name=target.name, weight_bits=recipe.model.bits)
         entry.updatable = not target.compiled_on_device  # there the device decides, once it has built an engine
         entry.model = f"targets/{target.name}/{target.model}"
@@ -326,23 +349,46 @@ def _exported(
         raise GateError(
             f"No target is possible. {' '.join(f'{name}: {why}' for name, why in refused.items())}", code="no-target"
         )
+    if options.strict:
+        _refuse(findings)
+    for finding in findings:
+        manifest.findings.add(code=finding.code, message=finding.message, numbers=finding.numbers)
     progress("saving")
-    return Exported(write_bundle(output, manifest, parts, *keys), recipe, checks, refused)
+    return Exported(write_bundle(output, manifest, parts, *keys), recipe, checks, refused, tuple(findings))
+
+
+def _refuse(findings: Sequence[Finding]) -> None:
+    if findings:
+        raise GateError(f"{' '.join(f.message for f in findings)} Nothing was saved, because of --strict.", code="doubtful")
 
 
 def _checked(
-    recipe: Recipe, target: TargetProfile, evidence: Evidence, answers: dict[str, F32]
-) -> tuple[Artefact, dict[str, float]]:
-    """One target's files and check numbers. `answers` are the logits by target of those that passed; this one's are added."""
-    runtime_of(target)
+    recipe: Recipe,
+    target: TargetProfile,
+    evidence: Evidence,
+    answers: dict[str, F32],
+    options: Options,
+    held_out: HeldOut | None,
+) -> tuple[Artefact, dict[str, float], list[Finding]]:
+    """One target's files, check numbers and findings. `answers` are the logits by target of those that passed; this one's are
+    added."""
+    runtime = runtime_of(target)
     artefact = write(target, recipe.model)
     numbers, logits = run_checks(target, artefact, recipe.model, evidence, lambda states: fresh_export(recipe, states, target))
+    findings = [*lost_channels(target.name, logits, evidence.float_logits)]
+    if held_out is not None:
+        measured, more = held_out.measure(
+            target.name, lambda x: runtime.logits(artefact, recipe.model, x), options.min_agreement
+        )
+        numbers, logits = numbers | measured, np.concatenate([logits, more])
     other = next((name for name in answers if TARGETS[name].runtime != target.runtime), None)
     if other is not None:
         least = min(runtime_of(t).tolerance.same for t in (target, TARGETS[other]))
-        numbers |= agree(target.name, logits, other, answers[other], evidence.step, least)
+        agreed = agree(target.name, logits, other, answers[other], evidence.step, least, accepted=options.accept_difference)
+        numbers |= agreed
+        findings += differing(target.name, other, agreed, len(logits), least)
     answers[target.name] = logits
-    return artefact, numbers
+    return artefact, numbers, findings
 
 
 def _calibration_part(pictures: Pictures) -> bytes:
@@ -378,7 +424,8 @@ def _manifest(
             size = packed_size(codes.codes.size, codes.bits)
             m.layers.add(op=op, weight_bits=codes.bits, weight_bytes=size, runs_in="int8", **common)
         elif model.placement.roles[node.output] is Role.FLOAT and node.op not in BEHIND_A_NORM:
-            reason = "kept so by --keep-float" if node.attributes.get("keep_float") else OPERATORS[node.op].reason
+            kept = node.attributes.get("float_reason", "kept so by --keep-float")
+            reason = kept if node.attributes.get("keep_float") else OPERATORS[node.op].reason
             held = node.parameters.values()
             stored = [p for p in held if p in model.stored]
             size = sum(model.stored[p].codes.nbytes if p in stored else model.graph.constants[p].nbytes for p in held)

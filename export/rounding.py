@@ -17,12 +17,12 @@ from export.bits import EIGHT, BitPlan
 from export.calibrate import Calibration, calibrate, output_error
 from export.ir import Graph
 from export.placement import Placement, place
-from export.ptq import LayerSensitivity, correct_bias, equalise, mixed, sensitivity
+from export.ptq import LayerSensitivity, SharedScale, correct_bias, equalise, in_float, lossy_scales, mixed, sensitivity
 from export.quantise import WeightCodes, dequantised_parameters, integer_model, quantised_weights
 from export.rules import apply_rules
 from export.scales import Scale
 
-__all__ = ["Attempt", "Found", "Rounding", "prepared", "round_off"]
+__all__ = ["Attempt", "Found", "Rounding", "prepared", "round_off", "round_off_shared"]
 
 F32 = NDArray[np.float32]
 Progress = Callable[[str], None]
@@ -109,6 +109,25 @@ def round_off(captured: Graph, x: F32, qmax: int, how: Rounding, progress: Progr
         treated["correct_bias"] = (best.error, other.error)
         best = other if other.error < best.error else best
     return Found(best, plan, truth, treated, rows)
+
+
+def round_off_shared(
+    captured: Graph, x: F32, qmax: int, how: Rounding, progress: Progress
+) -> tuple[Found, tuple[SharedScale, ...]]:
+    """`round_off`, again without the scales that lose outputs, until none does; arguments and errors as there.
+
+    Returns:
+        (the best attempt, the values left in float for it).
+    """
+    shared: tuple[SharedScale, ...] = ()
+    while True:
+        found = round_off(captured, x, qmax, how, progress)
+        best = found.best
+        more = lossy_scales(found.truth, best.placement, best.calibration.scales, x, best.calibration.float_logits)
+        if not more:
+            return found, shared
+        progress(f"leaving {more[0].name} in float")
+        captured, shared = in_float(captured, more), (*shared, *more)
 
 
 def _attempt(captured: Graph, x: F32, qmax: int, observer: str, plan: BitPlan, progress: Progress) -> Attempt:

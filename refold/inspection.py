@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -46,9 +46,11 @@ def describe(bundle: Bundle) -> dict[str, Any]:
                 "weight_bits": t.weight_bits,
                 "updatable": t.updatable,
                 "checks": dict(sorted(t.checks.items())),
+                "accuracy_measured_on": _measured_on(t.checks),
             }
             for t in m.targets
         ],
+        "warnings": [{"code": f.code, "message": f.message, "numbers": dict(sorted(f.numbers.items()))} for f in m.findings],
         "layers": [
             {
                 "name": layer.name,
@@ -67,6 +69,13 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         ],
         "parts": _parts(bundle),
     }
+
+
+def _measured_on(checks: Mapping[str, float]) -> str:
+    """Which images the best accuracy among a target's checks stands for; "" where none was measured."""
+    if "validation_accuracy_int8" in checks:
+        return "validation"
+    return "calibration" if "accuracy_int8" in checks else ""
 
 
 def _identity(bundle: Bundle) -> dict[str, Any]:
@@ -162,6 +171,12 @@ def inspect(bundle: Path, compare: bool, as_json: bool) -> None:
     for target in d["targets"]:
         click.echo(f"\ntarget {target['name']}: {target['weight_bits']}-bit weights, {_updatable(target)}")
         click.echo(_table([(f"  {k}", f"{v:.6g}") for k, v in target["checks"].items()] or [("  no checks", "")], {1}))
+        if "accuracy_int8" in target["checks"]:
+            click.echo("  accuracy_float, accuracy_int8: on the calibration images, which may be training images")
+        if target["accuracy_measured_on"] == "validation":
+            click.echo("  validation_*: on images given as unseen (--validation)")
+    for warning in d["warnings"]:
+        click.echo(f"\nwarning of the export: {warning['message']} [{warning['code']}]")
     click.echo("\n" + _table([("part", "bytes"), *((p["path"], f"{p['bytes']:,}") for p in d["parts"])], {1}))
 
 

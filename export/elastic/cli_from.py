@@ -10,6 +10,7 @@ import click
 import torch
 from rich.console import Console
 
+from export.diagnose.report import check_lines, warning_lines
 from export.elastic.deliver import Workshop, deliver
 from export.elastic.folder import RunFolder
 from export.elastic.space import bit_operations, byte_count
@@ -54,8 +55,9 @@ def export_from(
     console.print("measuring the norms of this configuration", highlight=False)
     delivery = deliver(shop, chosen)
     options = Options(targets, name or output.stem, shop.settings.classes, min_agreement=min_agreement)
+    pictures = shop.pictures(sample_limit)
     done = export_model(
-        delivery.program, output, shop.settings.preprocess, shop.pictures(sample_limit), options, keys=signers,
+        delivery.program, output, shop.settings.preprocess, pictures, options, keys=signers,
         progress=lambda what: console.print(what, highlight=False), given=delivery.given,
     )  # fmt: skip
     layout = shop.judge.supernet.layout
@@ -63,7 +65,7 @@ def export_from(
         "path": str(done.bundle.path), "digest": done.bundle.digest, "bytes": done.bundle.size, "configuration": configuration,
         "accuracy": delivery.accuracy, "held_out": len(shop.judge.held), "configuration_bytes": byte_count(layout, chosen),
         "bit_operations": bit_operations(layout, chosen), "seconds": round(time.monotonic() - started, 1),
-        "checks": {t: dict(c) for t, c in done.checks.items()},
+        "checks": {t: dict(c) for t, c in done.checks.items()}, "warnings": [f.told() for f in done.findings],
     }  # fmt: skip
     if as_json:
         click.echo(json.dumps(told, indent=1))
@@ -73,5 +75,7 @@ def export_from(
         f"{configuration}: {delivery.accuracy:.1%} on {told['held_out']} held-out pictures; {told['configuration_bytes']:,} "
         f"bytes packed, {told['bit_operations']:,} bit operations"
     )
-    for target, checks in done.checks.items():
-        click.echo(f"{target}: every check passed ({', '.join(f'{k} {v:.4g}' for k, v in checks.items())})")
+    for line in check_lines(done.checks, done.findings, len(pictures.images)):
+        click.echo(line)
+    for line in warning_lines(done.findings):
+        click.echo(line, err=True)

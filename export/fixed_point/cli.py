@@ -261,7 +261,13 @@ def _bundle(
         module, path, trainer.preprocess, pictures, options, given=given,
         progress=lambda what: console.print(what, highlight=False),
     )  # fmt: skip
-    return {"path": str(path), "digest": done.bundle.digest, "bytes": done.bundle.size, "checks": dict(done.checks[target])}
+    return {
+        "path": str(path),
+        "digest": done.bundle.digest,
+        "bytes": done.bundle.size,
+        "checks": dict(done.checks[target]),
+        "warnings": [f.told() for f in done.findings],
+    }
 
 
 def _write_weights(module: nn.Module | ExportedProgram, trainer: Trainer, path: Path) -> str:
@@ -312,4 +318,6 @@ def _tell(found: Report, measured: Measured | None, extra: dict[str, Any], outpu
         )
     if bundle:
         click.echo(f"{bundle['path']}  {bundle['bytes']:,} bytes  digest {bundle['digest'][:16]}; every check passed")
+        for warning in bundle["warnings"]:
+            click.echo(f"warning: {warning['message']} [{warning['code']}]", err=True)
     click.echo(str(output))

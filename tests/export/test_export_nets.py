@@ -45,6 +45,7 @@ def test_a_family_of_networks(exported, x):
     assert checks["integer_layers"] == checks["integer_layers_expected"] == layers
     assert [s.kind for s in table.norms] == [NormKind[k] for k in kinds]
     assert done.bundle.target().updatable
+    assert not done.recipe.shared and not done.findings, "an ordinary net, ordinarily given"
 
     model = done.bundle.read(done.bundle.target().model)
     named = {t.name for t in onnx.load_from_string(model).graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}

@@ -1,4 +1,4 @@
-"""What a request to infer asks for beyond tensors: nothing of it is served here, so each is refused by name, never ignored.
+"""What a request asks for beyond tensors: nothing of it is served here, so each is refused by name, never ignored.
 
 The protocol's parameters are extensions that a server lists in its metadata; this one lists none. Triton's clients send
 `sequence_id`, `priority` and `timeout` for a request, `classification` and shared memory for a tensor.
@@ -15,20 +15,16 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from refold.errors import InputError
 from refold.inference import open_inference_pb2 as pb
 
-__all__ = ["check"]
+__all__ = ["check", "known"]
 
 CONTENTS = {"UINT8": "uint_contents", "FP32": "fp32_contents"}
 
 
 def check(request: pb.ModelInferRequest) -> None:
-    """Raises InputError: a parameter, a field of another version of the protocol, or contents of another type than said."""
+    """Of a request to infer, all within it. Raises InputError: a parameter, a field of another version of the protocol, or
+    contents of another type than said."""
     for where, message in _messages(request):
-        unknown_fields: Any = UnknownFieldSet(message)  # its stub lacks what it does
-        for unknown in unknown_fields:
-            raise InputError(
-                f"{where} has a field {unknown.field_number} that this server does not know: nothing is ignored, leave it out.",
-                code="unsupported",
-            )
+        known(message, where)
     parameters = [("The request", request.parameters)]
     parameters += [(f"Input {one.name!r}", one.parameters) for one in request.inputs]
     parameters += [(f"Output {one.name!r}", one.parameters) for one in request.outputs]
@@ -46,8 +42,17 @@ def check(request: pb.ModelInferRequest) -> None:
             raise InputError(f"Input {one.name!r} is {one.datatype}, so its contents are {wanted}, not {strange[0]}.")
 
 
+def known(message: Message, where: str = "The request") -> None:
+    """Raises InputError: a field of another version of the protocol."""
+    unknown: Any = UnknownFieldSet(message)  # its stub lacks what it does
+    for one in unknown:
+        raise InputError(
+            f"{where} has a field {one.field_number} that this server does not know: nothing is ignored, leave it out.",
+            code="unsupported",
+        )
+
+
 def _messages(request: pb.ModelInferRequest) -> Iterator[tuple[str, Message]]:
-    yield "The request", request
     for one in request.inputs:
         yield f"Input {one.name!r}", one
         yield f"The contents of input {one.name!r}", one.contents

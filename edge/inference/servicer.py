@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.inference.fields import check
+from edge.inference.fields import check, known
 from edge.inference.handlers import Handlers, InferenceRequest, Tensor, UnknownModelError
 from refold import __version__
 from refold.errors import InputError, RefoldError, UsageError
@@ -32,6 +32,7 @@ def _answers(method: Callable[..., A]) -> Callable[..., A]:
     @functools.wraps(method)
     def guarded(self: Servicer, request: Any, context: grpc.ServicerContext) -> A:
         try:
+            known(request)
             return method(self, request, context)
         except UnknownModelError as e:
             context.abort(grpc.StatusCode.NOT_FOUND, e.message)

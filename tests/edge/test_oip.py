@@ -321,6 +321,14 @@ def test_bad_requests_get_a_code_and_a_sentence(stub, case):
     assert refused.value.code() is code and sentence in refused.value.details()
 
 
+def test_a_field_of_another_version_is_refused_by_every_call(stub):
+    for call, kind in ((stub.ModelReady, pb.ModelReadyRequest), (stub.ModelMetadata, pb.ModelMetadataRequest)):
+        with pytest.raises(grpc.RpcError) as refused:
+            call(kind.FromString(kind(name="residual").SerializeToString() + b"\x98\x06\x01"), timeout=20)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT and "field 99" in refused.value.details()
+    assert stub.ModelReady(pb.ModelReadyRequest(name="residual"), timeout=20).ready
+
+
 def test_a_fault_inside_is_not_shown_to_the_client(handlers, stub, monkeypatch, caplog):
     monkeypatch.setattr(Handlers, "check_model", lambda *_: 1 / 0)
     with pytest.raises(grpc.RpcError) as refused:

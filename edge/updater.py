@@ -25,22 +25,21 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
-from edge.releases import ReleaseFiles
 from edge.trust import Home, Memory, examine, examine_lease
-from edge.updates.engines import Apply, AtOnce, Engines, Staged
+from edge.updates.change import Change, Outcome, Result, passing, said, survived
+from edge.updates.engines import Apply, AtOnce, Engines
 from edge.updates.inforce import Entry, InForce
 from edge.updates.memory import UpdateMemory
+from edge.updates.shelf import Shelf
 from edge.updates.table import DURABLE, STEPS, TABLE, TRANSITIONS, Event, Row, UpdateState
 from refold.bundle import Bundle
-from refold.errors import NetworkError, RefoldError, ReleaseError, StorageError
+from refold.errors import RefoldError, ReleaseError, StorageError
 from refold.lease import Lease
-from refold.release import Release, admit, digest, open_signed
+from refold.release import Release, digest, open_signed
 from refold.signing import KeyRing
 from refold.v1 import adaptation_pb2, norms_pb2
 
@@ -50,76 +49,6 @@ log = logging.getLogger(__name__)
 
 JOURNAL_ROWS = 200  # months of releases; for people
 CRASHES = 3  # a power cut may coincide with an installation or a start once, twice if we are unlucky
-
-
-class Result(Enum):
-    NOTHING = "nothing"  # no order, or already so
-    INSTALLED = "installed"
-    EXPORTED = "exported"  # back to the state the bundle came with
-    REFUSED = "refused"  # will be refused again
-    FAILED = "failed"  # worth another try: disk full, out of memory
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of an order.
-
-    Attributes:
-        version: what runs now.
-        error: why that is not what was ordered.
-        refused: version of a genuine release that this device will never run, else 0: a later one may be asked for.
-    """
-
-    result: Result
-    version: int
-    error: RefoldError | None = None
-    refused: int = 0
-
-    @property
-    def settled(self) -> bool:
-        """The device runs what the cloud wants."""
-        return self.error is None
-
-
-@dataclass
-class _Change:
-    """One event on its way through the table.
-
-    Attributes:
-        before, after: the releases in force.
-        refuse: entry and reason, of those that are never to be served again; committed with the change.
-        signed, release: what an installation brings.
-        newest_ms: the latest time that what it brings proves.
-        request: the rollback request that asked for it.
-        blamed: a new release that may turn out to be at fault; one that serves a domain has shown that it can.
-        floor: highest version ever in use, before this.
-        stored: digest of the current release in the state file, when a start began; None: it is an older Refold's file.
-    """
-
-    event: Event
-    before: InForce
-    after: InForce
-    refuse: list[tuple[Entry, str]] = field(default_factory=list)
-    reason: str = ""
-    signed: norms_pb2.SignedRelease | None = None
-    release: Release | None = None
-    newest_ms: int = 0
-    request: str = ""
-    stored: str | None = None
-    floor: int = 0
-    staged: Staged | None = None
-
-    @property
-    def blamed(self) -> Entry | None:
-        new = self.after.current if self.release is not None else None
-        return new if new is not None and all(e.digest != new.digest for e in self.before.newest) else None
-
-    @property
-    def confirmed(self) -> bool:
-        """At a start: the state file says already what is served."""
-        current = self.after.current
-        same = not self.refuse and self.after.entries == self.before.entries
-        return same and self.stored == (current.digest if current else "")
 
 
 class Updater:
@@ -159,7 +88,7 @@ class Updater:
         self._engines: Engines = AtOnce(engines) if callable(engines) else engines
         self._canary, self._now_ms, self._at = canary, now_ms, at
         self._lock = threading.RLock()
-        self._files = ReleaseFiles(folder / "releases")
+        self._shelf = Shelf(folder / "releases", self._home)
         self._memory = UpdateMemory(folder / "updates.sqlite", now_ms, lambda: JOURNAL_ROWS)
         self._database = self._memory.database
         self.inforce = InForce()
@@ -252,7 +181,7 @@ class Updater:
             if current is None or self._memory.carried_out(request):
                 return self.current
             after = self._loaded(self.inforce.without({current.digest}), but={current.digest})
-            change = _Change(Event.REVERT, self.inforce, after, [(current, reason)], reason, request=request)
+            change = Change(Event.REVERT, self.inforce, after, [(current, reason)], reason, request=request)
             self._run(change)
             return self.current
 
@@ -266,7 +195,7 @@ class Updater:
         if self.inforce.current is None:
             return Outcome(Result.NOTHING, 0)
         try:
-            self._run(_Change(Event.EXPORTED, self.inforce, InForce(), reason=reason))
+            self._run(Change(Event.EXPORTED, self.inforce, InForce(), reason=reason))
         except RefoldError:
             raise
         except Exception as e:
@@ -280,14 +209,14 @@ class Updater:
         before = self.inforce
         if before.current is not None and before.current.digest == entry.digest:
             return Outcome(Result.NOTHING, self.version)
-        change = _Change(Event.INSTALL, before, before.ordered(entry, release), signed=signed, release=release)
+        change = Change(Event.INSTALL, before, before.ordered(entry, release), signed=signed, release=release)
         change.newest_ms = max(release.created_unix_ms, lease.issued_unix_ms if lease else 0)
         self._run(change)
         return Outcome(Result.INSTALLED, self.version)
 
     # ── the table, row by row ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def _steps(self) -> dict[str, Callable[[_Change], None]]:
+    def _steps(self) -> dict[str, Callable[[Change], None]]:
         return {
             "verified": self._verify,
             "written": self._write,
@@ -302,7 +231,7 @@ class Updater:
             "pruned": lambda change: self._prune(),
         }
 
-    def _run(self, change: _Change) -> None:
+    def _run(self, change: Change) -> None:
         """Takes one event through its steps. When one fails, what was in force before is served, reported and stored."""
         row = TABLE[change.event][0]
         try:
@@ -321,56 +250,54 @@ class Updater:
             if row.step == "served":
                 self._uncommit(change)
             self._settle_quietly(change, row, e)
-            said = self._said(change, row, e)
-            if said is e:
+            ending = self._ending(change, row, e)
+            if ending is e:
                 raise
-            raise said from e
+            raise ending from e
         finally:
             if change.staged is not None:
                 change.staged.drop()
 
-    def _said(self, change: _Change, row: Row, cause: Exception) -> Exception:
+    def _ending(self, change: Change, row: Row, cause: Exception) -> Exception:
         """The error an event ends with."""
         if isinstance(cause, StorageError) or change.release is None or not row.blames:
             return cause
-        again = change.blamed is None or _passing(cause)
-        said = cause.message if isinstance(cause, RefoldError) else f"{type(cause).__name__}: {cause}"
+        again = change.blamed is None or passing(cause)
         return ReleaseError(
-            f"Release {change.release.version} could not be put into service: {said} The one before still serves.",
+            f"Release {change.release.version} could not be put into service: {said(cause)} The one before still serves.",
             code="try-again" if again else "canary",
             detail=repr(cause),
         )
 
-    def _settle_quietly(self, change: _Change, row: Row, cause: Exception) -> None:
+    def _settle_quietly(self, change: Change, row: Row, cause: Exception) -> None:
         """Back to IDLE after a failure; the release is refused where the failure is its own. A full disk does this later."""
         with suppress(StorageError):
-            if change.blamed is not None and row.blames and not _passing(cause):
-                said = cause.message if isinstance(cause, RefoldError) else f"{type(cause).__name__}: {cause}"
+            if change.blamed is not None and row.blames and not passing(cause):
                 kept = change.before.without({change.blamed.digest})
                 with self._memory.transaction() as t:
-                    self._memory.refuse(t, change.blamed.digest, change.blamed.version, said)
+                    self._memory.refuse(t, change.blamed.digest, change.blamed.version, said(cause))
                     if kept.entries != change.before.entries:
                         self._memory.put(t, kept)
                 self.inforce = kept
             self._settle(died=False)
             self._prune()
 
-    def _uncommit(self, change: _Change) -> None:
+    def _uncommit(self, change: Change) -> None:
         """What was committed cannot be served after all: the state file goes back to what is."""
         log.error("A committed set of releases could not be served: the one before stays in force.")
         with suppress(StorageError), self._memory.transaction() as t:
             refused = [entry.digest for entry, _ in change.refuse]
             self._memory.take_back(t, change.before, refused, change.request, change.floor)
 
-    def _verify(self, change: _Change) -> None:
+    def _verify(self, change: Change) -> None:
         """`examine` has said yes; what else the set needs is read, and verified, before anything is written."""
         change.after = self._loaded(change.after)
 
-    def _write(self, change: _Change) -> None:
+    def _write(self, change: Change) -> None:
         assert change.signed is not None
-        self._files.put(change.signed)
+        self._shelf.put(change.signed)
 
-    def _stage_candidate(self, change: _Change) -> None:
+    def _stage_candidate(self, change: Change) -> None:
         candidate = change.after.current
         assert candidate is not None
         with self._memory.transaction() as t:
@@ -386,12 +313,12 @@ class Updater:
         with self._memory.transaction() as t:
             self._memory.move(t, state)
 
-    def _try_candidate(self, change: _Change) -> None:
+    def _try_candidate(self, change: Change) -> None:
         assert change.release is not None
         if self._canary is not None:
             self._canary(change.release)
 
-    def _try_set(self, change: _Change) -> None:
+    def _try_set(self, change: Change) -> None:
         """Builds what would serve. A release that cannot be built leaves the set, but a new one fails the event."""
         new = change.after.current if change.release is not None else None
         while True:
@@ -403,14 +330,14 @@ class Updater:
                 entry = next((x for x in change.after.entries if x.digest == base), None)
                 if entry is None or (new is not None and base == new.digest):
                     raise
-                if _passing(e) and change.event is not Event.START:
+                if passing(e) and change.event is not Event.START:
                     raise  # another try may do; a start has to serve now
                 log.warning("Release %d cannot serve: %s", entry.version, e)
-                if not _passing(e):
+                if not passing(e):
                     change.refuse.append((entry, f"{type(e).__name__}: {e}"))
                 change.after = self._loaded(change.after.without({base}), but={base})
 
-    def _commit(self, change: _Change) -> None:
+    def _commit(self, change: Change) -> None:
         """From here on the new set is in force, whatever happens."""
         current = change.after.current
         if change.event is Event.START and change.confirmed:
@@ -427,7 +354,7 @@ class Updater:
             self._memory.put(t, change.after)
             self._memory.note(t, "current", current.digest if current else "", change.reason)
 
-    def _serve(self, change: _Change) -> None:
+    def _serve(self, change: Change) -> None:
         assert change.staged is not None
         change.staged.serve()
         change.staged, self.inforce = None, change.after
@@ -435,7 +362,7 @@ class Updater:
     def _prune(self) -> None:
         with suppress(StorageError):  # they are removed the next time
             stored = {e.digest for e in self._memory.entries() or ()}
-            self._files.keep_only({*self.inforce.digests, *stored, *self._memory.row("current", "previous", "candidate")})
+            self._shelf.keep_only({*self.inforce.digests, *stored, *self._memory.row("current", "previous", "candidate")})
 
     # ── start ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -454,7 +381,7 @@ class Updater:
             Exception: whatever staging the exported state raises: the bundle itself does not run here.
         """
         with self._lock:
-            with _survived("An interrupted update is closed later"):
+            with survived("An interrupted update is closed later"):
                 self._settle(died=True)
             before, stored = self._from_disk()
             bound = before.bound(self._engines.bind)
@@ -462,7 +389,7 @@ class Updater:
             if bound.current is not None and starts >= CRASHES:
                 before, stored = self._give_up(bound, starts)
                 bound = before
-            change = _Change(Event.START, before, self._loaded(bound), stored=stored)
+            change = Change(Event.START, before, self._loaded(bound), stored=stored)
             change.reason = "" if stored is not None else "taken over from an older version"
             self._run(change)
             self._read = True
@@ -483,11 +410,11 @@ class Updater:
         current = before.current
         assert current is not None
         after = self._loaded(before.without({current.digest}), but={current.digest})
-        with _survived("A release under which the process dies is put aside later"):
-            self._commit(_Change(Event.REVERT, before, after, [(current, f"The process died at {starts} starts with it.")]))
+        with survived("A release under which the process dies is put aside later"):
+            self._commit(Change(Event.REVERT, before, after, [(current, f"The process died at {starts} starts with it.")]))
         return after, after.current.digest if after.current else ""
 
-    def _count_start(self, change: _Change) -> None:
+    def _count_start(self, change: Change) -> None:
         if change.after.current is not None:
             with self._memory.transaction() as t:
                 t.execute("UPDATE device SET starts = starts + 1")
@@ -505,7 +432,7 @@ class Updater:
         for name in (previous, current):
             with suppress(RefoldError):
                 if current and name and name not in refused:
-                    release = self._load(name)
+                    release = self._shelf.load(name)
                     entry = Entry(release.version, release.domain, name, self._engines.bind(release.domain))
                     inforce = inforce.ordered(entry, release)
         return inforce, None if current else ""
@@ -540,36 +467,13 @@ class Updater:
     # ── the files ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _loaded(self, wanted: InForce, but: Collection[str] = ()) -> InForce:
-        """The set with the content of every release that may serve; those that cannot be read or are refused have left."""
-        refused = {*self._memory.remembered().refused, *but}
-        wanted = wanted.without(refused)
-        while wanted.missing:
-            found: dict[str, Release] = {}
-            lost: set[str] = set()
-            for entry in wanted.missing:
-                try:
-                    found[entry.digest] = self._load(entry.digest)
-                except RefoldError as e:
-                    log.warning("Release %d leaves service: %s", entry.version, e.message)
-                    lost.add(entry.digest)
-            wanted = wanted.holding(found).without(lost)
-        return wanted
-
-    def _load(self, name: str) -> Release:
-        """A stored release, its signature and admission checked anew: keys may have been withdrawn since.
-
-        Raises:
-            ReleaseError, SignatureError, NormStateError: it is not there, not trusted or not admissible any more.
-        """
-        release = open_signed(self._files.get(name), self._home.ring)
-        admit(release, self._home.table, bundle_digest=self._home.bundle_digest, cohort=self._home.cohort, now_unix_ms=0)
-        return release
+        return self._shelf.complete(wanted, {*self._memory.remembered().refused, *but})
 
     def _remember_from_files(self) -> None:
         """The state file was damaged: runs as exported, but what the release files prove is not forgotten."""
-        for name in self._files.names():
+        for name in self._shelf.names():
             with suppress(RefoldError):
-                release = self._load(name)
+                release = self._shelf.load(name)
                 with self._memory.transaction() as t:
                     t.execute("INSERT OR IGNORE INTO releases (digest, version) VALUES (?, ?)", (name, release.version))
                     t.execute(
@@ -580,17 +484,3 @@ class Updater:
     def close(self) -> None:
         with self._lock:
             self._memory.close()
-
-
-def _passing(cause: Exception) -> bool:
-    """Not the release's fault."""
-    return isinstance(cause, (StorageError, NetworkError, MemoryError))
-
-
-@contextmanager
-def _survived(what: str) -> Iterator[None]:
-    """Nothing that happens to the disk keeps a device from serving."""
-    try:
-        yield
-    except StorageError as e:
-        log.warning("%s: %s", what, e.message)

@@ -156,7 +156,7 @@ class World:
 
     def withdraw_key(self) -> None:
         self.ring = KeyRing([SigningKey.generate().public])
-        self.updater._home = replace(self.updater._home, ring=self.ring)
+        self.updater._shelf.home = replace(self.updater._shelf.home, ring=self.ring)
         self.updater.start()
 
     def damage(self, version: int, domain: str) -> None:

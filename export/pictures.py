@@ -103,7 +103,7 @@ def _from_folder(folder: Path, preprocess: Preprocess, limit: int, classes: Sequ
         labels.append(names.index(file.parent.name) if file.parent.name in names else -1)
     known = bool(labels) and min(labels) >= 0
     shape = (0, preprocess.height, preprocess.width, 3)
-    notes = ()
+    notes: tuple[str, ...] = ()
     if not known and names:
         notes = (_unlabelled(folder, names, labels),)
     return Pictures(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,11 +79,13 @@ class Response:
 
 def readings(stated: Preprocess) -> dict[str, Preprocess]:
     """Other scalings people use, by what --preprocess calls them; those that are nearly the stated one are left out."""
-    centred = {"scale": 1.0, "mean": tuple(round(255 * m, 3) for m in SETS["imagenet"]["mean"])}
-    mean = "/".join(f"{m:g}" for m in centred["mean"])  # type: ignore[attr-defined]
-    plain = {"scale": 1 / 255, "mean": (0.0,) * 3, "std": (1.0,) * 3}
-    others = {name: replace(stated, **{**plain, **values}) for name, values in SETS.items()}
-    others[f"scale=1,mean={mean}"] = replace(stated, **{**plain, **centred})
+    centred = tuple(round(255 * m, 3) for m in SETS["imagenet"]["mean"])
+    named: dict[str, dict[str, Any]] = {
+        **SETS,
+        f"scale=1,mean={'/'.join(f'{m:g}' for m in centred)}": {"mean": centred, "scale": 1.0},
+    }
+    plain: dict[str, Any] = {"scale": 1 / 255, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    others = {name: replace(stated, **{**plain, **values}) for name, values in named.items()}
     return {name: other for name, other in others.items() if _difference(stated, other) > ALIKE}
 
 

@@ -38,6 +38,7 @@ from refold.v1 import adaptation_pb2, adaptation_pb2_grpc, admin_pb2, admin_pb2_
 __all__ = ["Cloud"]
 
 log = logging.getLogger(__name__)
+MADE_BY = " `refold cloud init` makes them, `refold cloud renew-server` a new pair."
 ENROL_BYTES = 64 * 1024  # of a message on the port where anybody may call; a request has under 1 KB
 THREADS = 16  # each holds a database connection for milliseconds
 CHECK_S = 5.0  # between two looks at readiness
@@ -219,7 +220,7 @@ def _public_keys(texts: tuple[str, ...]) -> list[bytes]:
 
 def _server_pair(tls: TlsSettings, authority: Authority) -> tuple[bytes, bytes]:
     """(key, certificate) in PEM, checked: gRPC itself would start with a bad pair and then refuse every caller."""
-    pair = load_pair(tls.certificate, tls.key, " `refold cloud init` makes it.")
+    pair = load_pair(tls.certificate, tls.key, MADE_BY)
     loaded = pair.certificate
     if pair.expired():
         raise UsageError(

@@ -71,10 +71,10 @@ def load_pair(certificate: Path, key: Path, hint: str = "") -> Pair:
         private = serialization.load_pem_private_key(key_pem, password=None)
     except (ValueError, TypeError) as e:
         raise UsageError(
-            f"{certificate} and {key} are not a certificate and its unencrypted key (PEM).", code="certificate"
+            f"{certificate} and {key} are not a certificate and its unencrypted key (PEM).{hint}", code="certificate"
         ) from e
     if private.public_key() != loaded.public_key():
-        raise UsageError(f"{key} is not the key of {certificate}.", code="certificate")
+        raise UsageError(f"{key} is not the key of {certificate}.{hint}", code="certificate")
     return Pair(pem, key_pem, loaded)
 
 

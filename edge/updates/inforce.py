@@ -75,7 +75,7 @@ class InForce:
     @property
     def newest(self) -> tuple[Entry, ...]:
         """The newest of each slot: those that serve as soon as their domain is there."""
-        return tuple({e.slot: e for e in self.entries}.values())
+        return tuple(sorted({e.slot: e for e in self.entries}.values(), key=lambda e: e.version))
 
     @property
     def digests(self) -> frozenset[str]:

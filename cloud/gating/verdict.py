@@ -14,7 +14,7 @@ from cloud.settings import GateSettings
 __all__ = ["Finding", "GateResult", "clean_fault", "missing_evidence", "spread_of", "verdict"]
 
 FAINT = 0.05  # standard errors: a fall of the cross-entropy below this is none at all
-HALF = 0.5  # standard errors: a rise of the cross-entropy below this is not called one
+QUARTER = 0.25  # standard errors: a rise of the cross-entropy below this is not called one
 NOTHING = 1e-9  # nats: two engines that answer alike differ by no more
 
 
@@ -76,7 +76,7 @@ def verdict(new: Scores, old: Scores, teacher_spread: float, settings: GateSetti
         )
     falls, rises = gain.standard_errors, rise.standard_errors
     no_loss = 100 * (rise.rise - rise.smallest_effect(z)) > -settings.tolerated_points
-    not_worse = falls > -HALF
+    not_worse = falls > -QUARTER
     helps = falls >= z or (rises >= z and not_worse) or (no_loss and (falls > FAINT or (rise.rise > 0 and not_worse)))
     if helps and rise.images >= settings.held_back:
         return GateResult(Finding.PASS, (said,), metrics)

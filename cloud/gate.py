@@ -142,7 +142,8 @@ class Gate:
             bare = self._logits(ServingState(states, serving.activations), self._images).argmax(1) == self._labels
         except NormStateError:
             return fault
-        return self._clean_compared(self._exported.argmax(1) == self._labels, bare, allowed, metrics)
+        other = self._clean_compared(self._exported.argmax(1) == self._labels, bare, allowed, metrics)
+        return f"{fault} against the device alone; gamma and beta on the exported statistics: {other}" if other else ""
 
     @staticmethod
     def _clean_compared(

@@ -157,7 +157,7 @@ class GateSettings(_Section):
         default=4, ge=1, description="times an undecided candidate is judged, the first included, before it is refused"
     )
     more_evidence: float = Field(
-        default=1.5,
+        default=1.25,
         gt=1,
         description="growth of the held-out samples before an undecided candidate is judged again",
     )

@@ -71,7 +71,7 @@ class SelectSettings(_Section):
     )
     options: dict[str, float | int] = Field(default_factory=dict, description="fields of the selector's own settings")
     new_domain: int = Field(
-        default=256,
+        default=384,
         ge=0,
         le=100_000,
         description="random frames of a new domain kept besides, for its first release; 0: none",

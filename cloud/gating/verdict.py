@@ -14,6 +14,7 @@ from cloud.settings import GateSettings
 __all__ = ["Finding", "GateResult", "clean_fault", "missing_evidence", "spread_of", "verdict"]
 
 FAINT = 0.05  # standard errors: a fall of the cross-entropy below this is none at all
+QUARTER = 0.25  # standard errors: a rise of the cross-entropy below this is not called one
 NOTHING = 1e-9  # nats: two engines that answer alike differ by no more
 
 
@@ -49,8 +50,8 @@ class GateResult:
 def verdict(new: Scores, old: Scores, teacher_spread: float, settings: GateSettings) -> GateResult:
     """Judges a candidate's scores against those of what is served now, on the same held-out images.
 
-    Pass: one of the two is better by more than `standard_errors` and the other not worse, or the cross-entropy falls and a loss
-    of `tolerated_points` is ruled out.
+    Pass: one of the two is better by more than `standard_errors` and the other not worse, or one is better at all, the other
+    not worse, and a loss of `tolerated_points` is ruled out.
     Refuse: either statistic is worse by more than `harm_errors`, or answers collapse to few classes. Anything else is
     undecided: more held-out images will tell.
     """
@@ -75,15 +76,22 @@ def verdict(new: Scores, old: Scores, teacher_spread: float, settings: GateSetti
         )
     falls, rises = gain.standard_errors, rise.standard_errors
     no_loss = 100 * (rise.rise - rise.smallest_effect(z)) > -settings.tolerated_points
-    helps = falls >= z or (rises >= z and falls > -FAINT) or (falls > FAINT and no_loss)
+    not_worse = falls > -QUARTER
+    helps = falls >= z or (rises >= z and not_worse) or (no_loss and (falls > FAINT or (rise.rise > 0 and not_worse)))
     if helps and rise.images >= settings.held_back:
         return GateResult(Finding.PASS, (said,), metrics)
     wanted = max(rise.images_for(settings.tolerated_points / 100, z), settings.held_back)
     return GateResult(
         Finding.WAIT,
-        (f"undecided: {said}; about {wanted} held-out samples would rule out a loss of {settings.tolerated_points:g} points",),
+        (f"undecided: {said}; {_wanted(wanted, rise.images, settings)}",),
         metrics,
     )
+
+
+def _wanted(wanted: int, images: int, settings: GateSettings) -> str:
+    if wanted > images:
+        return f"about {wanted} held-out samples would rule out a loss of {settings.tolerated_points:g} points"
+    return f"a loss of {settings.tolerated_points:g} points is ruled out, but nothing shows a gain"
 
 
 def missing_evidence(count: int, teacher: object, shown: int, settings: GateSettings) -> GateResult | None:

@@ -34,7 +34,7 @@ class NewDomain:
         seed: of the random choice.
     """
 
-    uploads: int = 256
+    uploads: int = 384
     rate: float = 0.5
     steady: int = 24
     home: str = "d0"

@@ -57,7 +57,8 @@ def pair(count: int, better: int, worse: int, gain: float, seed: int = 0) -> tup
         (64, 3, 6, 0.01, WAIT),  # a little better, but four points of loss are not ruled out
         (40, 3, 4, -0.01, WAIT),  # nothing to be seen on so few
         (400, 3, 4, -0.001, WAIT),  # nor on many: the number of judgements ends it
-        (64, 6, 1, 0.0, PASS),  # the teacher likes the new answers more, by more than chance, and is no less sure
+        (64, 6, 1, 0.0, PASS),  # the teacher likes the new answers more, by more than chance, and the other is no worse
+        (64, 2, 1, -0.001, PASS),  # the same, within chance, but a loss of four points is ruled out
         (64, 6, 1, -0.03, WAIT),
         (22, 0, 0, 0.10, WAIT),  # the kind: 54.5 % to 54.5 % on 22
         (22, 2, 1, 0.01, WAIT),
@@ -84,7 +85,7 @@ def test_no_verdict_passes_on_less_than_the_fewest_or_without_a_gain(count: int,
     result = verdict(new, old, 1.6, SETTINGS)
     if result.passed:
         assert count >= SETTINGS.held_back and (gain > 0 or result.metrics["expected_rise"] > 0)
-        assert result.metrics["cross_entropy_errors"] > -0.1
+        assert result.metrics["cross_entropy_errors"] > -0.25
     same = verdict(old, old, 1.6, SETTINGS)
     assert not same.passed
 
@@ -163,7 +164,7 @@ def test_an_undecided_candidate_is_kept_and_judged_again_and_refused_in_the_end(
             break
         assert not kept.due(kept.wanted - 1) and kept.due(kept.wanted) and kept.candidate == "candidate"
         held = kept.wanted
-    assert counts == [30, 45, 68, 102] and result.finding is REFUSE
+    assert counts == [30, 38, 48, 60] and result.finding is REFUSE
     assert "after 4 judgements" in result.reasons[0] and "too few" in result.reasons[0]
 
 

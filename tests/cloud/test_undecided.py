@@ -204,8 +204,8 @@ def test_a_kept_candidate_waits_for_held_out_samples_alone(cloud: Callable[..., 
     here.look()
     (found,) = here.worker.waiting()
     held = len(here.held_out())
-    assert found.undecided and (found.held_out, found.held_out_wanted) == (held, int(np.ceil(1.5 * held)))
-    assert f"d1: undecided, {held} of {int(np.ceil(1.5 * held))} held out" in sentence([found])
+    assert found.undecided and (found.held_out, found.held_out_wanted) == (held, int(np.ceil(1.25 * held)))
+    assert f"d1: undecided, {held} of {int(np.ceil(1.25 * held))} held out" in sentence([found])
 
 
 def test_a_result_is_passed_or_undecided_or_neither() -> None:

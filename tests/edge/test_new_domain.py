@@ -34,14 +34,14 @@ def kept(verdicts: list[Verdict], *reasons: str) -> int:
     return sum(v.keep and (not reasons or v.reason in reasons) for v in verdicts)
 
 
-def test_a_camera_sends_two_hundred_and_fifty_frames_within_the_first_thousand_of_a_new_domain() -> None:
+def test_a_camera_sends_its_quota_within_the_first_thousand_frames_of_a_new_domain() -> None:
     scene = Scene()
     assert kept(scene.frames(1000), "new-domain") == 0  # home is not new
     scene.domain = "d1"
     verdicts = scene.frames(1000)
-    assert kept(verdicts, "new-domain") == 256 == scene.selector.kept
+    assert kept(verdicts, "new-domain") == 384 == scene.selector.kept
     first = [i for i, v in enumerate(verdicts) if v.reason == "new-domain"]
-    assert first[0] >= 24 and first[-1] < 700
+    assert first[0] >= 24 and first[-1] < 900
     assert all(v.unbiased and v.score == 1.0 for v in verdicts if v.reason == "new-domain")
     assert kept(scene.frames(1000)) < 80  # and then as ever
 

@@ -170,8 +170,12 @@ def _export(model: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
     example = torch.zeros(2, *shape)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
+        kept = {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
         try:
-            model(example)
+            model(example)  # once, so that what a model makes at its first call is there
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                if name in kept and kept[name].shape == tensor.shape:
+                    tensor.copy_(kept[name])
         except Exception as e:
             raise ModelError(f"The model does not take an input of (2, {', '.join(map(str, shape))}): {line_of(e)}.") from e
         disabled = logging.root.manager.disable

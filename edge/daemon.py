@@ -482,15 +482,12 @@ class Daemon:
         self.link.stop()
         for worker in (self.building, self.storage, self.writing):
             worker.close(max(end - time.monotonic(), 0.1))
-        for name, task in (("saving", self._save), ("closing", self._close)):
-            if not bounded(name, task, max(end - time.monotonic(), 1.0)):
-                log.warning("At the end, %s: the disk does not answer; what waits for it is given up.", name)
+        if not bounded("saving", self._save, max(end - time.monotonic(), 1.0)):
+            log.warning("The disk does not answer: what waits for it at the end is given up.")
+        self.final_status = dict(self.board.close(patience=1.0))
+        bounded("closing", self._closing.close, max(end - time.monotonic(), 1.0))
         sys.setswitchinterval(self._switch_interval)
         gc.unfreeze()
-
-    def _close(self) -> None:
-        self.final_status = dict(self.board.close())
-        self._closing.close()
 
     def _save(self) -> None:
         with _said("samples"):

@@ -93,7 +93,8 @@ def test_a_disk_that_hangs_does_not_keep_a_daemon_from_ending(arguments, tmp_pat
             try:
                 daemon.until(lambda: any("waited" in problem for problem in daemon.asked()["problems"]))
                 daemon.process.send_signal(signal.SIGTERM)
-                daemon.until_said("given up")
+                daemon.until_said("Served")  # from here on only the kernel keeps the process, for its thread in the disk
+                assert "given up" in daemon.said() and "Still wrong at the end" in daemon.said()
             finally:
                 disk.thaw()
             assert daemon.wait() == 0

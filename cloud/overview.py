@@ -58,7 +58,7 @@ def status(
     return pb.StatusResponse(devices=devices, cohorts=cohorts, version=__version__)
 
 
-def list_releases(store: Store, bundle_digest: str, cohort: str, valid_ms: int) -> pb.ListReleasesResponse:
+def list_releases(store: Store, bundle_digest: str, cohort: str, valid_ms: int = 0) -> pb.ListReleasesResponse:
     """Every decision of the matching cohorts, oldest first; "" matches any. `valid_ms`: of a good one's lease at a poll."""
     rows = store.releases(bundle_digest, cohort)
     serving: dict[tuple[str, str, str], int] = {}

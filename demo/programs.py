@@ -32,6 +32,7 @@ CLOUD: dict[str, dict[str, Any]] = {
 DEVICE: dict[str, dict[str, Any]] = {
     "predictions": {"flush_ms": 100},
     "metrics": {"status_s": 0.5},
+    "select": {"new_domain": 128},  # of a thousand frames of fog; a fleet has longer
     "select.options": {"rate": 0.15, "unbiased": 0.5},
     "cloud": {"heartbeat_s": 2.0, "poll_wait_s": 5.0, "poll_pause_s": 0.2, "linger_s": 0.5},
 }
@@ -89,6 +90,7 @@ def start_device(
         "source": {"path": str(frames), "fps": fps},
         "predictions": {**DEVICE["predictions"], "path": str(predictions)},
         "metrics": DEVICE["metrics"],
+        "select": DEVICE["select"],
         "select.options": DEVICE["select.options"],
         "cloud": {**DEVICE["cloud"], "address": f"127.0.0.1:{cloud.port}"},
     }

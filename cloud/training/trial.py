@@ -28,6 +28,7 @@ F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 I64 = NDArray[np.int64]
 MOST = 256  # calibration images a teacher is tried on: 256 tell an accuracy to 3 points, and cost seconds
+MEMORISED = 0.99  # accuracy above which calibration images may well be training images
 WORSE = 2.0  # standard errors of a paired difference beyond which a teacher is called worse than the student
 CHANCE = 2.0  # times chance: agreement with the student below this says that classes or preprocessing are not the same
 
@@ -162,7 +163,8 @@ def figures(name: str, teacher: F32, student: F32, labels: I64 | None, ms_per_im
         if lost - gained > WORSE * np.sqrt(lost + gained):
             warnings.append(
                 f"{name} is right on {100 * accuracy:.1f} % of the calibration images, the exported model on "
-                f"{100 * float(students.mean()):.1f} %: a teacher worse than its student cannot help it."
+                f"{100 * float(students.mean()):.1f} %: a teacher worse than its student cannot help it"
+                f"{' (but images it was trained on flatter it)' if students.mean() > MEMORISED else ''}."
             )
     if agreement < CHANCE / teacher.shape[1]:
         warnings.append(

@@ -274,6 +274,19 @@ def test_a_home_release_is_held_against_the_export_and_not_against_the_last_rele
     assert "clean accuracy falls" in result.reasons[0]
 
 
+@pytest.mark.parametrize("domain", ["d0", ""])
+def test_a_release_for_home_that_changes_hardly_anything_loses_nothing_there(
+    small: Bundle, mist: tuple[Any, Any], domain: str
+) -> None:
+    states = {
+        n.name: NormState(n.exported.gamma * np.float32(1.001), n.exported.beta, n.exported.mean, n.exported.variance)
+        for n in small.norms.norms
+    }
+    result = Gate(small, GateSettings()).judge(candidate(states, domain), None, *mist)
+    assert result.metrics["clean_accuracy"] > result.metrics["clean_accuracy_before"] - 0.005
+    assert "clean accuracy" not in result.reasons[0]
+
+
 def test_a_shifted_domains_statistics_do_not_count_as_a_clean_loss(small: Bundle, mist: tuple[Any, Any], good: Any) -> None:
     """Its statistics go further than a device's own; its gamma and beta are the exported ones."""
     result = Gate(small, GateSettings()).judge(candidate(good), None, *mist)

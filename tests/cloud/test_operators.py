@@ -221,7 +221,7 @@ def test_files_that_are_no_pair_or_too_old_are_named(config: Path, monkeypatch: 
         patch.setattr(operators, "write_atomically", killed)
         refold("cloud", "operator", "renew", "anna", *told)
     status, message = failure("status", "--operator", str(anna), *told)
-    assert status == 2 and "are not a certificate and its unencrypted key" in message and "operator renew" in message
+    assert status == 2 and "is not the key of" in message and "operator renew" in message
     refold("cloud", "operator", "renew", "anna", "--days", "0.00001", *told)  # mends that; lasts less than a second
     time.sleep(1.0)
     status, message = failure("status", "--operator", str(anna), *told)

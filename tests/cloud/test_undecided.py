@@ -35,6 +35,7 @@ class Cloud:
         self.bundle, self.folder, self.lesson, self.gate = bundle, folder, lesson, GateSettings(**gate)  # type: ignore[arg-type]
         self.store = Store(f"sqlite:///{folder / 'refold.db'}")
         self.objects = DirectoryObjects(folder / "objects")
+        self.store.put_device(DEVICE.id, COHORT, DEVICE.serial, DEVICE.expires_ms)
         register(self.store, self.objects, bundle.path, [])
         self.ingest = Ingest(self.store, self.objects, QuotaSettings(), 0.25)
         self.releases = Releases(self.store, SigningKey.generate())

@@ -253,7 +253,7 @@ def test_an_unfollowed_module_is_refused_in_a_sentence():
         export.capture.program_of(net, SIZE, SIZE)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 7])
+@pytest.mark.parametrize("seed", [2, 4])
 def test_random_modules_are_exported_or_refused(seed, tmp_path):
     kind, why = random_modules.outcome(random_modules.random_module(seed), tmp_path)
     assert kind in ("exported", "refused"), why

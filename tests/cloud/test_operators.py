@@ -227,7 +227,7 @@ def test_files_that_are_no_pair_or_too_old_are_named(config: Path, monkeypatch: 
     status, message = failure("status", "--operator", str(anna), *told)
     assert status == 9 and "expired on" in message and "operator renew" in message
     refold("cloud", "operator", "renew", "anna", *told)  # nobody is locked out for good
-    status, message = failure("status", *told, REFOLD_OPERATOR=str(anna))
+    status, message = failure("status", *told, REFOLD_OPERATOR=str(anna), REFOLD_CLOUD_SERVER__PORT="1")  # where nobody listens
     assert status == 8 and "No service answers" in message
 
 

@@ -134,7 +134,9 @@ def _optimise(model: bytes, table: NormTable, shape: tuple[int, ...], packed: Pa
             options.optimized_model_filepath = str(path)
             open_session(model, table.tensors() | packed(), options, disabled_optimizers=[SHARING])
             content = path.read_bytes()
-    except (OSError, BundleError) as e:  # no room for temporary files; a model that does not open is found out again
+    except (OSError, BundleError) as e:
+        if isinstance(e, BundleError):  # ONNX Runtime says the same of a disk without room and of a model that does not open
+            open_session(model, table.tensors() | packed(), session_options())
         log.warning("The optimised graph cannot be made (%s): engines are built from the original.", _reason(e))
         return Scope.NOTHING, model
     graph = OnnxGraph(content)

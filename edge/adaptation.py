@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.adapt import Adapter, FrameFeatures, Proposal, TapObserver
+from edge.adapt.observer import StoppedError
 from edge.engine import Engine, EngineFactory, EngineSlot
 from edge.serving import ServingState
 from edge.updates.inforce import Entry, InForce
@@ -118,6 +119,15 @@ class Adaptation:
         """Looks at frames on another runner from now on; called before the first frame."""
         self._runner = runner
 
+    def stop(self) -> None:
+        """Ends the look that is being taken before its next tap, and takes no further one; any thread, at the end.
+
+        A thread that is still inside the engine's C++ when the interpreter ends takes the process down with it.
+        """
+        self._watching = False
+        self._waiting.clear()
+        self._observer.stopped = True
+
     # The worker --------------------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
@@ -125,7 +135,10 @@ class Adaptation:
             frame, image, entropy, predicted = self._waiting.popleft()
             with self._changing:
                 if self.adapter.wants_taps(FrameFeatures(image, entropy, predicted)):
-                    self._observe(frame, image)
+                    try:
+                        self._observe(frame, image)
+                    except StoppedError:
+                        return
                 self.domain = self.adapter.domain
                 report = self.adapter.take_statistics()
             if report is not None and self._on_report is not None:

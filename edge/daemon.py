@@ -482,6 +482,9 @@ class Daemon:
         self.link.stop()
         for worker in (self.building, self.storage, self.writing):
             worker.close(max(end - time.monotonic(), 0.1))
+        if isinstance(self.building, Worker) and not self.building.ended:
+            self.adaptation.stop()
+            self.building.close(max(end - time.monotonic(), 2.0))
         if not bounded("saving", self._save, max(end - time.monotonic(), 1.0)):
             log.warning("The disk does not answer: what waits for it at the end is given up.")
         self.final_status = dict(self.board.close(patience=1.0))

@@ -154,6 +154,10 @@ class Worker(Runner):
                 self._run(entry.task)
                 entry.due = time.monotonic() + entry.seconds
 
+    @property
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
     def close(self, timeout: float = 10.0) -> None:
         self._closing = True
         if self._thread.is_alive():

@@ -19,10 +19,14 @@ from edge.adapt.adapter import Adapter
 from edge.serving import ServingState
 from refold.preprocess import Preprocess
 
-__all__ = ["TapObserver", "Taps"]
+__all__ = ["StoppedError", "TapObserver", "Taps"]
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
+
+
+class StoppedError(Exception):
+    """The observer was stopped in the middle of a look."""
 
 
 class Taps(Protocol):
@@ -49,11 +53,13 @@ class TapObserver:
         self._kept: deque[U8] = deque(maxlen=adapter.settings.burst)
         self._domain = adapter.domain
         self.passes = 0
+        self.stopped = False  # set by another thread: a look ends before its next tap
 
     def observe(self, frame: int, image: U8, served: ServingState) -> ServingState | None:
         """Taps one frame, uint8 (H, W, 3); a state to serve from now on, or None to go on with `served`.
 
         Raises:
+            StoppedError: `stopped` was set.
             InputError: the tap model's moments do not fit the bundle or are not finite.
             BundleError: a tap engine cannot be built.
         """
@@ -75,6 +81,10 @@ class TapObserver:
         if self._taps is None or self._taps.serving is not served:
             self._taps = self._build(served)
         taps = self._taps
-        found = np.stack([taps.run(self._preprocess.apply(image))[0] for image in images])
-        mean: F32 = found.mean(0, dtype=np.float64).astype(np.float32)
+        found = []
+        for image in images:
+            if self.stopped:
+                raise StoppedError
+            found.append(taps.run(self._preprocess.apply(image))[0])
+        mean: F32 = np.stack(found).mean(0, dtype=np.float64).astype(np.float32)
         return mean

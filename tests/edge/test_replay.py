@@ -173,3 +173,23 @@ def test_a_real_network_adapts_to_a_file_as_to_a_camera(data_folder, tmp_path):
     frozen, _ = replay(Named(path), tmp_path / "s.npz", tmp_path / "c", adapt={"enabled": False})
     assert replayed == inline and status["looks_dropped"] == 0
     assert accuracy(replayed) > accuracy(frozen) + 0.15
+
+
+def test_a_look_that_lasts_is_ended_with_the_daemon(bundle, stream, tmp_path, monkeypatch):
+    """Whatever waits to be looked at, no thread is left inside the engine when the process ends."""
+    monkeypatch.setattr("edge.daemon.ENDING_SECONDS", 0.2)
+    run = TapObserver._moments
+
+    def slowly(self, images, served):
+        return run(self, (time.sleep(0.02) or image for image in images for _ in range(200)), served)
+
+    monkeypatch.setattr(TapObserver, "_moments", slowly)
+    values = {
+        "bundle": str(bundle.path),
+        "data": str(tmp_path / "data"),
+        "adapt": {"watch_every": 1, "interval": 1, "probe_frames": 8},
+    }
+    began = time.monotonic()
+    with Daemon(load_settings(None, {**values, "source": {"path": str(stream), "waits": "no"}}, {})) as daemon:
+        daemon.run()
+    assert isinstance(daemon.building, Worker) and daemon.building.ended and time.monotonic() - began < 30

@@ -124,7 +124,7 @@ def clean_fault(new: np.ndarray, old: np.ndarray, allowed: float, what: str, *, 
         return ""
     return (
         f"{what} falls by {fall:.1f} points to {100 * float(new.mean()):.1f} % "
-        f"({allowed:g} are allowed; {100 * change.error:.1f} are chance)"
+        f"({round(allowed, 1):g} are allowed; {100 * change.error:.1f} are chance)"
     )
 
 

@@ -277,7 +277,9 @@ def _arithmetic(op: str, targets: tuple[Any, ...]) -> None:
             raise refuse(low, node, f"is a torch.{op} whose alpha is not a number")
         if alpha != 1 and isinstance(b, str):
             shape = rank_of(low, node, 1)
-            b = low.add("mul_constant", [b], f"{out}_scaled", parameters={"value": torch.tensor(float(alpha))}, shape_made=shape)
+            b = low.add(
+                "mul_constant", [b], f"{out}_scaled", parameters={"value": torch.tensor(float(alpha))}, shape_made=shape
+            )
         elif alpha != 1 and isinstance(b, (Tensor, int, float)):
             b = b * alpha
         if isinstance(a, str) and isinstance(b, str):

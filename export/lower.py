@@ -179,9 +179,7 @@ class Lowering:
         own = self.names.get(id(tensor), "")
         name, array = own or f"{layer}.{role}", tensor.detach().to(torch.float32).numpy()
         known = self.graph.constants.get(name)
-        while (name in self.state and name != own) or (
-            known is not None and not np.array_equal(known, array, equal_nan=True)
-        ):
+        while (name in self.state and name != own) or (known is not None and not np.array_equal(known, array, equal_nan=True)):
             name += "_"
             known = self.graph.constants.get(name)
         self.graph.constants[name] = array

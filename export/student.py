@@ -127,7 +127,10 @@ class Student(nn.Module):
         if not self._rounded:
             return {}
         sites = [self._sites[output] for output in self._rounded]
-        norms, places = [self.norms.child(identifier(s.name)) for s in sites], [self.layers.child(identifier(o)) for o in self._rounded]
+        norms, places = (
+            [self.norms.child(identifier(s.name)) for s in sites],
+            [self.layers.child(identifier(o)) for o in self._rounded],
+        )
         gamma = torch.cat([self._served_gamma(s, p) for s, p in zip(sites, places, strict=True)]).detach().double()
         beta, mean, variance = (torch.cat([n.tensor(role) for n in norms]).detach().double() for role in ROLES[1:])
         bias, step = (torch.cat([p.tensor(name) for p in places]) for name in ("bias", "bias_step"))

@@ -47,7 +47,7 @@ F32 = NDArray[np.float32]
 BIAS_LIMIT = 2**30  # |B| stays below half the int32 range: room for the accumulator (quant.md §4.2)
 FLOOR_BITS = 28  # a dead channel's floor leaves its bias two bits of room under BIAS_LIMIT
 LEAST_ROOM = 0.01  # a channel of a norm that int32 does not let be offset by this much is dead
-SHARE_OF_ROOM = 1 / 64  # ... or by this share of the layer's largest |gamma| or |beta|
+SHARE_OF_ROOM = 1 / 64  # ... or by this share of the layer's largest |gamma| or |beta|, or by its own deviation
 DEAD_ROOM = 1.0  # what a layer without a live channel can be offset by: a normalised activation's own size
 
 
@@ -176,7 +176,7 @@ class NormSite:
         dead = size <= floor
         floor = np.where(dead, np.maximum(floor, np.abs(bias).max(initial=0.0) / unit), floor)
         if has_norm:
-            floor = np.maximum(floor, _floor_for_offsets(exported, size, float(np.float32(input_scale)) * BIAS_LIMIT))
+            floor = np.maximum(floor, _floor_for_offsets(exported, a, size, float(np.float32(input_scale)) * BIAS_LIMIT))
         if power_of_two:
             mantissa, exponent = np.frexp(floor)
             floor = np.ldexp(1.0, exponent - (mantissa == 0.5))  # the next power of two upwards
@@ -233,15 +233,16 @@ def _affine(state: NormState, layer_bias: F32, epsilon: float) -> tuple[NDArray[
     return a, b
 
 
-def _floor_for_offsets(state: NormState, size: NDArray[np.float64], unit: float) -> NDArray[np.float64]:
+def _floor_for_offsets(state: NormState, a: NDArray[np.float64], size: NDArray[np.float64], unit: float) -> NDArray[np.float64]:
     """0 where a folded scale leaves room for offsets, else the scale that does; float64 (channels,).
 
     Args:
-        size: the folded scales without a floor.
+        a, size: gamma / sqrt(variance + eps), and the folded scales without a floor.
         unit: the largest offset at a folded scale of 1.
     """
     largest = max(float(np.abs(state.gamma).max(initial=0.0)), float(np.abs(state.beta).max(initial=0.0)))
-    dead = size * unit <= max(largest * SHARE_OF_ROOM, LEAST_ROOM)
+    deviation = np.abs(a) * np.sqrt(state.variance.astype(np.float64))  # what a mean that moves by one moves the offset by
+    dead = size * unit <= np.maximum(deviation, max(largest * SHARE_OF_ROOM, LEAST_ROOM))
     room = max(largest, DEAD_ROOM if dead.all() else LEAST_ROOM)
     return np.where(dead, room / unit, 0.0)
 
@@ -353,7 +354,8 @@ def check_state(site: NormSite, state: NormState, *, trust_ratio: float = 8.0) -
     if site.kind is NormKind.BATCH:
         _check_ratio(site, a, a0, trust_ratio)
         return
-    reach = np.where(site.weight_scale > 0, site.scale_floor / np.maximum(site.weight_scale, 1e-38), np.inf)
+    scale = site.weight_scale.astype(np.float64)
+    reach = np.where(scale > 0, site.scale_floor / np.where(scale > 0, scale, 1.0), np.inf)
     live = np.abs(a0) >= reach
     flipped = np.flatnonzero((live | (np.abs(a) > reach)) & (np.where(a < 0, -1, 1) != site.sign))
     if flipped.size:

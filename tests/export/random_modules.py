@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import click
 import export_nets
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from export.pipeline import Options, export_model
 from refold.errors import InternalError, RefoldError
 
 SIZE, WIDTH = 8, 8
+KINDS = ("exported", "refused", "silent", "traceback")
 PREPROCESS = export_nets.Preprocess(SIZE, SIZE, 1 / 255, (0.5, 0.45, 0.4), (0.25, 0.25, 0.3))
 PICTURES = Pictures(export_nets.pictures(16, SIZE), None)
 UNSEEN = PREPROCESS.apply(export_nets.pictures(24, SIZE, seed=7))
@@ -296,8 +298,8 @@ def main(count: int, first: int = 0) -> int:
             if kind == "refused":
                 why[reason.split(":")[0]] += 1
             if kind != "exported":
-                print(f"{seed}: {kind} {net.said} {reason[:200]}", flush=True)
-    print({kind: found[kind] for kind in ("exported", "refused", "silent", "traceback")}, dict(why))
+                click.echo(f"{seed}: {kind} {net.said} {reason[:200]}")
+    click.echo(f"{ {kind: found[kind] for kind in KINDS} } {dict(why)}")
     return found["silent"] + found["traceback"]
 
 

@@ -45,13 +45,14 @@ class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), export_nets.Head(8)
-        self.mul, self.half, self.input = Gain(0.5), nn.Parameter(torch.full((8, 1, 1), 3.0)), nn.Parameter(torch.ones(8, 1, 1))
+        self.mul, self.root2 = Gain(0.5), nn.Parameter(torch.full((8, 1, 1), 3.0))
+        self.input = nn.Parameter(torch.ones(8, 1, 1))
         self.a = nn.ModuleDict({"b": nn.BatchNorm2d(8)})
         self.a__b, self.one, self.two = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
 
     def forward(self, x):
         x = self.mul(F.relu(self.norm(self.conv(x))))
-        x = x.roll((1, 2), (2, 3)).roll((-1, 3), (2, 3)) * self.half
+        x = x.roll((1, 2), (2, 3)).roll((-1, 3), (2, 3)) * self.root2
         x = torch.stack([x, x * 2], 1).sum(1) + torch.stack([x, x], 1).mean(1) + self.input
         x = F.gelu(self.a["b"](self.one(x)))
         return self.head(F.gelu(self.a__b(self.two(x))))
@@ -103,7 +104,8 @@ def fails(*args):
     raise KeyError("roll_1")
 import export.cli
 export.cli.parse_preprocess = fails
-cli.main(["--debug"] * (sys.argv[1] == "debug") + ["export", "m.py:f", "--calibration", "c", "--preprocess", "p", "-o", "m.refold"])
+given = ["export", "m.py:f", "--calibration", "c", "--preprocess", "p", "-o", "m.refold"]
+cli.main((["--debug"] if sys.argv[1] == "debug" else []) + given)
 """
 
 

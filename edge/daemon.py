@@ -201,8 +201,8 @@ class Daemon:
         storage.every(RETRY_SECONDS, self._write_reports)
         storage.every(self.settings.metrics.status_s, self.look_around)
         storage.every(self.settings.metrics.status_s, self.follow_budget)
+        storage.every(self.settings.metrics.status_s, self.follow_requests)
         storage.every(BANK_SECONDS, self.save_bank)
-        building.every(self.settings.metrics.status_s, self.follow_requests)
         return storage, building, writing
 
     def _adapter(self) -> Adapter:

@@ -185,7 +185,7 @@ def _export(model: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
                 return torch.export.export(model, (example,), dynamic_shapes=({0: Dim("batch")},))
         except Exception as e:  # torch._dynamo and the symbolic shapes have their own trees
             raise ModelError(
-                f"torch.export cannot capture the model: {line_of(e)}. Control flow that depends on the picture, or a batch size "
+                f"torch.export cannot capture the model: {line_of(e)}. Control flow that depends on the image, or a batch size "
                 "written into the code, are the usual reasons.",
                 code="capture",
                 detail=str(e),

@@ -164,15 +164,15 @@ class NormSite:
         letting the dead convolution through at under 1/32 of the bias in the worst case. A dead channel without an offset gets
         the floor of the layer's largest, so that a release may give it one.
 
-        A channel with a norm is dead as well when its scale is so small that int32 holds no offset to speak of (filters of 1e-9,
-        the gammas of 0 of a residual branch that begins as nothing): what its convolution adds is then below 2**-16 of the
+        A channel with a norm is dead as well when its scale is so small that int32 holds no offset to speak of (filters of
+        1e-9, the gammas of 0 of a residual branch that begins as nothing): what its convolution adds is then below 2**-16 of the
         layer's output, and its floor makes room for an offset as large as the layer's largest |gamma| or |beta|.
         """
         layer_bias = _vector(layer_bias, "layer_bias")
         a, bias = _affine(exported, layer_bias, epsilon)
         unit = float(np.float32(input_scale)) * 2.0**FLOOR_BITS
         floor = np.maximum(np.abs(bias) / unit, np.finfo(np.float32).tiny)
-        size = _vector(weight_scale, "weight_scale") * np.abs(a)
+        size = np.asarray(_vector(weight_scale, "weight_scale") * np.abs(a), np.float64)
         dead = size <= floor
         floor = np.where(dead, np.maximum(floor, np.abs(bias).max(initial=0.0) / unit), floor)
         if has_norm:

@@ -43,7 +43,7 @@ def blamed(what: str | Callable[[], str]) -> Iterator[None]:
         raise
     except Exception as e:
         raise InternalError(
-            f"{what if isinstance(what, str) else what()}: this failed inside Refold ({type(e).__name__}: {line_of(e)}). Nothing was saved. Please report it with the "
-            "model and what `refold --debug` prints.",
+            f"{what if isinstance(what, str) else what()}: this failed inside Refold ({type(e).__name__}: {line_of(e)}). "
+            "Nothing was saved. Please report it with the model and what `refold --debug` prints.",
             detail=repr(e),
         ) from e

@@ -316,7 +316,7 @@ SCATTERS: dict[Any, Callable[[_Rewriting, fx.Node, fx.Node, fx.Node], fx.Node]] 
     aten.slice.Tensor: _sliced,
     aten.narrow.default: _narrowed,
     aten.select.int: _selected,
-    **dict.fromkeys((aten.transpose.int, aten.swapaxes.default, aten.t.default, aten.mT.default, aten.numpy_T.default), _swapped),
+    **dict.fromkeys((aten.transpose.int, aten.swapaxes.default, aten.t.default, aten.mT.default), _swapped),
     aten.permute.default: _permuted,
     **dict.fromkeys((aten.movedim.int, aten.movedim.intlist), _moved),
 }  # fmt: skip

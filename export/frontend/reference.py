@@ -49,8 +49,8 @@ def separate(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).float()
     except Exception as e:
         raise ModelError(
-            f"The model cannot be copied ({type(e).__name__}: {line_of(e)}), and export runs copies so as not to change it: keep "
-            "locks, files and tensors with a history out of its attributes.",
+            f"The model cannot be copied ({type(e).__name__}: {line_of(e)}), and export runs copies so as not to change it: "
+            "keep locks, files and tensors with a history out of its attributes.",
             code="copy",
         ) from e
 
@@ -131,8 +131,8 @@ def _asked_again(model: nn.Module | ExportedProgram, x: Tensor, before: Tensor, 
         before[: len(few)], torch.cat([a for a in alone if a is not None]), ask, few, before
     ):
         return ModelError(
-            "The model answers an image differently alone than among others: a device hands it one at a time. Take what depends "
-            "on the batch out of forward.",
+            "The model answers an image differently alone than among others: a device hands it one at a time. Take what "
+            "depends on the batch out of forward.",
             code="batch",
         )
     return None

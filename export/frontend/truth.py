@@ -1,4 +1,4 @@
-"""The person's module as the truth of an export: asked before the capture, compared again when the float graph has its scales."""
+"""The person's module as the truth of an export: asked before the capture, compared with the float graph afterwards."""
 
 from __future__ import annotations
 

@@ -118,8 +118,8 @@ def differs(what: str, layer: str) -> GateError:
     """The refusal. `layer` is the first that is not as the model has it, where it is known."""
     return GateError(
         f"{what[0].upper()}{what[1:]} does not compute what the model computes{f', from {layer} on' if layer else ''}: nothing "
-        "was saved. Rewrite that layer without in-place changes or branches that depend on how it is run, or report it with the "
-        "model.",
+        "was saved. Rewrite that layer without in-place changes or branches that depend on how it is run, or report it with "
+        "the model.",
         code="differs",
         detail=layer,
     )

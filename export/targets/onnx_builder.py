@@ -109,7 +109,7 @@ class OnnxBuilder:
         return self.node("Mul", [whole, self.constant(f"{name}.step", stored.step)], f"{name}.real")
 
     def _apart(self, name: str) -> str:
-        """A parameter's name where no name made here could be the same, as `mul.scale` of a module called mul could, else another."""
+        """A parameter's name unless a name made here could be the same (`mul.scale` of a module called mul); else another."""
         stem, _, last = name.rpartition(".")
         ours = name in self._ours or (stem.partition(".")[0] in self._ours and last.rstrip("_") not in ROLES)
         return f"parameter/{name}" if ours else name

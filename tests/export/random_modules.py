@@ -81,7 +81,7 @@ def change(draw: random.Random) -> Callable[[Tensor], object]:
         (
             lambda v: v.mul_(a), lambda v: v.add_(a), lambda v: v.relu_(), lambda v: v.clamp_(-1.0, 1.5), lambda v: v.sub_(a),
             lambda v: v.clamp_(max=2.0), lambda v: v.zero_(), lambda v: v.fill_(a), lambda v: v.neg_(), lambda v: v.sigmoid_(),
-            lambda v: F.leaky_relu_(v, 0.1), lambda v: v.add_(v, alpha=0.5), lambda v: v.copy_(v * a), lambda v: F.hardtanh_(v),
+            lambda v: F.leaky_relu_(v, 0.1), lambda v: v.add_(v, alpha=0.5), lambda v: v.copy_(v * a), F.hardtanh_,
             lambda v: v.div_(1.5), lambda v: v.tanh_(), lambda v: F.silu(v, inplace=True), lambda v: v.mul_(v.clone()),
         )
     )  # fmt: skip

@@ -32,6 +32,6 @@ def amount(images: NDArray[np.uint8]) -> Iterator[Finding]:
         "too-few-images",
         f"There {'is' if count == 1 else 'are'} only {count} different calibration image{'' if count == 1 else 's'}{same}. A "
         f"new image then exceeds the range taken for any one activation with a probability of {beyond:.0%}, and even "
-        f"{count} of {count} agreeing answers show an agreement no higher than {shown:.0%} (95 % sure). Give 100 to 500.",
+        f"{count} of {count} agreeing answers prove no more than {shown:.0%} agreement (95 % sure). Give 100 to 500.",
         {"images": float(count), "out_of_range": beyond, "agreement_shown": shown},
     )

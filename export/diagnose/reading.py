@@ -32,7 +32,7 @@ from export.interpret import batches, float_parameters, run
 from export.ir import Graph, Node
 from export.operators import Parameters, batch_norm
 from export.preprocessing import SETS
-from refold.preprocess import Preprocess
+from refold.preprocess import Preprocess, Resize
 
 __all__ = ["Response", "doubt_channels", "doubt_scaling", "leading", "mismatch_of", "readings", "respond", "unlikely_reading"]
 
@@ -228,9 +228,8 @@ def unlikely_reading(graph: Graph, images: U8, stated: Preprocess, labels: I64 |
     if better is None and not exchanged:
         return
     last, said = swapped if exchanged else plain, []
-    size = f"{stated.width}x{stated.height}"
     if better is not None:
-        said.append(f"with --preprocess {size},{better}")
+        said.append(f"with --preprocess {stated.width}x{stated.height},{better}{_resizing(stated)}")
     if exchanged:
         said.append("with red and blue exchanged (BGR)")
     numbers, told = _compared(first, last, labels)
@@ -247,6 +246,13 @@ def unlikely_reading(graph: Graph, images: U8, stated: Preprocess, labels: I64 |
         f"The model seems to have been trained on another input: {' and '.join(said)} {told}. {' '.join(advice)}",
         {**numbers, "scaling": float(better is not None), "channels": float(exchanged)},
     )
+
+
+def _resizing(stated: Preprocess) -> str:
+    """The part of --preprocess that says how images are brought to size, as stated."""
+    if stated.resize is Resize.CENTRE_CROP:
+        return f",resize=crop,short={stated.resize_short}"
+    return ",resize=stretch" if stated.resize is Resize.STRETCH else ""
 
 
 def _better_scaling(

@@ -290,7 +290,7 @@ def export_model(
         InternalError: a fault of Refold's, with what was being done.
     """  # fmt: skip
     steps = Steps(progress)
-    with blamed(lambda: (steps.last or "exporting").capitalize()):
+    with blamed(steps.told):
         return _exported(model, output, preprocess, pictures, options, keys, steps, given, validation)
 
 

@@ -165,8 +165,8 @@ class NormSite:
         the floor of the layer's largest, so that a release may give it one.
 
         A channel with a norm is dead as well when its scale is so small that int32 holds no offset to speak of (filters of
-        1e-9, the gammas of 0 of a residual branch that begins as nothing): what its convolution adds is then below 2**-16 of the
-        layer's output, and its floor makes room for an offset as large as the layer's largest |gamma| or |beta|.
+        1e-9, the gammas of 0 of a residual branch that begins as nothing): what its convolution adds is then below 2**-16 of
+        the layer's output, and its floor makes room for an offset as large as the layer's largest |gamma| or |beta|.
         """
         layer_bias = _vector(layer_bias, "layer_bias")
         a, bias = _affine(exported, layer_bias, epsilon)

@@ -20,6 +20,10 @@ class Steps:
         self.last = what
         self._progress(what)
 
+    def told(self) -> str:
+        """The beginning of a sentence about what went wrong there."""
+        return (self.last or "exporting").capitalize()
+
 
 def line_of(e: BaseException) -> str:
     """The first line an exception says, or its type."""

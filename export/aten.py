@@ -510,7 +510,7 @@ def movedim(low: Lowering, node: fx.Node, out: str) -> str:
     source, target = ([a % rank for a in ([given] if isinstance(given, int) else given)] for given in node.args[1:3])  # type: ignore[union-attr, operator]
     axes = [a for a in range(rank) if a not in source]
     for place, axis in sorted(zip(target, source, strict=True)):
-        axes.insert(place, axis)
+        axes.insert(int(place), int(axis))
     return low.add("transpose", [low.arg(node, 0)], out, axes=axes)
 
 

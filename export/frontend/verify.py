@@ -20,7 +20,7 @@ from export.interpret import float_parameters, run
 from export.ir import Graph
 from refold.errors import GateError
 
-__all__ = ["alike", "check_lowered", "check_module", "differs", "first_apart", "module_records"]
+__all__ = ["alike", "check_lowered", "check_module", "differs", "first_apart", "module_records", "run_noting"]
 
 TOLERANCE = 1e-4  # of the spread of the answers
 FLOOR = 2e-6  # of the largest: answers that lie far from zero and near to each other
@@ -98,6 +98,17 @@ def check_module(anew: Callable[[], nn.Module], program: ExportedProgram, x: Ten
         raise differs("the program torch.export made of the model", first_apart(records, found))
 
 
+def run_noting(graph: Graph, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The answer of a float graph, and every value on the way, in the order of its nodes."""
+    found: list[Tensor] = []
+
+    def note(value: str, t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    return run(graph, x, float_parameters(graph), note), found
+
+
 def check_lowered(program: ExportedProgram, graph: Graph, x: Tensor) -> None:
     """Holds a graph to the program it was made from. Raises GateError naming the first layer that differs."""
     records: list[Record] = []
@@ -107,9 +118,8 @@ def check_lowered(program: ExportedProgram, graph: Graph, x: Tensor) -> None:
             records.extend((layer_of(node), t.clone()) for t in _tensors(result))
 
     wanted = run_program(program, x, note)
-    found: list[Tensor] = []
     with torch.no_grad():
-        got = run(graph, x, float_parameters(graph), lambda value, t: (found.append(t), t)[1])
+        got, found = run_noting(graph, x)
     if len(wanted) == 1 and not alike(wanted[0], got, lambda images: run_program(program, images)[0], x):
         raise differs("the graph that would be quantised", first_apart(records, found))
 

@@ -507,7 +507,7 @@ def permute(low: Lowering, node: fx.Node, out: str) -> str:
 @handles(aten.movedim.int, aten.movedim.intlist)
 def movedim(low: Lowering, node: fx.Node, out: str) -> str:
     rank = len(rank_of(low, node))
-    source, target = ([a % rank for a in ([given] if isinstance(given, int) else given)] for given in node.args[1:3])  # type: ignore[union-attr, operator]
+    source, target = ([int(a) % rank for a in ([given] if isinstance(given, int) else given)] for given in node.args[1:3])  # type: ignore[union-attr, operator]
     axes = [a for a in range(rank) if a not in source]
     for place, axis in sorted(zip(target, source, strict=True)):
         axes.insert(place, axis)

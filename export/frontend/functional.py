@@ -133,7 +133,7 @@ class _Rewriting:
             if node.op != "call_function":
                 return
             if node.target is operator.getitem and node.args[0] not in self.parents:  # of results with memory of their own
-                first = taken.setdefault((node.args[0], node.args[1]), node)  # type: ignore[arg-type, index]
+                first = taken.setdefault((node.args[0], node.args[1]), node)  # type: ignore[arg-type]
                 if first is not node:
                     self.parents[node] = first
                     self.same.add(node)
@@ -198,7 +198,7 @@ class _Rewriting:
     def emit(self, target: Any, args: tuple[Any, ...], like: fx.Node, kwargs: Mapping[str, Any] | None = None) -> fx.Node:
         """A new node, with a value of the shape `like` has."""
         with self.graph.inserting_before(self.at):
-            made = self.graph.call_function(target, args, dict(kwargs or {}))
+            made: fx.Node = self.graph.call_function(target, args, dict(kwargs or {}))
         made.meta = {k: v for k, v in self.who.meta.items() if k in ("nn_module_stack", "stack_trace")}
         made.meta["val"] = like.meta.get("val")
         return made
@@ -206,9 +206,9 @@ class _Rewriting:
     def _finished(self) -> ExportedProgram:
         signature, p = copy.deepcopy(self.program.graph_signature), self.program
         output = next(n for n in self.graph.nodes if n.op == "output")
-        for spec, result in zip(signature.output_specs, output.args[0], strict=True):  # type: ignore[arg-type]
+        for spec, result in zip(signature.output_specs, output.args[0], strict=True):
             if isinstance(result, fx.Node):
-                spec.arg.name = result.name  # type: ignore[union-attr]
+                spec.arg.name = result.name
         placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
         for spec, node in zip(signature.input_specs, placeholders, strict=True):
             if spec.kind is not InputKind.USER_INPUT and self.version.get(node):
@@ -281,7 +281,7 @@ def _sliced(r: _Rewriting, view: fx.Node, held: fx.Node, value: fx.Node) -> fx.N
 
 def _narrowed(r: _Rewriting, view: fx.Node, held: fx.Node, value: fx.Node) -> fx.Node:
     axis, start, length = view.args[1:4]
-    begin = start % held.meta["val"].shape[axis]  # type: ignore[operator]
+    begin = start % held.meta["val"].shape[axis]
     return r.emit(aten.slice_scatter.default, (held, value, axis, begin, begin + length), held)
 
 

@@ -101,8 +101,10 @@ class Reference:
         if isinstance(model, nn.Module):
             check_training(model)
         one, inputs = anew(), torch.from_numpy(np.ascontiguousarray(x))
-        parts = [answer(one, part) for part in inputs.split(BATCH)]
-        if any(p is None or p.dim() < 1 or len(p) != len(part) for p, part in zip(parts, inputs.split(BATCH), strict=True)):
+        parts = [answer(one, part) for part in torch.split(inputs, BATCH)]
+        if any(
+            p is None or p.dim() < 1 or len(p) != len(part) for p, part in zip(parts, torch.split(inputs, BATCH), strict=True)
+        ):
             return cls(model, None)
         found = torch.cat([p for p in parts if p is not None])
         first = inputs[:BATCH]

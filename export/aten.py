@@ -507,7 +507,9 @@ def permute(low: Lowering, node: fx.Node, out: str) -> str:
 @handles(aten.movedim.int, aten.movedim.intlist)
 def movedim(low: Lowering, node: fx.Node, out: str) -> str:
     rank = len(rank_of(low, node))
-    source, target = ([a % rank for a in ([given] if isinstance(given, int) else given)] for given in node.args[1:3])  # type: ignore[union-attr, operator]
+    source, target = (
+        [a % rank for a in (g if isinstance(g, (list, tuple)) else [g])] for g in (low.arg(node, 1), low.arg(node, 2))
+    )
     axes = [a for a in range(rank) if a not in source]
     for place, axis in sorted(zip(target, source, strict=True)):
         axes.insert(int(place), int(axis))

@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from export.capture import capture
 from export.frontend.reference import Reference, answer, separate
-from export.frontend.verify import alike, differs, first_apart, module_records, run_noting
+from export.frontend.verify import alike, differs, first_apart, graph_values, module_records
 from export.ir import Graph
 from refold.errors import GateError
 
@@ -77,6 +77,4 @@ def _answers(graph: Graph, logits: Tensor) -> Tensor:
 def _where(reference: Reference, truth: Graph, x: Tensor) -> str:
     if isinstance(reference.model, ExportedProgram):
         return ""
-    with torch.no_grad():
-        _, found = run_noting(truth, x)
-    return first_apart(module_records(separate(reference.model), x)[1], found)
+    return first_apart(module_records(separate(reference.model), x)[1], graph_values(truth, x)[1])

@@ -60,7 +60,7 @@ def test_json_and_skipped_pictures(tmp_path, capsys):
             str(tmp_path / "m.refold"), "--classes", str(tmp_path / "names.txt"))  # fmt: skip
     assert run(*args, "--json") == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["skipped"] == ["small.png is 9x9, not 16x16."] and told["pictures"] == 24
+    assert told["skipped"] == ["small.png is 9x9, not 16x16: the model takes exactly 16x16."] and told["pictures"] == 24
     assert told["integer_layers"] == 7 and told["checks"]["ort-x86-avx2"]["exported_identical"] == 1.0
     assert run(*args) == 0
     assert "1 pictures were skipped: small.png is 9x9" in capsys.readouterr().err

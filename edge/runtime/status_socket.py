@@ -64,6 +64,7 @@ class StatusSocket:
         self._closing = False
         self._name = b""
         self._socket: socket.socket | None = None
+        self._thread: threading.Thread | None = None
 
     def follow(self) -> None:
         """Begins to answer; moves to another name when the directory is another one than before: made, or mounted, meanwhile.
@@ -85,7 +86,8 @@ class StatusSocket:
             listening.close()
             raise StorageError(f"The status cannot be asked for over a socket: {e.strerror or e}.") from e
         self._name, self._socket = name, listening
-        threading.Thread(target=self._serve, args=(listening,), name="status-socket", daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, args=(listening,), name="status-socket", daemon=True)
+        self._thread.start()
 
     def _serve(self, listening: socket.socket) -> None:
         while listening is self._socket:
@@ -105,6 +107,8 @@ class StatusSocket:
             with suppress(OSError):
                 listening.shutdown(socket.SHUT_RDWR)  # ends accept
             listening.close()
+            if self._thread is not None:
+                self._thread.join(TIMEOUT_S)  # the name is free once nobody waits in accept
 
     def close(self) -> None:
         self._closing = True

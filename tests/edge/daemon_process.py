@@ -32,7 +32,13 @@ class DaemonProcess:
             [str(c) for c in (*command, *arguments)],
             stdout=subprocess.PIPE,
             stderr=self.log,
-            env={**os.environ, "REFOLD_EDGE_METRICS__STATUS_S": "0.1", "OMP_NUM_THREADS": "1", **environment},
+            env={
+                **os.environ,
+                "REFOLD_EDGE_METRICS__STATUS_S": "0.1",
+                "OMP_NUM_THREADS": "1",
+                "PYTHONFAULTHANDLER": "1",
+                **environment,
+            },
             text=True,
         )
 
@@ -90,5 +96,11 @@ class DaemonProcess:
         return self.wait()
 
     def wait(self, seconds: float = 60.0) -> int:
-        self.output, _ = self.process.communicate(timeout=seconds)
+        """Its exit code. One that does not end is asked where every thread stands, and fails with that."""
+        try:
+            self.output, _ = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)  # PYTHONFAULTHANDLER prints the stacks
+            self.process.communicate(timeout=10)
+            raise AssertionError(f"It did not end in {seconds:.0f} s:\n{self.said()}") from None
         return self.process.returncode

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 from edge.adaptation import Adaptation
 from edge.budget import ByteBudget
@@ -15,6 +16,7 @@ from edge.directory import DataDirectory
 from edge.enrol import Identity
 from edge.link_settings import LinkSettings
 from edge.outbox import Outbox
+from edge.runtime.status_socket import ask as ask_daemon
 from edge.settings import EdgeSettings
 from edge.updater import Updater
 from edge.updates.engines import Nothing
@@ -168,6 +170,9 @@ def roll_back(settings: EdgeSettings) -> str:
     directory = DataDirectory(settings.data)
     reason = "rolled back by hand on the device"
     if directory.locked_by_another:
+        told = ask_daemon(Path(settings.data))
+        if told is not None and not told.get("release_version"):
+            raise UsageError("The device runs the exported state: there is no release to go back from.")
         ask(directory.rollback_request, reason)
         return "Asked the running daemon to go back to the release before; `refold edge status` shows when it has."
     if not settings.bundle:

@@ -60,7 +60,8 @@ from edge.worker import Inline, Runner, Waiting, Worker
 from refold import __version__
 from refold.atomic import write_atomically
 from refold.bundle import Bundle
-from refold.errors import RefoldError, StorageError, UsageError
+from refold.errors import InputError, RefoldError, StorageError, UsageError
+from refold.imaging import open_regular
 from refold.v1 import fleet_pb2, samples_pb2
 
 __all__ = ["Daemon"]
@@ -211,10 +212,13 @@ class Daemon:
         path = self.directory.bank(self.bundle.digest)
         self._bank_unread = not self._disk_answers
         try:
-            if self._disk_answers:
-                return Adapter.load(path.read_bytes(), table, s, classes, **make.keywords)
-        except FileNotFoundError:
-            pass
+            if self._disk_answers and path.exists():
+                with open_regular(path) as f:
+                    content = f.read()
+                return Adapter.load(content, table, s, classes, **make.keywords)
+        except InputError as e:
+            self._bank_unread = True
+            log.warning("The domain bank %s %s", path, e.message)
         except StorageError as e:
             log.warning("The domain bank %s is not used: %s", path, e)
         except OSError as e:

@@ -85,6 +85,8 @@ class Identity:
     def load(cls, directory: Path) -> Identity:
         """Raises UsageError when the device is not enrolled, or the file is damaged."""
         path = directory / IDENTITY
+        if path.exists() and not path.is_file():  # a named pipe would be waited for
+            raise UsageError(f"{path} is no regular file: remove it and enrol the device again.", code="identity")
         try:
             values = json.loads(path.read_bytes())
             identity = cls(

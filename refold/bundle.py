@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -82,7 +83,10 @@ class Bundle:
         """Raises BundleError: missing, truncated, oversized, not a bundle, inconsistent, or of a newer format."""
         path = Path(path)
         try:
-            size = path.stat().st_size
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise BundleError(f"{path} cannot be read: it is no regular file.", code="unreadable")
+            size = found.st_size
             if size > LIMITS.paged_bytes:
                 raise BundleError(f"{path} has {size} bytes; the limit is {LIMITS.paged_bytes}.", code="bundle-too-large")
             with zipfile.ZipFile(path) as archive:

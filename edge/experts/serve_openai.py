@@ -136,6 +136,8 @@ def _bias(told: Mapping[str, Any]) -> dict[int, float]:
                 code="wrong-type",
                 param="logit_bias",
             )
+        if int(token) in out:
+            raise Refusal(400, f"logit_bias names token {int(token)} twice.", code="said-twice", param="logit_bias")
         out[int(token)] = float(value)
     return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from edge.budget import SystemClock
 from edge.directory import DataDirectory
 from edge.runtime.staleness import Staleness, judge
 from edge.runtime.status_socket import ask
-from refold.errors import StorageError, UsageError
+from refold.errors import InputError, StorageError, UsageError
+from refold.imaging import open_regular
 
 __all__ = ["find_status"]
 
@@ -46,10 +48,13 @@ def find_status(data: Path) -> tuple[dict[str, Any], Staleness]:
 
 def _read(directory: DataDirectory) -> dict[str, Any]:
     try:
-        told = json.loads(directory.status.read_text())
-        if not isinstance(told, dict):
-            raise ValueError("not a status")
-    except FileNotFoundError:
+        with open_regular(directory.status) as f:
+            told = json.loads(f.read())
+        if not isinstance(told, dict) or not _dated(told):
+            raise ValueError("it is no status that a daemon wrote")
+    except InputError as e:
+        if directory.status.exists() or directory.status.is_symlink():
+            raise UsageError(f"{directory.status} {e.message}", code="no-status") from e
         if _held(directory):
             raise UsageError(
                 f"A daemon runs on {directory.root.absolute()}, but it does not answer and has not written a status: "
@@ -57,9 +62,19 @@ def _read(directory: DataDirectory) -> dict[str, Any]:
                 code="no-status",
             ) from None
         raise UsageError(f"No daemon has run on {directory.root.absolute()} yet.", code="no-status") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UsageError(f"{directory.status} cannot be read: {e}.", code="no-status") from e
     return told
+
+
+def _dated(told: dict[str, Any]) -> bool:
+    """Whether the numbers that say how old a status is are numbers."""
+    kinds = {"unix_ms": True, "boot_s": False, "every_s": False, "pid": False}
+    return all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        for name, needed in kinds.items()
+        if (value := told.get(name)) is not None or needed
+    )
 
 
 def _held(directory: DataDirectory) -> bool | None:

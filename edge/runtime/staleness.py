@@ -82,7 +82,7 @@ def judge(
         pid_exists: whether a process of the status's `pid` exists.
     """
     same_boot = bool(boot_id) and status.get("boot_id") == boot_id
-    since = int(status.get("unix_ms", 0))
+    since = min(int(status.get("unix_ms", 0)), now_unix_ms)  # a wall clock that was ahead says nothing of the time since
     age = boot_s - float(status.get("boot_s", boot_s)) if same_boot else (now_unix_ms - since) / 1000
     age = max(age, 0.0)
     if same_boot:

@@ -55,8 +55,11 @@ def _writes(node: fx.Node) -> bool:
 
 def _pure(node: fx.Node) -> Any:
     """The operator without the underscore."""
-    packet, _, overload = str(node.target).removeprefix("aten.").partition(".")
-    found = getattr(getattr(aten, packet[:-1], None), overload, None) if packet.endswith("_") else None
+    name, _, overload = str(node.target).removeprefix("aten.").partition(".")
+    packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
+    names = [] if packet is None else sorted(packet.overloads(), key=lambda each: each != overload)
+    alike = [o for o in (getattr(packet, each) for each in names) if _takes(o) == _takes(node.target)]
+    found = next((o for o in alike if not o._schema.is_mutable), None)
     if found is None:
         raise ModelError(
             f"Layer {layer_of(node)} uses {node.target}, which changes a tensor in place and has no form that does not: "
@@ -64,6 +67,11 @@ def _pure(node: fx.Node) -> Any:
             code="operator",
         )
     return found
+
+
+def _takes(overload: Any) -> list[tuple[str, str]]:
+    """Kinds and names of an operator's arguments: `pow_.Scalar` has those of `pow.Tensor_Scalar`, not of `pow.Scalar`."""
+    return [(str(a.type), "" if i == 0 else a.name) for i, a in enumerate(overload._schema.arguments)]
 
 
 @dataclass

@@ -50,9 +50,11 @@ class OnnxBuilder:
         self.tensors: dict[str, onnx.TensorProto] = {}
         self.packed: dict[str, WeightCodes] = {}
         self._made: set[str] = set()
+        self._named: set[str] = set()
         self._embedded = embedded
         self._contents: dict[str, bytes] = {}
         values = [self.graph.input, *(n.output for n in self.graph.nodes)]
+        self._layers = {n.name: n.output for n in self.graph.nodes}
         self._ours = {*values, *(n.name for n in self.graph.nodes), *RESERVED}  # what names made here begin with
         for name, value in self.adaptable().items():
             self.tensors[name] = numpy_helper.from_array(np.asarray(value), name) if embedded else _external(name, value)
@@ -66,8 +68,17 @@ class OnnxBuilder:
         if output not in self._made:
             self._made.add(output)
             given = {k: v for k, v in attributes.items() if v is not None}
-            self.nodes.append(helper.make_node(op, list(inputs), [output], name=given.pop("name", output), **given))
+            name = self._node_name(given.pop("name", ""), op, output)
+            self.nodes.append(helper.make_node(op, list(inputs), [output], name=name, **given))
         return output
+
+    def _node_name(self, layer: str, op: str, output: str) -> str:
+        """The layer's name, else the output's, which gives way to a layer called so: two nodes of one name are no model."""
+        name = layer or (output if self._layers.get(output, output) == output else f"{output}/{op}")
+        while name in self._named:
+            name += "/"
+        self._named.add(name)
+        return name
 
     def constant(self, name: str, value: Any, dtype: Any = np.float32) -> str:
         """Name of an inline initialiser with this value: `name`, unless something else has it already."""

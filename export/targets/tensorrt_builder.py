@@ -6,7 +6,6 @@ x ─ Q ─ DQ ─► Conv ─► BatchNormalization ─► Relu ─ Q ─ DQ �
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +43,7 @@ class TensorRtBuilder(OnnxBuilder):
 
     def __init__(self, model: IntegerModel) -> None:
         self._activations = {a.tensor: a for a in model.table.activations}
-        self._named = {n.name for n in model.graph.nodes if n.output in model.weights}  # and what else was named since
+        self._integer_layers = {n.name for n in model.graph.nodes if n.output in model.weights}
         super().__init__(model, embedded=True)
         self.sizes = _sizes(model.graph)
 
@@ -62,15 +61,13 @@ class TensorRtBuilder(OnnxBuilder):
                 found[name] = value.reshape(-1, *spread)
         return found
 
-    def node(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        """As every builder, with a name no other node has: TensorRT changes names that repeat. Integer layers keep theirs."""
-        if output not in self._made:
-            name = attributes.get("name") or output
-            if name in self._named and op not in ("Conv", "Gemm"):
-                name = f"{op}/{output}"
-            self._named.add(name)
-            attributes["name"] = name
-        return super().node(op, inputs, output, **attributes)
+    def _node_name(self, layer: str, op: str, output: str) -> str:
+        """TensorRT changes names that repeat. Integer layers keep theirs, every other node gives way."""
+        name = layer or output
+        taken = (
+            name in self._integer_layers or name in self._named or (not layer and self._layers.get(output, output) != output)
+        )
+        return super()._node_name(f"{op}/{output}" if taken and op not in ("Conv", "Gemm") else name, op, output)
 
     def codes(self, value: str) -> str:
         """Name of a quantised value's int8 codes. Where its codes end before int8 does, a clamp stands in front."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from daemon_process import DaemonProcess
 from PIL import Image
 from small_nets import images, shifted
 
+from edge.directory import DataDirectory
 from edge.outbox import Outbox
 from refold import Release
 from refold.cli import main
@@ -86,6 +88,19 @@ def test_a_killed_daemon_starts_again_with_what_it_had(bundle, stream, tmp_path)
         assert daemon.status()["metrics"]["outbox_samples"] >= kept
         assert daemon.end() == 0
     assert "damaged" not in daemon.said()
+
+
+def test_pipes_in_its_way_are_not_waited_for(bundle, stream, tmp_path):
+    """A domain bank that is a named pipe is left out; a bundle that is one is refused."""
+    bank = DataDirectory(tmp_path).bank(bundle.digest)
+    bank.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(bank)
+    with DaemonProcess("--bundle", bundle.path, "--source", stream, data=tmp_path) as daemon:
+        assert daemon.wait() == 0
+        assert daemon.lines() and "is a named pipe" in daemon.said()
+    os.mkfifo(tmp_path / "m.refold")
+    with DaemonProcess("--bundle", tmp_path / "m.refold", "--source", stream, data=tmp_path) as daemon:
+        assert daemon.wait() == 5 and "it is no regular file" in daemon.said()
 
 
 def test_one_daemon_per_directory_and_status_tells(bundle, stream, tmp_path):

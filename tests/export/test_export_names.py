@@ -73,6 +73,35 @@ def test_names_that_are_taken_are_not_given_again(tmp_path, x):
     assert np.sqrt(np.mean((logits - truth) ** 2)) < 0.15 * truth.std()
 
 
+class Like(nn.Module):
+    """A layer called as a functional call of the same program would be, or as the writers call what they make."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), export_nets.Head(8)
+        self.add_module(name, nn.Conv2d(8, 8, 1))
+        self.after = nn.BatchNorm2d(8)
+        self.layer = name
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        y = F.relu(self.after(getattr(self, self.layer)(x))) * 1.5
+        return self.head(torch.cat([y[:, :4], (y + x)[:, 4:]], 1) + x.mean((2, 3), keepdim=True))
+
+
+@pytest.mark.parametrize("name", ["mul", "add", "add_1", "relu", "cat", "mean", "logits", "moments", "input", "output"])
+def test_a_layer_may_be_called_as_what_is_made_here(name, tmp_path, x):
+    torch.manual_seed(0)
+    net = export_nets.settled(Like(name))
+    options = Options(("ort-x86-avx2", "litert", "tensorrt"))
+    done = export_model(net, tmp_path / "m.refold", export_nets.PREPROCESS, PICTURES, options)
+    bundle = done.bundle
+    with torch.no_grad():
+        truth = net(torch.from_numpy(x)).numpy()
+    logits = infer(session(bundle.read(bundle.target().model), bundle.norms.tensors()), x)
+    assert np.sqrt(np.mean((logits - truth) ** 2)) < 0.15 * truth.std()
+
+
 def broken(low, node, out):
     raise KeyError("roll_1")
 

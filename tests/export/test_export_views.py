@@ -127,7 +127,16 @@ def noted(m, y):
     return y.mul_(m.gain).sub_(m.gain)
 
 
-@pytest.mark.parametrize("middle", [five, assigned, filled, in_parts, turned, aliased, noted], ids=lambda f: f.__name__)
+def powers(m, y):
+    """In-place forms whose overloads are called otherwise than those of the pure operator."""
+    y = F.relu(y)
+    y.pow_(2)
+    y **= 2
+    y[:, :4].pow_(0.5).div_(2.0)
+    return y.sqrt_().clamp_(max=3.0)
+
+
+@pytest.mark.parametrize("middle", [five, assigned, filled, in_parts, turned, aliased, noted, powers], ids=lambda f: f.__name__)
 def test_the_graph_computes_what_the_module_computes(middle, x):
     net = wrapped(middle)
     before = {name: value.clone() for name, value in net.state_dict().items()}

@@ -64,10 +64,11 @@ class Chooser:
                 "Every token is ruled out: logit_bias or generation_config.json (suppress_tokens, bad_words_ids) leave none.",
                 code="no-token",
             )
-        if self._plan.draws:
-            token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+        shares = scores.softmax(-1) if self._plan.draws else None
+        if shares is not None and bool(shares.isfinite().all()):
+            token = int(torch.multinomial(shares, 1, generator=self._generator))
         else:
-            token = int(scores.argmax())
+            token = _likeliest(scores[0], logits)
         self._ids = torch.cat([self._ids, torch.tensor([[token]])], 1)
         return self._told(token, logits)
 
@@ -78,6 +79,15 @@ class Chooser:
         logged = logits.double().log_softmax(0)
         most = logged.topk(min(count, len(logged)))
         return Chosen(token, float(logged[token]), tuple(zip(most.indices.tolist(), most.values.tolist(), strict=True)))
+
+
+def _likeliest(scores: torch.Tensor, logits: torch.Tensor) -> int:
+    """The token of the highest score. A temperature or penalty so small that float32 overflows makes several infinite: of
+    these, as in the limit, the one that the model itself finds likeliest."""
+    infinite = torch.isposinf(scores)
+    if infinite.any():
+        return int(logits.masked_fill(~infinite, -torch.inf).argmax())
+    return int(scores.nan_to_num(nan=-torch.inf).argmax())
 
 
 def try_out(model: PreTrainedModel, defaults: Defaults, stops: frozenset[int], path: str) -> None:

@@ -234,6 +234,14 @@ def chosen(logits, before=(0,), count=1, **sampling):
     return [chooser.choose(logits) for _ in range(count)]
 
 
+@pytest.mark.parametrize("asked", [{"temperature": 1e-37}, {"temperature": 1e-39}, {"temperature": 5e-324},
+                                   {"temperature": 1.0, "repetition_penalty": 1e-45}])  # fmt: skip
+def test_numbers_that_float32_cannot_divide_by_are_their_limit(asked):
+    """Infinite logits have no softmax: the likeliest token is what a temperature of nearly nothing leaves."""
+    (choice,) = chosen(torch.tensor([0.1, 3.0, 2.0, -1.0]), seed=1, **asked)
+    assert choice.token == (0 if "repetition_penalty" in asked else 1)
+
+
 def test_penalties_count_the_text_and_not_the_prompt():
     logits = torch.tensor([2.0, 1.9, 1.0, 0.0])
     assert [c.token for c in chosen(logits, [0, 0, 0], 4, presence_penalty=0.5)] == [0, 1, 0, 0]

@@ -181,6 +181,27 @@ def test_a_status_of_an_older_version_is_dated_by_the_wall_clock():
     assert answer.age_s == 50 and answer.reason == "silent" and answer.since_unix_ms == now - 50_000
 
 
+@pytest.mark.parametrize(
+    "content", ["{}", '{"running":true,"unix_ms":"x"}', '{"unix_ms":1,"boot_s":[]}', "[1]", "", "[" * 9000]
+)
+def test_what_no_daemon_wrote_is_no_status(content, tmp_path):
+    (tmp_path / "status.json").write_text(content)
+    with pytest.raises(UsageError, match="cannot be read"):
+        find_status(tmp_path)
+
+
+def test_a_pipe_in_the_place_of_the_status_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "status.json")
+    with pytest.raises(UsageError, match="a named pipe"):
+        find_status(tmp_path)
+
+
+def test_a_status_of_the_future_is_not_dated_by_it(tmp_path):
+    (tmp_path / "status.json").write_text('{"running": true, "unix_ms": 99999999999999}')
+    told, staleness = find_status(tmp_path)
+    assert told["stale"] == "died" and staleness.since_unix_ms <= time.time_ns() // 1_000_000
+
+
 def test_a_bounded_task_is_waited_for_only_so_long_and_its_error_is_told():
     ended, go = threading.Event(), threading.Event()
 

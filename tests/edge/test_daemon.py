@@ -85,7 +85,9 @@ def test_a_killed_daemon_starts_again_with_what_it_had(bundle, stream, tmp_path)
     with DaemonProcess(*arguments, data=tmp_path / "data") as daemon:
         daemon.until(lambda: len(daemon.lines()) > served)
         daemon.until(lambda: daemon.status()["running"] and daemon.status()["metrics"]["uptime_s"] < 60)
-        assert daemon.status()["metrics"]["outbox_samples"] >= kept
+        daemon.until(
+            lambda: daemon.status()["metrics"]["outbox_samples"] >= kept, 5
+        )  # the outbox opens beside the first frames
         assert daemon.end() == 0
     assert "damaged" not in daemon.said()
 

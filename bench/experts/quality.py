@@ -198,7 +198,10 @@ def _loss(folder: Path, ids: np.ndarray) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32).eval()
+    # transformers' default experts, grouped_mm, refuse experts whose width is no multiple of 4
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), local_files_only=True, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
     some = torch.from_numpy(ids)
     with torch.inference_mode():
         logits = model(some[:, :-1], use_cache=False).logits

@@ -62,6 +62,7 @@ from refold.atomic import write_atomically
 from refold.bundle import Bundle
 from refold.errors import InputError, RefoldError, StorageError, UsageError
 from refold.imaging import open_regular
+from refold.statistics import StatisticsModel
 from refold.v1 import fleet_pb2, samples_pb2
 
 __all__ = ["Daemon"]
@@ -207,15 +208,16 @@ class Daemon:
         return storage, building, writing
 
     def _adapter(self) -> Adapter:
-        s, table, classes = self.settings.adapt_settings(), self.bundle.norms, self.bundle.manifest.class_count
-        make = partial(Adapter, table, s, classes, reference=self._reference(), bundle_digest=self.bundle.digest)
+        s, classes = self.settings.adapt_settings(), self.bundle.manifest.class_count
+        model = StatisticsModel.of(self.bundle, s.strength)
+        make = partial(Adapter, model, s, classes, reference=self._reference(), bundle_digest=self.bundle.digest)
         path = self.directory.bank(self.bundle.digest)
         self._bank_unread = not self._disk_answers
         try:
             if self._disk_answers and path.exists():
                 with open_regular(path) as f:
                     content = f.read()
-                return Adapter.load(content, table, s, classes, **make.keywords)
+                return Adapter.load(content, model, s, classes, **make.keywords)
         except InputError as e:
             self._bank_unread = True
             log.warning("The domain bank %s %s", path, e.message)

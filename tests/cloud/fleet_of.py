@@ -26,13 +26,13 @@ from cloud.provision import LOCAL, provision
 from cloud.server import Cloud
 from cloud.settings import CloudSettings, load_settings
 from cloud.store import Store
-from edge.adapt.evidence import Evidence, TapLayout
-from edge.adapt.overlay import mixed_states
 from edge.engine import EngineFactory
 from edge.serving import ServingState
+from edge.statistics import estimate, measure_of
 from refold.bundle import Bundle, write_bundle
 from refold.codec import table_to_pb
 from refold.norms import NormState
+from refold.statistics import StatisticsModel, within_trust
 from refold.v1 import adaptation_pb2, adaptation_pb2_grpc, admin_pb2_grpc, fleet_pb2, fleet_pb2_grpc, manifest_pb2
 from refold.v1 import samples_pb2 as pb
 
@@ -208,18 +208,16 @@ def statistics(bundle: Bundle, means: Mapping[str, Any], variances: Mapping[str,
 
 
 def population(bundle: Bundle, images: NDArray[np.uint8]) -> tuple[dict[str, NormState], pb.StatisticsReport]:
-    """The states that a population's statistics make, and the report of them.
-
-    Each round measures behind the norms that the round before corrected, as a device's taps do while its overlay grows.
-    """
-    layout, factory = TapLayout(bundle.norms), EngineFactory(bundle)
-    states: dict[str, NormState] = {}
-    for _ in layout.sites:
-        moments = factory.build_taps(ServingState(states)).run(bundle.preprocess.apply(images))
-        mean, square = np.mean([layout.unfold(m, states) for m in moments], axis=0)
-        evidence = Evidence(layout.channels)
-        evidence.add(np.stack([mean, square]))
-        states = mixed_states(layout, {}, evidence, 1.0, bundle.norms.trust_ratio)
+    """The states that a population's statistics make, and the report of them, as a device measures both."""
+    factory, model = EngineFactory(bundle), StatisticsModel.of(bundle)
+    measure = measure_of(factory, model, 64)
+    assert measure is not None
+    found = estimate(measure, model, ServingState(), list(images))
+    rows = np.stack([found.moments[0], np.maximum(found.moments[1] - found.moments[0] ** 2, 0)]).astype(np.float32)
+    states = {
+        site.name: within_trust(site, site.exported.with_statistics(*rows[:, cut]), 8.0)
+        for site, cut in zip(model.layout.sites, model.layout.slices, strict=True)
+    }
     means = {name: state.mean for name, state in states.items()}
     return states, statistics(bundle, means, {name: state.variance for name, state in states.items()})
 

@@ -29,6 +29,7 @@ from refold.atomic import write_atomically
 from refold.errors import GateError, RefoldError, StorageError
 from refold.release import digest, seal
 from refold.signing import KeyRing
+from refold.statistics import StatisticsModel
 from refold.v1.adaptation_pb2 import PollReleaseResponse
 
 KEY = SigningKey.generate()
@@ -100,10 +101,10 @@ class World:
     def boot(self, *, start: bool = True, prepare: Callable[[World], None] = lambda world: None) -> World:
         self.factory = Factory(self.bundle)
         self.slot = EngineSlot(Engine(ServingState()))
-        make = functools.partial(Adapter, self.bundle.norms, SETTINGS, 3, reference=reference())
+        make = functools.partial(Adapter, StatisticsModel.of(self.bundle), SETTINGS, 3, reference=reference())
         try:
             content = (self.folder / "bank").read_bytes()
-            adapter = Adapter.load(content, self.bundle.norms, SETTINGS, 3, reference=reference())
+            adapter = Adapter.load(content, StatisticsModel.of(self.bundle), SETTINGS, 3, reference=reference())
         except FileNotFoundError:
             adapter = make()
         self.adaptation = Adaptation(self.factory, self.slot, adapter, Inline(), at=self._on_local_step)

@@ -24,7 +24,7 @@ from refold.statistics.contract import RATIO
 from refold.statistics.expectation import Expectation
 from refold.statistics.layout import Layout
 
-__all__ = ["Posterior", "posterior", "served_states"]
+__all__ = ["Posterior", "posterior", "served_states", "site_posterior"]
 
 F64 = NDArray[np.float64]
 
@@ -51,21 +51,39 @@ def posterior(
         base_mean, base_variance: what they are a change to: the exported statistics or a release's.
         strength: float64 (sites,), 0..1: how far to go.
     """
-    live = expected.deviation > 0
-    unit = np.where(live, 1 / np.where(live, expected.deviation, 1.0), 0.0)
-    d = (mean - expected.mean) * unit
-    ratio = np.clip(variance / expected.variance, *RATIO)
-    share, shift = np.zeros(len(layout.sites)), np.zeros(layout.channels)
-    for i, cut in enumerate(layout.slices):
-        excess = max(float((d[cut] ** 2).mean()) - float(expected.explained[i]), 0.0)
-        loose = excess + float(expected.noise[i])
-        v, t = expected.directions[:, cut], expected.uncertainty[i]
-        shift[cut] = excess / loose * (d[cut] - v.T @ (t / (t + loose) * (v @ d[cut])))
-        share[i] = excess / (excess + float(expected.explained[i]))
-    w, k = layout.per_site(strength), layout.per_site(strength * share)
-    moved = shift * expected.deviation
-    served = (1 - k) * base_variance + k * base_variance * ratio + w * (1 - w) * moved**2
-    return Posterior(base_mean + w * moved, np.where(live, served, base_variance), share)
+    sites = [
+        site_posterior(expected, i, cut, mean[cut], variance[cut], base_mean[cut], base_variance[cut], float(strength[i]))
+        for i, cut in enumerate(layout.slices)
+    ]
+    if not sites:
+        return Posterior(base_mean, base_variance, np.zeros(0))
+    means, variances, shares = zip(*sites, strict=True)
+    return Posterior(np.concatenate(means), np.concatenate(variances), np.array(shares))
+
+
+def site_posterior(
+    expected: Expectation, site: int, cut: slice, mean: F64, variance: F64, base_mean: F64, base_variance: F64, strength: float
+) -> tuple[F64, F64, float]:
+    """Mean, variance (channels of the site,) and share of one site; see `posterior`.
+
+    Args:
+        site: its number.
+        cut: its channels in the row of all.
+        mean, variance, base_mean, base_variance: of this site's channels.
+    """
+    deviation = expected.deviation[cut]
+    live = deviation > 0
+    d = np.where(live, (mean - expected.mean[cut]) / np.where(live, deviation, 1.0), 0.0)
+    noise, explained = float(expected.noise[site]), float(expected.explained[site])
+    excess = max(float((d**2).mean()) - explained, 0.0)
+    loose = excess + noise
+    v, t = expected.directions[:, cut], expected.uncertainty[site]
+    moved = excess / loose * (d - v.T @ (t / (t + loose) * (v @ d))) * deviation
+    share = excess / (excess + explained)
+    k = strength * share
+    ratio = np.clip(variance / expected.variance[cut], *RATIO)
+    served = (1 - k) * base_variance + k * base_variance * ratio + strength * (1 - strength) * moved**2
+    return base_mean + strength * moved, np.where(live, served, base_variance), share
 
 
 def served_states(layout: Layout, base: Mapping[str, NormState], found: Posterior) -> dict[str, NormState]:

@@ -51,7 +51,7 @@ class Gate:
         self._bundle, self._settings = bundle, settings
         self._factory = EngineFactory(bundle, threads=threads)
         self._habits = AdaptSettings()
-        self._model = StatisticsModel.of(bundle, self._habits.strength)
+        self._model = StatisticsModel.of(bundle, self._habits.mix)
         self._measure = measure_of(self._factory, self._model, self._habits.memory_mb)
         self._images, self._labels = _calibration(bundle)
         exported = self._logits(ServingState(), self._images)

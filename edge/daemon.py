@@ -209,7 +209,7 @@ class Daemon:
 
     def _adapter(self) -> Adapter:
         s, classes = self.settings.adapt_settings(), self.bundle.manifest.class_count
-        model = StatisticsModel.of(self.bundle, s.strength)
+        model = StatisticsModel.of(self.bundle, s.mix)
         make = partial(Adapter, model, s, classes, reference=self._reference(), bundle_digest=self.bundle.digest)
         path = self.directory.bank(self.bundle.digest)
         self._bank_unread = not self._disk_answers

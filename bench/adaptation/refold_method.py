@@ -89,7 +89,7 @@ def adapter_and_observer(
 ) -> tuple[Adapter, ImageObserver]:
     """A device's adapter and what feeds it, as the daemon makes them."""
     bundle = factory.bundle
-    model = StatisticsModel.of(bundle, settings.strength)
+    model = StatisticsModel.of(bundle, settings.mix)
     classes = int(bundle.manifest.class_count)
     adapter = Adapter(model, settings, classes, reference=reference, bundle_digest=bundle.digest)
     measure = measure_of(factory, model, settings.memory_mb)

@@ -41,7 +41,7 @@ class Device:
     def __init__(self, bundle: Bundle, settings: AdaptSettings | None = None) -> None:
         self._bundle, settings = bundle, settings or AdaptSettings()
         self._factory = EngineFactory(bundle)
-        model = StatisticsModel.of(bundle, settings.strength)
+        model = StatisticsModel.of(bundle, settings.mix)
         self.adapter = Adapter(model, settings, int(bundle.manifest.class_count), reference=reference_of(bundle))
         measure = measure_of(self._factory, model, settings.memory_mb)
         assert measure is not None
@@ -69,7 +69,8 @@ class Device:
     def frozen(self, images: U8) -> I64:
         """What the exported model answers."""
         parts = [self._frozen.run_pictures(images[i : i + TOGETHER]) for i in range(0, len(images), TOGETHER)]
-        return np.concatenate(parts).argmax(1).astype(np.int64)
+        answers: I64 = np.concatenate(parts).argmax(1).astype(np.int64)
+        return answers
 
 
 def reference_of(bundle: Bundle) -> Reference:

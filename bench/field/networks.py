@@ -85,7 +85,8 @@ def bundle_of(name: str) -> Bundle:
         return Bundle.open(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if network.photographs:
-        images, labels = (part[:PHOTO_CALIBRATION] for part in _photographs())
+        images, labels = _photographs()
+        images, labels = images[:PHOTO_CALIBRATION], labels[:PHOTO_CALIBRATION]
     else:
         known, classes = cifar10("train5k")
         chosen = np.random.default_rng(0).permutation(len(known))[:CALIBRATION]

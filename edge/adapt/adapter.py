@@ -73,7 +73,7 @@ class Adapter:
         self._learning: list[NDArray[np.float64]] | None = None if reference else []
         self._frame = 0
         self._entropy = 0.0
-        self._kept = self._measured = self._shifts = self._recalls = self._refused = 0
+        self._kept = self._measured = self._skipped = self._shifts = self._recalls = self._refused = 0
         self._probe: list[NDArray[np.float64]] = []
         self._provisional = False
         self._residence = 0
@@ -225,6 +225,10 @@ class Adapter:
         if self._present.evidence.frames:
             return kept >= limit
         return kept >= min(self._settings.first_images, limit)
+
+    def skipped(self) -> None:
+        """Counts a set of images that are too much alike to say anything."""
+        self._skipped += 1
 
     @property
     def known(self) -> Evidence | None:
@@ -382,6 +386,7 @@ class Adapter:
             "recalls": float(self._recalls),
             "images_kept": float(self._kept),
             "measured": float(self._measured),
+            "skipped": float(self._skipped),
             "overlay_weight": self._weight,
             "overlays_refused": float(self._refused),
             "evidence_frames": self._present.evidence.frames,

@@ -81,4 +81,4 @@ def independent(values: F64, reference: Reference) -> float:
     along = float(np.einsum("ij,jk,ik->", apart[1:], reference.precision, apart[:-1]))
     differ = min(size / ((n - 1) * values.shape[1]), 1.0)
     correlation = min(max(along / size if size > 0 else 1.0, 0.0), 0.98)
-    return 1 + (n - 1) * differ * (1 - correlation) / (1 + correlation)
+    return 1.0 + float(n - 1) * float(differ) * (1 - correlation) / (1 + correlation)

@@ -20,6 +20,9 @@ __all__ = ["ImageObserver", "StoppedError"]
 
 U8 = NDArray[np.uint8]
 LEAST = 8  # images kept, however large they are
+LEAST_WORTH = (
+    4.0  # independent images below which nothing is made of a set: a still camera, a lens cap, a sensor that alternates
+)
 
 
 class StoppedError(Exception):
@@ -72,11 +75,12 @@ class ImageObserver:
         return self._kept
 
     def _measured(self, kept: KeptImages, served: ServingState) -> ServingState | None:
-        adapter, images = self._adapter, kept.images
+        adapter, images, worth = self._adapter, kept.images, kept.worth(self._adapter.reference)
+        if worth < LEAST_WORTH:
+            adapter.skipped()
+            return None
         try:
-            found = estimate(
-                self._measure, self._model, adapter.base, images, effective=kept.worth(adapter.reference), known=adapter.known
-            )
+            found = estimate(self._measure, self._model, adapter.base, images, effective=worth, known=adapter.known)
         except InterruptedError:
             raise StoppedError from None
         self.passes += 1

@@ -15,7 +15,7 @@ class AdaptSettings:
 
     Attributes:
         enabled: False serves releases only: nothing is measured, and there are no domains.
-        strength: how far a shift of the norms' statistics is followed, 0..1; `refold.statistics` tells a shift from another mix of
+        mix: how far a shift of the norms' statistics is followed, 0..1; `refold.statistics` tells a shift from another mix of
             classes and from chance.
         release_trust: what an image of a release's own statistics counts against one of the device's, where the release was
             made for the very domain; 0 serves the release's affine parameters on the device's statistics alone.
@@ -36,7 +36,7 @@ class AdaptSettings:
     """
 
     enabled: bool = True
-    strength: float = 1.0
+    mix: float = 1.0
     release_trust: float = 8.0
     evidence_frames: float = 512.0
     images: int = 64
@@ -53,8 +53,8 @@ class AdaptSettings:
     domains: int = 16
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.strength <= 1.0:
-            raise UsageError(f"adapt.strength is {self.strength}; it is a share between 0 and 1.")
+        if not 0.0 <= self.mix <= 1.0:
+            raise UsageError(f"adapt.mix is {self.mix}; it is a share between 0 and 1.")
         counted = (
             "images",
             "first_images",

@@ -33,7 +33,7 @@ SETTINGS = AdaptSettings(probe_frames=8, burst=32, images=16, first_images=12, w
 
 
 def model_of(bundle: Bundle) -> StatisticsModel:
-    return StatisticsModel.of(bundle, SETTINGS.strength)
+    return StatisticsModel.of(bundle, SETTINGS.mix)
 
 
 def noisy(pictures: U8) -> U8:
@@ -52,7 +52,7 @@ class Device:
         self.preprocess = bundle.preprocess
         self.factory = factory
         self.adapter = adapter or Adapter(
-            StatisticsModel.of(bundle, SETTINGS.strength),
+            StatisticsModel.of(bundle, SETTINGS.mix),
             SETTINGS,
             bundle.manifest.class_count,
             reference=Reference.measure(images(256, self.side)),

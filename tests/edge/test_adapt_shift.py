@@ -117,7 +117,7 @@ def test_a_known_domain_is_spared_the_burst_and_home_is_tapped_seldom() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"mix": 1.5}, {"staleness": -0.1}, {"burst": 0}, {"prior_frames": 0.0}, {"domains": 1}, {"shift_threshold": 0.0}]
+    "wrong", [{"mix": 1.5}, {"images": 0}, {"burst": 0}, {"evidence_frames": 0.0}, {"domains": 1}, {"shift_threshold": 0.0}]
 )
 def test_settings_out_of_range_are_refused_by_name(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):

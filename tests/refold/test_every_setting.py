@@ -24,7 +24,6 @@ from refold.errors import UsageError
 ROOT = Path(__file__).parents[2]
 KEY = "ab" * 32
 GIVEN: dict[str, Any] = {  # values that a definition's types and bounds do not tell
-    "adapt.report_frames": 9,
     "bundle": "m.refold",
     "cloud.address": "cloud.example.org:7000",
     "cloud.server_name": "cloud.example.org",

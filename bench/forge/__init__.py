@@ -1,4 +1,4 @@
-"""FORGE's two networks on its benchmark (Rehan et al., TMLR 2026): ResNet-20 and MobileNetV2 of half width, CIFAR-10-C, severity 5.
+"""FORGE's networks on its benchmark (Rehan et al., TMLR 2026): ResNet-20 and half-width MobileNetV2, CIFAR-10-C, severity 5.
 
 Published for FORGE: ResNet-20 67.5 to 68.7 % at batch 1 and 71.3 % at batch 64 (Tent in float: 75.0), MobileNetV2 68.9 % at
 batch 64. Their corruption files are the published ones; ours are made again from the same recipe and another seed, so compare

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from cloud.distil.cema import CemaLoop
-from cloud.distil.norm_mode import Moments, mix
+from cloud.distil.norm_mode import Moments
 from cloud.distil.recipe import Calibration, Task, convincing, cross_entropies, learn, lessons
 from cloud.distil.samples import DomainEvidence
 from cloud.distil.settings import DistilSettings
@@ -145,16 +145,12 @@ class Distiller:
         self._teachers.adapt(domain, population if enough else evidence.images[-s.population :])
         targets = self._teachers.probabilities(evidence.images, domain)
         self._student.load(start)
-        x = torch.from_numpy(self._bundle.preprocess.apply(population)) if enough else None
+        sample = self._student.population(torch.from_numpy(self._bundle.preprocess.apply(population))) if enough else None
 
-        def measured(mix_share: float) -> list[Moments]:
-            if x is not None:
-                found = self._student.measure(x, mix_share * len(x) / (len(x) + s.prior_samples))
-            else:
-                found = [
-                    mix(a, b, mix_share) for a, b in zip(self._student.exported_moments(), evidence.reported(), strict=True)
-                ]
-            return self._student.clamp(found)
+        def measured(strength: float) -> list[Moments]:
+            if sample is not None:
+                return self._student.clamp(sample.measure(strength))
+            return self._student.clamp(self._student.served(evidence.reported(), evidence.statistics_frames, strength))
 
         share = self._best_mix(evidence, targets, measured)
 

@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 
 from edge.serving import ServingState
 from refold.statistics import Expectation, StatisticsModel
-from refold.statistics.model import CONCENTRATION
+from refold.statistics.model import CONCENTRATION, CONCENTRATIONS
 
-__all__ = ["CONCENTRATIONS", "Estimate", "Known", "Measure", "estimate"]
+__all__ = ["Estimate", "Known", "Measure", "estimate"]
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
-CONCENTRATIONS = (2.0, 4.0, 8.0, 16.0, CONCENTRATION)  # images the mix counts for, round by round
 
 
 class Measure(Protocol):

@@ -20,7 +20,7 @@ from refold.statistics.expectation import Expectation, expectation
 from refold.statistics.inputs import graph_inputs, unshifted_inputs
 from refold.statistics.layout import Layout
 from refold.statistics.model import StatisticsModel
-from refold.statistics.posterior import posterior, served_states
+from refold.statistics.posterior import posterior, served_states, site_posterior
 from refold.statistics.trust import within_trust
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "graph_inputs",
     "posterior",
     "served_states",
+    "site_posterior",
     "unshifted_inputs",
     "within_trust",
 ]

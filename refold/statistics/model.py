@@ -16,10 +16,11 @@ from refold.statistics.layout import Layout
 from refold.statistics.posterior import posterior, served_states
 from refold.statistics.trust import within_trust
 
-__all__ = ["CONCENTRATION", "StatisticsModel"]
+__all__ = ["CONCENTRATION", "CONCENTRATIONS", "StatisticsModel"]
 
 F64 = NDArray[np.float64]
-CONCENTRATION = 32.0  # images a class mix counts for once the answers behind corrected statistics have given it
+CONCENTRATIONS = (2.0, 4.0, 8.0, 16.0, 32.0)  # images a class mix counts for, pass after pass; it begins flat and doubtful
+CONCENTRATION = CONCENTRATIONS[-1]
 WITHOUT_CLASSES = 0.2  # how far to go where nothing tells a class mix from a shift: older bundles
 
 

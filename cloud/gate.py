@@ -181,7 +181,9 @@ class Gate:
             return start
         bare = ServingState(on_exported_statistics(self._bundle.norms, states), activations)
         found = estimate(self._measure, self._model, bare, list(population[-self._habits.images :]))
-        own, _ = self._model.served(bare.states, found.moments, found.frames, found.mix)
+        own, share = self._model.served(bare.states, found.moments, found.frames, found.mix)
+        if not self._model.shifted(share):
+            return start
         return ServingState(own, activations, 0, domain, overlay=True)
 
     def _logits(self, serving: ServingState, images: NDArray[np.uint8]) -> F32:

@@ -110,7 +110,7 @@ class Student:
         return Population(self._network, self._model, x)
 
     def served(self, moments: Sequence[Moments], frames: float, strength: float) -> list[Moments]:
-        """What to serve for moments that devices reported, of unknown class mix, of so many images."""
+        """What to serve for moments that devices reported: of so many images, whose class mix nobody knows."""
         layout, model = self._model.layout, replace(self._model, strength=strength * self._model.strength)
         mean = np.concatenate([_array(m.mean) for m in moments]).astype(np.float64)
         variance = np.concatenate([_array(m.variance) for m in moments]).astype(np.float64)

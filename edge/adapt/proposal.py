@@ -70,7 +70,9 @@ def compose(releases: InForce, domain: Domain, evidence: Evidence, model: Statis
     table = model.layout.table
     # A shift is told from the exported statistics: on a release's own it would count twice.
     own, share = model.served(on_exported_statistics(table, states), evidence.moments, evidence.frames, evidence.mix)
-    weight = float(share.mean()) if len(share) else 0.0
+    if not model.shifted(share):
+        return Composed(bare)
+    weight = float(share.mean())
     release = releases.content(releases.own(domain.key))
     if release is not None:
         theirs = release.statistics_frames * settings.release_trust

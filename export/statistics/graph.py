@@ -189,12 +189,12 @@ class _Site:
         square = self._op("Add", "square", variance, self._op("Mul", "mean.squared", mean, mean))
         joined, both = self._joined("mean", mean), self._joined("square", square)
         variance = self._op("Sub", "joined.variance", both, self._op("Mul", "joined.squared", joined, joined))
-        shift, share = self._posterior(joined)
+        shift = self._posterior(joined)
         w, base, one = self._level("strength"), self._given("variance"), self._number(1.0)
         served_mean = self._op("Add", "served.mean", self._given("mean"), self._op("Mul", "moved", w, shift))
         ratio = self._op("Div", "ratio", variance, self._given("expected_variance"))
         ratio = self._op("Clip", "ratio.bounded", ratio, *(self._number(v) for v in RATIO))
-        k = self._op("Mul", "k", w, share)
+        k = self._op("Mul", "k", w, self._followed(ratio))
         towards = self._op("Mul", "k.base", k, self._op("Mul", "ratio.base", base, ratio))
         rest = self._op("Mul", "rest.base", base, self._op("Sub", "k.rest", one, k))
         apart = self._op("Mul", "w.apart", w, self._op("Sub", "w.rest", one, w))
@@ -213,8 +213,8 @@ class _Site:
         known = self._op("Mul", f"{what}.known", self._given(f"known_{what}"), INPUTS.share)
         return self._op("Add", f"{what}.joined", known, self._op("Mul", f"{what}.batch", batch, rest))
 
-    def _posterior(self, mean: str) -> tuple[str, str]:
-        """The site's shift, (channels,), and the share of what was observed that is one, (1,)."""
+    def _posterior(self, mean: str) -> str:
+        """The site's shift, (channels,)."""
         noise, explained, tiny = self._level("noise"), self._level("explained"), self._number(1e-30)
         d = self._op("Mul", "d", self._op("Sub", "apart", mean, self._given("expected_mean")), self._given("unit"))
         energy = self.b.node(
@@ -227,9 +227,17 @@ class _Site:
         shrunk = self._op("Mul", "shrunk", along, self._op("Div", "t.share", t, self._op("Add", "t.loose", t, loose)))
         left = self._op("Sub", "left", d, self._op("MatMul", "back", shrunk, v))
         gain = self._op("Div", "gain", excess, loose)
-        shift = self._op("Mul", "shift", self._op("Mul", "gained", gain, left), self._given("deviation"))
-        whole = self._op("Max", "whole", self._op("Add", "excess.explained", excess, explained), tiny)
-        return shift, self._op("Div", "share", excess, whole)
+        return self._op("Mul", "shift", self._op("Mul", "gained", gain, left), self._given("deviation"))
+
+    def _followed(self, ratio: str) -> str:
+        """How much of the ratio of observed to expected variance is followed, (1,)."""
+        live = self._op("Mul", "live.channels", self._given("unit"), self._given("deviation"))
+        apart = self._op("Log", "ratio.log", ratio)
+        square = self._op("Mul", "ratio.squares", self._op("Mul", "ratio.squared", apart, apart), live)
+        energy = self.b.node("ReduceMean", [square], f"{self.out}.statistics.ratio.energy", axes=[0], keepdims=1)
+        explained = self._op("Max", "ratio.positive", self._level("variance_explained"), self._number(1e-30))
+        beyond = self._op("Max", "ratio.excess", self._op("Sub", "ratio.beyond", energy, explained), self._number(0.0))
+        return self._op("Div", "ratio.share", beyond, self._op("Add", "ratio.whole", beyond, explained))
 
     def _shifted(self, size: str, a: str) -> tuple[str, str]:
         """Live channels' folded scales as the nearest powers of two, and a as it then is (`refold.norms`)."""

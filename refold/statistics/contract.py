@@ -57,6 +57,6 @@ ROWS = (
     "lowest",  # variances the trust region admits
     "highest",
 )
-LEVELS = ("noise", "explained", "strength")  # of a site; see `refold.statistics.expectation`
+LEVELS = ("noise", "explained", "variance_explained", "strength")  # of a site; see `refold.statistics.expectation`
 INPUTS, OUTPUTS = Inputs(), Outputs()
 RATIO = (0.02, 50.0)  # bounds of observed to expected variance

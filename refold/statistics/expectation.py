@@ -21,6 +21,9 @@ from refold.statistics.layout import Layout
 __all__ = ["Expectation", "expectation"]
 
 F64 = NDArray[np.float64]
+LOG_VARIANCE = (
+    0.5  # variance of the logarithm of one image's variance at a norm, about; of many images it is that by their number
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,7 @@ class Expectation:
     uncertainty: float64 (sites, K), variance along each direction.
     noise: float64 (sites,), sampling variance of a channel's mean, on average over the site.
     explained: float64 (sites,), mean square over the site's channels that mix and sampling explain.
+    variance_explained: float64 (sites,), the same of the logarithm of observed to expected variance.
     """
 
     mean: F64
@@ -41,6 +45,7 @@ class Expectation:
     uncertainty: F64
     noise: F64
     explained: F64
+    variance_explained: F64
 
 
 def expectation(moments: ClassMoments, layout: Layout, mix: F64, concentration: float, images: float) -> Expectation:
@@ -63,11 +68,14 @@ def expectation(moments: ClassMoments, layout: Layout, mix: F64, concentration: 
     sampling = moments.between * unit**2 / max(images, 1.0)
     k, sites = moments.count, len(layout.sites)
     directions, uncertainty = np.zeros((k, layout.channels)), np.zeros((sites, k))
-    noise, explained = np.zeros(sites), np.zeros(sites)
+    noise, explained, variance_explained = np.zeros(sites), np.zeros(sites), np.zeros(sites)
+    apart = np.log(moments.variance / variance) * (deviation > 0)
+    mixed = mix @ apart**2 / (concentration + 1)
     for i, cut in enumerate(layout.slices):
         _, size, basis = np.linalg.svd(spread[:, cut], full_matrices=False)
         directions[: len(size), cut] = basis
         uncertainty[i, : len(size)] = size**2
         noise[i] = max(float(sampling[cut].mean()), 1e-9)
         explained[i] = noise[i] + float((size**2).sum()) / (cut.stop - cut.start)
-    return Expectation(mean, variance, deviation, directions, uncertainty, noise, explained)
+        variance_explained[i] = float(mixed[cut].mean()) + LOG_VARIANCE / max(images, 1.0)
+    return Expectation(mean, variance, deviation, directions, uncertainty, noise, explained, variance_explained)

@@ -57,7 +57,9 @@ def graph_inputs(
         INPUTS.channels: channels.astype(np.float32),
         INPUTS.directions: expected.directions.astype(np.float32),
         INPUTS.uncertainty: expected.uncertainty.astype(np.float32),
-        INPUTS.levels: np.stack([expected.noise, expected.explained, strength], 1).astype(np.float32),
+        INPUTS.levels: np.stack([expected.noise, expected.explained, expected.variance_explained, strength], 1).astype(
+            np.float32
+        ),
         INPUTS.share: np.asarray(share, np.float32),
     }
 
@@ -72,6 +74,7 @@ def unshifted_inputs(layout: Layout, groups: int, base: Mapping[str, NormState] 
         np.zeros(layout.channels),
         np.zeros((groups, layout.channels)),
         np.zeros((sites, groups)),
+        np.ones(sites),
         np.ones(sites),
         np.ones(sites),
     )

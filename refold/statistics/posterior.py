@@ -8,7 +8,8 @@ moment estimate: empirical Bayes, Morris 1983), and the shift its posterior mean
       = lambda / (lambda + noise) (d - V^T diag(t / (t + lambda + noise)) V d)
 
 with V the directions and t the variance along each. Where the mix explains d, lambda is 0 and nothing moves; what lies outside
-the few directions of the mix is kept almost whole. Variances follow by the same share k = lambda / (lambda + explained).
+the few directions of the mix is kept almost whole. Variances follow by the share that the logarithms of
+observed to expected variance have beyond what mix and chance explain: noise moves the first norm's variance and not its mean.
 """
 
 from __future__ import annotations
@@ -79,9 +80,11 @@ def site_posterior(
     loose = excess + noise
     v, t = expected.directions[:, cut], expected.uncertainty[site]
     moved = excess / loose * (d - v.T @ (t / (t + loose) * (v @ d))) * deviation
-    share = excess / (excess + explained)
-    k = strength * share
     ratio = np.clip(variance / expected.variance[cut], *RATIO)
+    spread = float(expected.variance_explained[site])
+    beyond = max(float((np.log(ratio) ** 2 * live).mean()) - spread, 0.0)
+    k = strength * beyond / (beyond + spread)
+    share = max(excess / (excess + explained), beyond / (beyond + spread))
     served = (1 - k) * base_variance + k * base_variance * ratio + strength * (1 - strength) * moved**2
     return base_mean + strength * moved, np.where(live, served, base_variance), share
 

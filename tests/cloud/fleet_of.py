@@ -209,7 +209,7 @@ def statistics(bundle: Bundle, means: Mapping[str, Any], variances: Mapping[str,
 
 def population(bundle: Bundle, images: NDArray[np.uint8]) -> tuple[dict[str, NormState], pb.StatisticsReport]:
     """The states that a population's statistics make, and the report of them, as a device measures both."""
-    factory, model = EngineFactory(bundle), StatisticsModel.of(bundle)
+    factory, model = EngineFactory(bundle), StatisticsModel.without_classes(bundle.norms, bundle.manifest.class_count, 1.0)
     measure = measure_of(factory, model, 64)
     assert measure is not None
     found = estimate(measure, model, ServingState(), list(images))

@@ -33,7 +33,7 @@ def test_the_graph_and_the_taps_find_the_same_statistics(exported, foggy):
     np.testing.assert_allclose(one.mix, many.mix, atol=0.03)
     assert (one.logits.argmax(1) == many.logits.argmax(1)).mean() > 0.9
     shifted = np.abs((one.moments[0] - model.layout.row("mean", {})) / deviation).mean()
-    assert shifted > 0.3  # there was something to find
+    assert shifted > 0.1  # there was something to find
 
 
 def test_what_is_served_gives_the_answers_that_were_measured(exported, foggy):

@@ -34,7 +34,7 @@ from refold.v1.adaptation_pb2 import PollReleaseResponse
 
 KEY = SigningKey.generate()
 SIDE, NEW, UNKNOWN = 8, 10, "d9"
-SETTINGS = AdaptSettings(probe_frames=6, burst=8, watch_every=1, settle_passes=0, first_rebuild=2, report_frames=64)
+SETTINGS = AdaptSettings(probe_frames=6, burst=32, watch_every=1, first_images=8, images=12)
 
 
 class Killed(BaseException):
@@ -62,7 +62,13 @@ class Engine:
         self.serving = serving
 
     def run(self, x: np.ndarray) -> np.ndarray:
-        """As a tap engine: moments, float32 (N, 2, channels)."""
+        """Logits, float32 (N, 3)."""
+        return np.zeros((len(x), 3), np.float32)
+
+
+class Taps(Engine):
+    def run(self, x: np.ndarray) -> np.ndarray:
+        """Moments, float32 (N, 2, channels)."""
         out = np.ones((len(x), 2, 300), np.float32)
         out[:, 0] = 0.1
         return out
@@ -82,8 +88,8 @@ class Factory:
         self.fails(serving)
         return Engine(serving)
 
-    def build_taps(self, serving: ServingState) -> Engine:
-        return Engine(serving)
+    def build_taps(self, serving: ServingState) -> Taps:
+        return Taps(serving)
 
     def canary(self, engine: Engine) -> None:
         self.canary_fails(engine.serving)
@@ -186,7 +192,7 @@ class World:
         """Digest that each domain in the bank would be served with on its recall."""
         adapter = self.adaptation.adapter
         states = {
-            d.name: compose(adapter.releases, d, d.evidence, adapter._layout, adapter._table, adapter.settings).serving
+            d.name: compose(adapter.releases, d, d.evidence, adapter.model, adapter.settings).serving
             for d in adapter._bank
         }
         assert all(d.base == states[d.name].release_digest for d in adapter._bank), "statistics of another release"

@@ -52,7 +52,7 @@ def test_less_strength_follows_less_and_the_mix_is_kept_between_passes(bundle: B
     sample = student.population(x)
     whole, again, half = sample.measure(), sample.measure(), sample.measure(0.5)
     exported = student.exported_moments()
-    for w, a, h, e in zip(whole, again, half, exported, strict=True):
+    for w, a, e in zip(whole, again, exported, strict=True):
         np.testing.assert_allclose(a.mean.numpy(), w.mean.numpy(), atol=0.05 * float(e.variance.sqrt().max()))
     moved = [float((m[0].mean - exported[0].mean).abs().mean()) for m in (whole, half)]
     assert moved[1] == pytest.approx(0.5 * moved[0], rel=0.05)

@@ -106,6 +106,8 @@ class _StatisticsBuilder(OnnxBuilder):
             _value(INPUTS.channels, [len(ROWS), channels]),
             _value(INPUTS.directions, [self._groups, channels]),
             _value(INPUTS.uncertainty, [sites, self._groups]),
+            _value(INPUTS.variance_directions, [self._groups, channels]),
+            _value(INPUTS.variance_uncertainty, [sites, self._groups]),
             _value(INPUTS.levels, [sites, len(LEVELS)]),
             _value(INPUTS.share, []),
         ]
@@ -189,17 +191,23 @@ class _Site:
         square = self._op("Add", "square", variance, self._op("Mul", "mean.squared", mean, mean))
         joined, both = self._joined("mean", mean), self._joined("square", square)
         variance = self._op("Sub", "joined.variance", both, self._op("Mul", "joined.squared", joined, joined))
-        shift = self._posterior(joined)
         w, base, one = self._level("strength"), self._given("variance"), self._number(1.0)
+        d = self._op("Mul", "d", self._op("Sub", "apart", joined, self._given("expected_mean")), self._given("unit"))
+        shift = self._posterior("means", d, INPUTS.directions, INPUTS.uncertainty, "noise", "explained")
+        shift = self._op("Mul", "shift", shift, self._given("deviation"))
         served_mean = self._op("Add", "served.mean", self._given("mean"), self._op("Mul", "moved", w, shift))
         ratio = self._op("Div", "ratio", variance, self._given("expected_variance"))
         ratio = self._op("Clip", "ratio.bounded", ratio, *(self._number(v) for v in RATIO))
-        k = self._op("Mul", "k", w, self._followed(ratio))
-        towards = self._op("Mul", "k.base", k, self._op("Mul", "ratio.base", base, ratio))
-        rest = self._op("Mul", "rest.base", base, self._op("Sub", "k.rest", one, k))
+        live = self._op("Mul", "live.channels", self._given("unit"), self._given("deviation"))
+        logarithm = self._op("Mul", "ratio.live", self._op("Log", "ratio.log", ratio), live)
+        spread = self._posterior(
+            "variances", logarithm, INPUTS.variance_directions, INPUTS.variance_uncertainty, "variance_noise",
+            "variance_explained",
+        )  # fmt: skip
+        followed = self._op("Mul", "base.followed", base, self._op("Exp", "factor", self._op("Mul", "w.spread", w, spread)))
         apart = self._op("Mul", "w.apart", w, self._op("Sub", "w.rest", one, w))
-        spread = self._op("Mul", "spread", apart, self._op("Mul", "shift.squared", shift, shift))
-        mixed = self._op("Add", "mixed", self._op("Add", "mixed.parts", rest, towards), spread)
+        beside = self._op("Mul", "beside", apart, self._op("Mul", "shift.squared", shift, shift))
+        mixed = self._op("Add", "mixed", followed, beside)
         served = self._op(
             "Min", "served.variance", self._op("Max", "raised", mixed, self._given("lowest")), self._given("highest")
         )
@@ -213,31 +221,20 @@ class _Site:
         known = self._op("Mul", f"{what}.known", self._given(f"known_{what}"), INPUTS.share)
         return self._op("Add", f"{what}.joined", known, self._op("Mul", f"{what}.batch", batch, rest))
 
-    def _posterior(self, mean: str) -> str:
-        """The site's shift, (channels,)."""
-        noise, explained, tiny = self._level("noise"), self._level("explained"), self._number(1e-30)
-        d = self._op("Mul", "d", self._op("Sub", "apart", mean, self._given("expected_mean")), self._given("unit"))
-        energy = self.b.node(
-            "ReduceMean", [self._op("Mul", "d.squared", d, d)], f"{self.out}.statistics.energy", axes=[0], keepdims=1
-        )
-        excess = self._op("Max", "excess", self._op("Sub", "unexplained", energy, explained), self._number(0.0))
-        loose = self._op("Add", "loose", excess, self._op("Max", "noise.positive", noise, tiny))
-        v, t = self._directions(), self._uncertainty()
-        along = self._op("MatMul", "along", v, d)
-        shrunk = self._op("Mul", "shrunk", along, self._op("Div", "t.share", t, self._op("Add", "t.loose", t, loose)))
-        left = self._op("Sub", "left", d, self._op("MatMul", "back", shrunk, v))
-        gain = self._op("Div", "gain", excess, loose)
-        return self._op("Mul", "shift", self._op("Mul", "gained", gain, left), self._given("deviation"))
+    def _posterior(self, what: str, d: str, directions: str, uncertainty: str, noise: str, explained: str) -> str:
+        """Posterior mean of a shift, (channels,), from deviations d."""
 
-    def _followed(self, ratio: str) -> str:
-        """How much of the ratio of observed to expected variance is followed, (1,)."""
-        live = self._op("Mul", "live.channels", self._given("unit"), self._given("deviation"))
-        apart = self._op("Log", "ratio.log", ratio)
-        square = self._op("Mul", "ratio.squares", self._op("Mul", "ratio.squared", apart, apart), live)
-        energy = self.b.node("ReduceMean", [square], f"{self.out}.statistics.ratio.energy", axes=[0], keepdims=1)
-        explained = self._op("Max", "ratio.positive", self._level("variance_explained"), self._number(1e-30))
-        beyond = self._op("Max", "ratio.excess", self._op("Sub", "ratio.beyond", energy, explained), self._number(0.0))
-        return self._op("Div", "ratio.share", beyond, self._op("Add", "ratio.whole", beyond, explained))
+        def op(kind: str, name: str, *inputs: str) -> str:
+            return self._op(kind, f"{what}.{name}", *inputs)
+
+        square = op("Mul", "squared", d, d)
+        energy = self.b.node("ReduceMean", [square], f"{self.out}.statistics.{what}.energy", axes=[0], keepdims=1)
+        excess = op("Max", "excess", op("Sub", "unexplained", energy, self._level(explained)), self._number(0.0))
+        loose = op("Add", "loose", excess, op("Max", "noise.positive", self._level(noise), self._number(1e-30)))
+        v, t = self._directions(directions), self.b.picked(uncertainty, self.place, f"{self.out}.given.{what}.uncertainty")
+        shrunk = op("Mul", "shrunk", op("MatMul", "along", v, d), op("Div", "t.share", t, op("Add", "t.loose", t, loose)))
+        left = op("Sub", "left", d, op("MatMul", "back", shrunk, v))
+        return op("Mul", "posterior", op("Div", "gain", excess, loose), left)
 
     def _shifted(self, size: str, a: str) -> tuple[str, str]:
         """Live channels' folded scales as the nearest powers of two, and a as it then is (`refold.norms`)."""
@@ -257,12 +254,9 @@ class _Site:
         bounds = [self.b.integers(f"int.{v}", v) for v in (self.span.start, self.span.stop, 0)]
         return self.b.node("Slice", [row, *bounds], f"{self.out}.given.{role}")
 
-    def _directions(self) -> str:
+    def _directions(self, source: str) -> str:
         bounds = [self.b.integers(f"int.{v}", v) for v in (self.span.start, self.span.stop, 1)]
-        return self.b.node("Slice", [INPUTS.directions, *bounds], f"{self.out}.given.directions")
-
-    def _uncertainty(self) -> str:
-        return self.b.picked(INPUTS.uncertainty, self.place, f"{self.out}.given.uncertainty")
+        return self.b.node("Slice", [source, *bounds], f"{self.out}.given.{source}")
 
     def _level(self, name: str) -> str:
         levels = self.b.picked(INPUTS.levels, self.place, f"{self.out}.given.levels")

@@ -16,8 +16,9 @@ class Inputs(NamedTuple):
 
     Attributes:
         channels: float32 (len(ROWS), channels).
-        directions: float32 (K, channels): per site, orthonormal directions in which the class mix is uncertain.
+        directions: float32 (K, channels): per site, orthonormal directions in which the class mix moves the means.
         uncertainty: float32 (sites, K): variance along each direction.
+        variance_directions, variance_uncertainty: the same of the logarithms of the variances.
         levels: float32 (sites, len(LEVELS)).
         share: float32 scalar, 0..1: what the known moments count against those of the batch.
     """
@@ -25,6 +26,8 @@ class Inputs(NamedTuple):
     channels: str = "statistics.channels"
     directions: str = "statistics.directions"
     uncertainty: str = "statistics.uncertainty"
+    variance_directions: str = "statistics.variance_directions"
+    variance_uncertainty: str = "statistics.variance_uncertainty"
     levels: str = "statistics.levels"
     share: str = "statistics.share"
 
@@ -57,6 +60,12 @@ ROWS = (
     "lowest",  # variances the trust region admits
     "highest",
 )
-LEVELS = ("noise", "explained", "variance_explained", "strength")  # of a site; see `refold.statistics.expectation`
+LEVELS = (
+    "noise",
+    "explained",
+    "variance_noise",
+    "variance_explained",
+    "strength",
+)  # of a site; see `refold.statistics.expectation`
 INPUTS, OUTPUTS = Inputs(), Outputs()
 RATIO = (0.02, 50.0)  # bounds of observed to expected variance

@@ -5,7 +5,8 @@ an observed mean lies around the expected one with the covariance, in units of e
 
     B^T B + noise I,      B = L^T (mu_k - m) / deviation,      L L^T = (diag(mix) - mix mix^T) / (concentration + 1)
 
-of which B^T B has at most K - 1 directions. They are handed on as an orthonormal basis and the variance along each.
+of which B^T B has at most K - 1 directions. They are handed on as an orthonormal basis and the variance along each. The
+logarithms of observed to expected variance likewise: another mix moves them towards log(v_k / v) of single groups.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from refold.statistics.class_moments import ClassMoments
 from refold.statistics.layout import Layout
 
-__all__ = ["Expectation", "expectation"]
+__all__ = ["Expectation", "Unexplained", "expectation"]
 
 F64 = NDArray[np.float64]
 LOG_VARIANCE = (
@@ -27,25 +28,65 @@ LOG_VARIANCE = (
 
 
 @dataclass(frozen=True, eq=False)
+class Unexplained:
+    """How far a site's channels may be from what is expected without a shift.
+
+    Attributes:
+        directions: float64 (K, channels), orthonormal within each site.
+        uncertainty: float64 (sites, K), variance along each direction.
+        noise: float64 (sites,), sampling variance of one channel, on average over the site.
+        explained: float64 (sites,), mean square over the site's channels that mix and sampling explain.
+    """
+
+    directions: F64
+    uncertainty: F64
+    noise: F64
+    explained: F64
+
+    @classmethod
+    def of(cls, layout: Layout, spread: F64, noise: F64) -> Unexplained:
+        """Of deviations (K, channels) whose outer products add up to the covariance, and the sampling variance (channels,)."""
+        k, sites = spread.shape[0], len(layout.sites)
+        directions, uncertainty = np.zeros((k, layout.channels)), np.zeros((sites, k))
+        each, explained = np.zeros(sites), np.zeros(sites)
+        for i, cut in enumerate(layout.slices):
+            _, size, basis = np.linalg.svd(spread[:, cut], full_matrices=False)
+            directions[: len(size), cut] = basis
+            uncertainty[i, : len(size)] = size**2
+            each[i] = max(float(noise[cut].mean()), 1e-9)
+            explained[i] = each[i] + float((size**2).sum()) / (cut.stop - cut.start)
+        return cls(directions, uncertainty, each, explained)
+
+    @classmethod
+    def nothing(cls, layout: Layout, groups: int, noise: float = 1.0) -> Unexplained:
+        """No mix, and the same noise everywhere."""
+        sites = len(layout.sites)
+        each = np.full(sites, noise)
+        return cls(np.zeros((groups, layout.channels)), np.zeros((sites, groups)), each, each)
+
+    def shift(self, site: int, cut: slice, d: F64) -> tuple[F64, float]:
+        """Posterior mean of a site's shift, (channels of the site,), and the share of d that is one, 0..1."""
+        noise, explained = float(self.noise[site]), float(self.explained[site])
+        excess = max(float((d**2).mean()) - explained, 0.0)
+        loose = excess + noise
+        v, t = self.directions[:, cut], self.uncertainty[site]
+        return excess / loose * (d - v.T @ (t / (t + loose) * (v @ d))), excess / (excess + explained)
+
+
+@dataclass(frozen=True, eq=False)
 class Expectation:
     """Attributes:
     mean, variance: float64 (channels,), expected at the mix.
     deviation: float64 (channels,), of the exported statistics; 0 for channels that cannot be observed.
-    directions: float64 (K, channels), orthonormal within each site.
-    uncertainty: float64 (sites, K), variance along each direction.
-    noise: float64 (sites,), sampling variance of a channel's mean, on average over the site.
-    explained: float64 (sites,), mean square over the site's channels that mix and sampling explain.
-    variance_explained: float64 (sites,), the same of the logarithm of observed to expected variance.
+    means: of observed minus expected means, in exported deviations.
+    variances: of the logarithms of observed to expected variances.
     """
 
     mean: F64
     variance: F64
     deviation: F64
-    directions: F64
-    uncertainty: F64
-    noise: F64
-    explained: F64
-    variance_explained: F64
+    means: Unexplained
+    variances: Unexplained
 
 
 def expectation(moments: ClassMoments, layout: Layout, mix: F64, concentration: float, images: float) -> Expectation:
@@ -54,7 +95,7 @@ def expectation(moments: ClassMoments, layout: Layout, mix: F64, concentration: 
     Args:
         mix: float64 (K,).
         concentration: images that the mix is known from.
-        images: images behind the means that will be observed.
+        images: images behind the moments that will be observed.
     """
     mean, variance = moments.moments(mix)
     exported = layout.row("variance", {})
@@ -64,18 +105,12 @@ def expectation(moments: ClassMoments, layout: Layout, mix: F64, concentration: 
     covariance = (np.diag(mix) - np.outer(mix, mix)) / (concentration + 1)
     values, vectors = np.linalg.eigh(covariance)
     root = vectors * np.sqrt(np.maximum(values, 0.0))
-    spread = root.T @ ((moments.mean - mean) * unit)
-    sampling = moments.between * unit**2 / max(images, 1.0)
-    k, sites = moments.count, len(layout.sites)
-    directions, uncertainty = np.zeros((k, layout.channels)), np.zeros((sites, k))
-    noise, explained, variance_explained = np.zeros(sites), np.zeros(sites), np.zeros(sites)
-    apart = np.log(moments.variance / variance) * (deviation > 0)
-    mixed = mix @ apart**2 / (concentration + 1)
-    for i, cut in enumerate(layout.slices):
-        _, size, basis = np.linalg.svd(spread[:, cut], full_matrices=False)
-        directions[: len(size), cut] = basis
-        uncertainty[i, : len(size)] = size**2
-        noise[i] = max(float(sampling[cut].mean()), 1e-9)
-        explained[i] = noise[i] + float((size**2).sum()) / (cut.stop - cut.start)
-        variance_explained[i] = float(mixed[cut].mean()) + LOG_VARIANCE / max(images, 1.0)
-    return Expectation(mean, variance, deviation, directions, uncertainty, noise, explained, variance_explained)
+    apart = np.log(moments.variance / variance) * live
+    n = max(images, 1.0)
+    return Expectation(
+        mean,
+        variance,
+        deviation,
+        Unexplained.of(layout, root.T @ ((moments.mean - mean) * unit), moments.between * unit**2 / n),
+        Unexplained.of(layout, np.sqrt(mix / (concentration + 1))[:, None] * apart, np.full(layout.channels, LOG_VARIANCE / n)),
+    )

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from refold.norms import NormState
 from refold.statistics.contract import INPUTS, ROWS
-from refold.statistics.expectation import Expectation
+from refold.statistics.expectation import Expectation, Unexplained
 from refold.statistics.layout import Layout
 from refold.statistics.trust import variance_bounds
 
@@ -53,13 +53,15 @@ def graph_inputs(
     channels = np.stack([rows[role] for role in ROWS])
     # A channel that is left as it is keeps its variance whatever is observed.
     channels[ROWS.index("lowest"), ~live] = channels[ROWS.index("highest"), ~live] = rows["variance"][~live]
+    means, variances = expected.means, expected.variances
+    levels = (means.noise, means.explained, variances.noise, variances.explained, strength)
     return {
         INPUTS.channels: channels.astype(np.float32),
-        INPUTS.directions: expected.directions.astype(np.float32),
-        INPUTS.uncertainty: expected.uncertainty.astype(np.float32),
-        INPUTS.levels: np.stack([expected.noise, expected.explained, expected.variance_explained, strength], 1).astype(
-            np.float32
-        ),
+        INPUTS.directions: means.directions.astype(np.float32),
+        INPUTS.uncertainty: means.uncertainty.astype(np.float32),
+        INPUTS.variance_directions: variances.directions.astype(np.float32),
+        INPUTS.variance_uncertainty: variances.uncertainty.astype(np.float32),
+        INPUTS.levels: np.stack(levels, 1).astype(np.float32),
         INPUTS.share: np.asarray(share, np.float32),
     }
 
@@ -67,15 +69,11 @@ def graph_inputs(
 def unshifted_inputs(layout: Layout, groups: int, base: Mapping[str, NormState] | None = None) -> dict[str, F32]:
     """Inputs with which the graph is the engine at `base`: it measures and changes nothing."""
     base = base or {}
-    sites = len(layout.sites)
     expected = Expectation(
         layout.row("mean", base),
         np.maximum(layout.row("variance", base), 1e-12),
         np.zeros(layout.channels),
-        np.zeros((groups, layout.channels)),
-        np.zeros((sites, groups)),
-        np.ones(sites),
-        np.ones(sites),
-        np.ones(sites),
+        Unexplained.nothing(layout, groups),
+        Unexplained.nothing(layout, groups),
     )
-    return graph_inputs(layout, base, expected, np.zeros(sites))
+    return graph_inputs(layout, base, expected, np.zeros(len(layout.sites)))

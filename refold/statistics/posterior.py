@@ -8,8 +8,8 @@ moment estimate: empirical Bayes, Morris 1983), and the shift its posterior mean
       = lambda / (lambda + noise) (d - V^T diag(t / (t + lambda + noise)) V d)
 
 with V the directions and t the variance along each. Where the mix explains d, lambda is 0 and nothing moves; what lies outside
-the few directions of the mix is kept almost whole. Variances follow by the share that the logarithms of
-observed to expected variance have beyond what mix and chance explain: noise moves the first norm's variance and not its mean.
+the few directions of the mix is kept almost whole. The logarithms of observed to expected variance are treated alike, with
+directions and a lambda of their own: noise moves the first norm's variances and not its means.
 """
 
 from __future__ import annotations
@@ -75,18 +75,12 @@ def site_posterior(
     deviation = expected.deviation[cut]
     live = deviation > 0
     d = np.where(live, (mean - expected.mean[cut]) / np.where(live, deviation, 1.0), 0.0)
-    noise, explained = float(expected.noise[site]), float(expected.explained[site])
-    excess = max(float((d**2).mean()) - explained, 0.0)
-    loose = excess + noise
-    v, t = expected.directions[:, cut], expected.uncertainty[site]
-    moved = excess / loose * (d - v.T @ (t / (t + loose) * (v @ d))) * deviation
-    ratio = np.clip(variance / expected.variance[cut], *RATIO)
-    spread = float(expected.variance_explained[site])
-    beyond = max(float((np.log(ratio) ** 2 * live).mean()) - spread, 0.0)
-    k = strength * beyond / (beyond + spread)
-    share = max(excess / (excess + explained), beyond / (beyond + spread))
-    served = (1 - k) * base_variance + k * base_variance * ratio + strength * (1 - strength) * moved**2
-    return base_mean + strength * moved, np.where(live, served, base_variance), share
+    apart = np.log(np.clip(variance / expected.variance[cut], *RATIO)) * live
+    shift, share = expected.means.shift(site, cut, d)
+    spread, other = expected.variances.shift(site, cut, apart)
+    moved = shift * deviation
+    served = base_variance * np.exp(strength * spread) + strength * (1 - strength) * moved**2
+    return base_mean + strength * moved, np.where(live, served, base_variance), max(share, other)
 
 
 def served_states(layout: Layout, base: Mapping[str, NormState], found: Posterior) -> dict[str, NormState]:

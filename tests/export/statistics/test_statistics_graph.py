@@ -21,6 +21,7 @@ from export.targets import TARGETS, write
 from refold.errors import GateError
 from refold.norms import NormKind, unfold_moments
 from refold.statistics import OUTPUTS, Layout, expectation, graph_inputs, posterior, unshifted_inputs
+from refold.statistics.expectation import Unexplained
 
 NETS = ("residual", "optiona", "inverted", "vgg", "dense", "shuffle", "unary", "decomposed")
 TARGET = TARGETS["ort-x86-avx2"]
@@ -99,9 +100,9 @@ def test_its_moments_are_those_of_the_float_layers_run_one_by_one():
     mean, variance = layout.row("mean", {}), layout.row("variance", {})
     plain = replace(
         expectation(statistics.moments, layout, statistics.moments.flat, 8.0, len(x)),
-        mean=mean, variance=variance, uncertainty=np.zeros((len(layout.sites), statistics.moments.count)),
-        noise=np.full(len(layout.sites), 1e-9), explained=np.full(len(layout.sites), 1e-9),
-        variance_explained=np.full(len(layout.sites), 1e-9),
+        mean=mean, variance=variance,
+        means=Unexplained.nothing(layout, statistics.moments.count, 1e-9),
+        variances=Unexplained.nothing(layout, statistics.moments.count, 1e-9),
     )  # fmt: skip
     x = (0.6 * x + 0.4).astype(np.float32)
     moments, _ = run(statistics, x, graph_inputs(layout, {}, plain, np.ones(len(layout.sites))))

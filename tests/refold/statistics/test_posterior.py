@@ -38,7 +38,7 @@ def test_the_shift_is_the_posterior_mean(mix, concentration, images, seed, size)
     observed = expected.mean + d * np.sqrt(layout.row("variance", {}))
     base = layout.row("mean", {}), layout.row("variance", {})
     found = posterior(layout, expected, observed, expected.variance, *base, np.ones(2))
-    wanted = written_out(layout, moments, mix, concentration, images, d, expected.noise, expected.explained)
+    wanted = written_out(layout, moments, mix, concentration, images, d, expected.means.noise, expected.means.explained)
     np.testing.assert_allclose(found.mean - base[0], wanted, rtol=1e-6, atol=1e-9)
     assert ((found.share >= 0) & (found.share <= 1)).all()
 
@@ -66,7 +66,7 @@ def test_a_shift_beside_the_directions_of_the_mix_is_kept_almost_whole():
     expected = expectation(moments, layout, moments.flat, 2, 64)
     base = layout.row("mean", {}), layout.row("variance", {})
     for cut in layout.slices:
-        basis = expected.directions[: CLASSES - 1, cut]
+        basis = expected.means.directions[: CLASSES - 1, cut]
         d = np.linalg.svd(basis)[2][-1] * 6  # orthogonal to every direction
         observed = expected.mean.copy()
         observed[cut] += d * np.sqrt(base[1][cut])
@@ -110,6 +110,6 @@ def test_the_uncertainty_is_that_of_dirichlet_mixes(concentration):
     drawn = np.random.default_rng(0).dirichlet(concentration * mix, 200_000) @ moments.mean
     deviation = np.sqrt(layout.row("variance", {}))
     for i, cut in enumerate(layout.slices):
-        v, t = expected.directions[:, cut], expected.uncertainty[i]
+        v, t = expected.means.directions[:, cut], expected.means.uncertainty[i]
         covariance = np.cov(((drawn - expected.mean) / deviation)[:, cut].T)
         np.testing.assert_allclose(v.T @ np.diag(t) @ v, covariance, atol=0.02 * covariance.max())

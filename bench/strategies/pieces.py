@@ -30,7 +30,7 @@ from refold.atomic import write_atomically
 from refold.errors import InputError, RefoldError
 from refold.norms import NormState
 
-__all__ = ["Piece", "Remembered", "Work", "run_pieces"]
+__all__ = ["CachedTeachers", "Piece", "Work", "run_pieces"]
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
@@ -74,7 +74,7 @@ class Piece:
     seconds: float
 
 
-class Remembered(Teachers):
+class CachedTeachers(Teachers):
     """Teachers that are asked the same again and again: what they measured and answered is kept."""
 
     def __init__(self, teachers: Teachers) -> None:
@@ -204,12 +204,12 @@ def _subject(corruption: str, seed: int, scale: Scale) -> Subject:
 
 
 @cache
-def _teachers() -> Remembered:
+def _teachers() -> CachedTeachers:
     folder = data_folder()
     if folder is None:
         raise InputError("The teachers' weights are needed: set REFOLD_DATA to their folder.", code="no-data")
     sources = [TeacherSpec(spec=f"demo.models:{make}", weights=str(folder / f"{name}.npz")) for name, make in TEACHERS]
-    return Remembered(load_teachers(sources, student_bundle().preprocess, DistilSettings()))
+    return CachedTeachers(load_teachers(sources, student_bundle().preprocess, DistilSettings()))
 
 
 def _digest(images: U8) -> bytes:

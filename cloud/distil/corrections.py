@@ -22,7 +22,7 @@ class CorrectedTeachers:
     """One per distiller: a modifier that learns from calibration images learns once.
 
     Attributes:
-        images, labels: the calibration slice (`cloud.training.step.School`).
+        images, labels: the calibration slice (`cloud.training.step.TeacherPool`).
     """
 
     def __init__(self, teachers: Teachers, calibration: Calibration, settings: DistilSettings) -> None:

@@ -25,7 +25,7 @@ from cloud.distil.samples import DomainEvidence
 from cloud.distil.settings import DistilSettings
 from cloud.distil.student import Student
 from cloud.distil.teachers import Teachers
-from cloud.training.loop import follow
+from cloud.training.loop import run_strategy
 from cloud.training.strategies.registry import CEMA_LOOPS
 from refold.bundle import Bundle
 from refold.errors import UsageError
@@ -170,7 +170,7 @@ class Distiller:
 
         seed = s.seed * 1_000_003 + evidence.arrived
         task = Task(evidence.images, targets, population, self._calibration, measure, seed)
-        move = learn if s.recipe == "refold" else follow
+        move = learn if s.recipe == "refold" else run_strategy
         metrics = move(self._student, self._bundle.preprocess, task, s)
         moments = measure()
         return Candidate(

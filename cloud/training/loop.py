@@ -19,17 +19,17 @@ from torch import Tensor
 from cloud.distil.recipe import Task, choose_share, held_back
 from cloud.distil.settings import DistilSettings
 from cloud.distil.student import Student
-from cloud.training.ground import StudentGround
+from cloud.training.context import StudentContext
 from cloud.training.step import Modifier, Step, Strategy
 from cloud.training.strategies.registry import make_modifiers, make_strategy
 from refold.preprocess import Preprocess
 
-__all__ = ["follow", "sharpened"]
+__all__ = ["run_strategy", "sharpened"]
 
 CHUNK = 256  # uploads that are float32 at once
 
 
-def follow(student: Student, preprocess: Preprocess, task: Task, settings: DistilSettings) -> dict[str, float]:
+def run_strategy(student: Student, preprocess: Preprocess, task: Task, settings: DistilSettings) -> dict[str, float]:
     """Moves the student's gamma and beta as `settings.recipe` says; it must be loaded with the states to start from.
 
     Returns:
@@ -50,7 +50,7 @@ def follow(student: Student, preprocess: Preprocess, task: Task, settings: Disti
         if isinstance(m, Modifier)
     ]
     needs = strategy.needs.union(*(m.needs for m in modifiers))
-    ground = StudentGround(
+    context = StudentContext(
         student,
         preprocess,
         task.calibration,
@@ -59,13 +59,13 @@ def follow(student: Student, preprocess: Preprocess, task: Task, settings: Disti
         batch=settings.batch,
         features="features" in needs,
     )
-    ground.moments = task.measure()
+    context.moments = task.measure()
     for part in (strategy, *modifiers):
-        part.begin(ground)
-    steps = _Steps(ground, preprocess, task, needs, strategy.moved)
+        part.begin(context)
+    steps = _Steps(context, preprocess, task, needs, strategy.moved)
     losses, weights = [], []
     student.trainable(True)
-    learning = [ground.parameters[i] for i in strategy.trained(len(ground.parameters))]
+    learning = [context.parameters[i] for i in strategy.trained(len(context.parameters))]
     optimiser = torch.optim.Adam(learning, strategy.settings.rate)
     groups = _groups(taught, settings.group, generator)
     for number in range(settings.steps):
@@ -75,7 +75,7 @@ def follow(student: Student, preprocess: Preprocess, task: Task, settings: Disti
         if weight and strategy.after():
             optimiser = torch.optim.Adam(learning, strategy.settings.rate)
         if (number + 1) % settings.refresh == 0:
-            ground.moments = task.measure()
+            context.moments = task.measure()
     student.restore(strategy.released())
     student.trainable(False)
     tenth = max(len(losses) // 10, 1)
@@ -149,8 +149,8 @@ def _groups(
 class _Steps:
     """Makes a `Step` of uploads: what the strategy and the modifiers need, and nothing else."""
 
-    def __init__(self, ground: StudentGround, preprocess: Preprocess, task: Task, needs: frozenset[str], moved: bool) -> None:
-        self._ground, self._preprocess, self._images = ground, preprocess, task.images
+    def __init__(self, context: StudentContext, preprocess: Preprocess, task: Task, needs: frozenset[str], moved: bool) -> None:
+        self._ground, self._preprocess, self._images = context, preprocess, task.images
         self._targets = torch.from_numpy(task.targets)
         self._needs, self._moved = needs, moved
         self._exported = self._exported_logits() if "exported" in needs else None
@@ -170,15 +170,15 @@ class _Steps:
         return torch.cat([self._ground.exported_answers(torch.from_numpy(self._preprocess.apply(p))).logits for p in parts])
 
     def _seen(self, x: Tensor, teachers: Tensor, exported: Tensor | None, *, again: bool = False) -> Step:
-        ground = self._ground
-        replay = "replay" in self._needs and ground.has_calibration
+        context = self._ground
+        replay = "replay" in self._needs and context.has_calibration
         return Step(
             x=x,
-            student=ground.look(x),
+            student=context.look(x),
             teachers=teachers,
             exported=exported,
-            augmented=ground.look(ground.augment(x)) if "augmented" in self._needs else None,
-            replay=ground.replay(len(x)) if replay else None,
+            augmented=context.look(context.augment(x)) if "augmented" in self._needs else None,
+            replay=context.replay(len(x)) if replay else None,
             weights=torch.ones(len(x)),
             again=again,
         )

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Answers", "Ground", "Modifier", "NoSettings", "School", "Settings", "Step", "Strategy", "TargetModifier"]
+__all__ = ["Answers", "Context", "Modifier", "NoSettings", "Settings", "Step", "Strategy", "TargetModifier", "TeacherPool"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Step:
         return replace(self, weights=weights)
 
 
-class Ground(Protocol):
+class Context(Protocol):
     """What does not change from step to step.
 
     Attributes:
@@ -139,9 +139,9 @@ class Strategy(ABC, Generic[S]):
     def __init__(self, settings: S) -> None:
         self.settings = settings
 
-    def begin(self, ground: Ground) -> None:
+    def begin(self, context: Context) -> None:
         """Called once, before the first step."""
-        self.ground = ground
+        self.context = context
 
     def trained(self, count: int) -> range:
         """Which of `count` parameters learn, by number."""
@@ -157,7 +157,7 @@ class Strategy(ABC, Generic[S]):
 
     def released(self) -> list[Tensor]:
         """Values of gamma and beta that are released."""
-        return [p.detach().clone() for p in self.ground.parameters]
+        return [p.detach().clone() for p in self.context.parameters]
 
 
 class Modifier(ABC, Generic[M]):
@@ -171,9 +171,9 @@ class Modifier(ABC, Generic[M]):
     def __init__(self, settings: M) -> None:
         self.settings = settings
 
-    def begin(self, ground: Ground) -> None:
+    def begin(self, context: Context) -> None:
         """Called once, before the first step."""
-        self.ground = ground
+        self.context = context
 
     def weights(self, step: Step) -> Tensor | None:
         """Weight of each image, (n,), no gradient; None: all alike."""
@@ -184,7 +184,7 @@ class Modifier(ABC, Generic[M]):
         return None
 
 
-class School(Protocol):
+class TeacherPool(Protocol):
     """The teachers, and the labelled calibration images.
 
     Attributes:
@@ -210,7 +210,7 @@ class TargetModifier(ABC, Generic[M]):
         self.settings = settings
 
     @abstractmethod
-    def combined(self, votes: NDArray[np.float32], combined: NDArray[np.float32], school: School) -> NDArray[np.float32]:
+    def combined(self, votes: NDArray[np.float32], combined: NDArray[np.float32], pool: TeacherPool) -> NDArray[np.float32]:
         """The predictions to learn from.
 
         Args:

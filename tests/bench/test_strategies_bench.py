@@ -11,7 +11,7 @@ import pytest
 from bench.corrupt import NAMES
 from bench.result import Options, show
 from bench.strategies import pieces, run
-from bench.strategies.pieces import Piece, Remembered, Work, run_pieces
+from bench.strategies.pieces import CachedTeachers, Piece, Work, run_pieces
 from bench.strategies.report import best_rate, build, claims, plot
 from bench.strategies.rows import FULL, QUICK, ROWS, STATISTICS, Scale
 from cloud.distil import DistilSettings, Teacher, Teachers
@@ -136,7 +136,7 @@ def test_remembered_teachers_are_asked_once_for_each_state_they_are_in() -> None
         def adapt(self, domain: str, images: Any) -> None:
             Counting.asked += 100
 
-    class Kept(Remembered, Counting):
+    class Kept(CachedTeachers, Counting):
         pass
 
     inner = Counting([Teacher("t", lambda x: x)], Preprocess(4, 4), DistilSettings())

@@ -59,6 +59,6 @@ class Cema(Strategy[CemaSettings]):
     settings_type: ClassVar[type] = CemaSettings
 
     def loss(self, step: Step) -> Tensor:
-        s, threshold = self.settings, reliable_below(self.ground.classes)
+        s, threshold = self.settings, reliable_below(self.context.classes)
         own, divergence, label = terms(step.student.logits, step.teachers, threshold, s.cap)
         return s.alpha * step.mean(own) + s.beta * step.mean(divergence) + s.gamma * step.mean(label)

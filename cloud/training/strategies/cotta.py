@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cloud.training.step import Ground, Settings, Step, Strategy
+from cloud.training.step import Context, Settings, Step, Strategy
 from cloud.training.strategies.formulae import cross_entropy, follow_average
 
 __all__ = ["Cotta", "CottaSettings"]
@@ -39,25 +39,25 @@ class Cotta(Strategy[CottaSettings]):
     needs: ClassVar[frozenset[str]] = frozenset({"exported"})
     settings_type: ClassVar[type] = CottaSettings
 
-    def begin(self, ground: Ground) -> None:
-        super().begin(ground)
-        self._average = [p.detach().clone() for p in ground.parameters]
+    def begin(self, context: Context) -> None:
+        super().begin(context)
+        self._average = [p.detach().clone() for p in context.parameters]
 
     def loss(self, step: Step) -> Tensor:
         assert step.exported is not None
         confidence = float(torch.softmax(step.exported, 1).max(1).values.mean())
         if confidence < self.settings.sure and self.settings.views:
-            views = [self.ground.augment(step.x) for _ in range(self.settings.views)]
-            logits = torch.stack([self.ground.answers(v, self._average).logits for v in views]).mean(0)
+            views = [self.context.augment(step.x) for _ in range(self.settings.views)]
+            logits = torch.stack([self.context.answers(v, self._average).logits for v in views]).mean(0)
         else:
-            logits = self.ground.answers(step.x, self._average).logits
+            logits = self.context.answers(step.x, self._average).logits
         return step.mean(cross_entropy(torch.softmax(logits, 1), step.student.logits))
 
     def after(self) -> bool:
-        follow_average(self._average, self.ground.parameters, self.settings.momentum)
+        follow_average(self._average, self.context.parameters, self.settings.momentum)
         with torch.no_grad():
-            for p, source in zip(self.ground.parameters, self.ground.exported, strict=True):
-                back = torch.rand(p.shape, generator=self.ground.generator) < self.settings.restored
+            for p, source in zip(self.context.parameters, self.context.exported, strict=True):
+                back = torch.rand(p.shape, generator=self.context.generator) < self.settings.restored
                 p.copy_(torch.where(back, source, p))
         return False
 

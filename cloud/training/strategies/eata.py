@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cloud.training.step import Ground, Settings, Step, Strategy
+from cloud.training.step import Context, Settings, Step, Strategy
 from cloud.training.strategies.formulae import MARGIN, confidence_weight, entropy, reliable_below, squared_distance
 
 __all__ = ["Eata", "EataSettings", "MeanPrediction", "fisher"]
@@ -52,15 +52,15 @@ class MeanPrediction:
         return kept
 
 
-def fisher(ground: Ground, count: int) -> list[Tensor]:
+def fisher(context: Context, count: int) -> list[Tensor]:
     """Mean over mini-batches of the squared gradient of the cross-entropy to the exported model's own labels; empty bundle:
     0."""
-    x, _ = ground.calibration(count)
-    total = [torch.zeros_like(p) for p in ground.exported]
+    x, _ = context.calibration(count)
+    total = [torch.zeros_like(p) for p in context.exported]
     batches = x.split(FISHER_BATCH) if len(x) else ()
     for part in batches:
-        gradients = ground.exported_gradients(
-            part, lambda logits: torch.nn.functional.cross_entropy(logits, logits.detach().argmax(1)), ground.exported
+        gradients = context.exported_gradients(
+            part, lambda logits: torch.nn.functional.cross_entropy(logits, logits.detach().argmax(1)), context.exported
         )
         for t, g in zip(total, gradients, strict=True):
             t += g**2 / len(batches)
@@ -74,15 +74,15 @@ class Eata(Strategy[EataSettings]):
     formula: ClassVar[str] = "mean over kept of e^(E0−H) H, + β Σ F (θ−θ0)²; kept: H < E0 and |cos(p, mean p)| < ε"
     settings_type: ClassVar[type] = EataSettings
 
-    def begin(self, ground: Ground) -> None:
-        super().begin(ground)
-        self._fisher = fisher(ground, self.settings.images)
+    def begin(self, context: Context) -> None:
+        super().begin(context)
+        self._fisher = fisher(context, self.settings.images)
         self._mean = MeanPrediction(self.settings.cosine)
 
     def loss(self, step: Step) -> Tensor:
-        threshold = reliable_below(self.ground.classes, self.settings.margin)
+        threshold = reliable_below(self.context.classes, self.settings.margin)
         h = entropy(step.student.logits)
         kept = self._mean.unlike(torch.softmax(step.student.logits.detach(), 1), h.detach() < threshold)
         values = (step.weights * confidence_weight(h, threshold) * h)[kept]
-        anchor = squared_distance(self.ground.parameters, self.ground.exported, self._fisher)
+        anchor = squared_distance(self.context.parameters, self.context.exported, self._fisher)
         return values.sum() / max(len(values), 1) + self.settings.anchor * anchor

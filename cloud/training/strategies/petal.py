@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cloud.training.step import Ground, Settings, Step, Strategy
+from cloud.training.step import Context, Settings, Step, Strategy
 from cloud.training.strategies.formulae import cross_entropy, follow_average, squared_distance
 
 __all__ = ["Petal", "PetalSettings", "least_informed", "posterior"]
@@ -36,17 +36,17 @@ class PetalSettings(Settings):
     fit_rate: float = 1e-3
 
 
-def posterior(ground: Ground, steps: int, rate: float) -> tuple[list[Tensor], list[Tensor]]:
+def posterior(context: Context, steps: int, rate: float) -> tuple[list[Tensor], list[Tensor]]:
     """Mean and variance of every parameter over SGD's iterates on calibration images (SWAG, Maddox et al. 2019, diagonal)."""
-    x, targets = ground.calibration(steps * FIT_BATCH)
-    values = [p.clone() for p in ground.exported]
+    x, targets = context.calibration(steps * FIT_BATCH)
+    values = [p.clone() for p in context.exported]
     total, square = [torch.zeros_like(v) for v in values], [torch.zeros_like(v) for v in values]
     count = 0
     while count < max(steps, 1):
         if len(x):
-            pick = torch.randint(0, len(x), (min(FIT_BATCH, len(x)),), generator=ground.generator)
+            pick = torch.randint(0, len(x), (min(FIT_BATCH, len(x)),), generator=context.generator)
             part, wanted = x[pick], targets[pick]
-            gradients = ground.exported_gradients(part, lambda logits, w=wanted: cross_entropy(w, logits).mean(), values)  # type: ignore[misc]
+            gradients = context.exported_gradients(part, lambda logits, w=wanted: cross_entropy(w, logits).mean(), values)  # type: ignore[misc]
             values = [v - rate * g for v, g in zip(values, gradients, strict=True)]
         for t, s, v in zip(total, square, values, strict=True):
             t += v
@@ -70,23 +70,23 @@ class Petal(Strategy[PetalSettings]):
     formula: ClassVar[str] = "−Σ q ln p + λ ½ Σ (θ−μ)²/(σ²+1e-6), q: mean teacher; values with least gradient² go back"
     settings_type: ClassVar[type] = PetalSettings
 
-    def begin(self, ground: Ground) -> None:
-        super().begin(ground)
-        self._average = [p.detach().clone() for p in ground.parameters]
-        self._mean, variance = posterior(ground, self.settings.fit_steps, self.settings.fit_rate)
+    def begin(self, context: Context) -> None:
+        super().begin(context)
+        self._average = [p.detach().clone() for p in context.parameters]
+        self._mean, variance = posterior(context, self.settings.fit_steps, self.settings.fit_rate)
         self._precision = [1 / (v + VARIANCE_FLOOR) for v in variance]
 
     def loss(self, step: Step) -> Tensor:
-        taught = torch.softmax(self.ground.answers(step.x, self._average).logits, 1)
-        energy = 0.5 * squared_distance(self.ground.parameters, self._mean, self._precision)
+        taught = torch.softmax(self.context.answers(step.x, self._average).logits, 1)
+        energy = 0.5 * squared_distance(self.context.parameters, self._mean, self._precision)
         return step.mean(cross_entropy(taught, step.student.logits)) + self.settings.prior * energy
 
     def after(self) -> bool:
-        follow_average(self._average, self.ground.parameters, self.settings.momentum)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.ground.parameters]
+        follow_average(self._average, self.context.parameters, self.settings.momentum)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.context.parameters]
         chosen = least_informed(gradients, self.settings.restored)
         with torch.no_grad():
-            for p, source, back in zip(self.ground.parameters, self.ground.exported, chosen, strict=True):
+            for p, source, back in zip(self.context.parameters, self.context.exported, chosen, strict=True):
                 p.copy_(torch.where(back, source, p))
         return False
 

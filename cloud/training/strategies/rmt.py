@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cloud.training.step import Ground, Settings, Step, Strategy
+from cloud.training.step import Context, Settings, Step, Strategy
 from cloud.training.strategies.formulae import cross_entropy, follow_average, symmetric_cross_entropy
 
 __all__ = ["Rmt", "RmtSettings", "contrast", "prototypes"]
@@ -59,15 +59,15 @@ class Rmt(Strategy[RmtSettings]):
     needs: ClassVar[frozenset[str]] = frozenset({"augmented", "replay", "features"})
     settings_type: ClassVar[type] = RmtSettings
 
-    def begin(self, ground: Ground) -> None:
-        super().begin(ground)
-        self._average = [p.detach().clone() for p in ground.parameters]
-        x, targets = ground.calibration(self.settings.images)
-        self._prototypes = prototypes(ground.exported_answers(x).known_features, targets) if len(x) else None
+    def begin(self, context: Context) -> None:
+        super().begin(context)
+        self._average = [p.detach().clone() for p in context.parameters]
+        x, targets = context.calibration(self.settings.images)
+        self._prototypes = prototypes(context.exported_answers(x).known_features, targets) if len(x) else None
 
     def loss(self, step: Step) -> Tensor:
         assert step.augmented is not None
-        taught = self.ground.answers(step.x, self._average).logits
+        taught = self.context.answers(step.x, self._average).logits
         own, other = step.student, step.augmented
         loss = 0.5 * step.mean(symmetric_cross_entropy(own.logits, taught) + symmetric_cross_entropy(other.logits, taught))
         if self._prototypes is not None and self.settings.contrast:
@@ -82,5 +82,5 @@ class Rmt(Strategy[RmtSettings]):
         return loss
 
     def after(self) -> bool:
-        follow_average(self._average, self.ground.parameters, self.settings.momentum)
+        follow_average(self._average, self.context.parameters, self.settings.momentum)
         return False

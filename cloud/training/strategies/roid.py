@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cloud.training.step import Ground, Settings, Step, Strategy
+from cloud.training.step import Context, Settings, Step, Strategy
 from cloud.training.strategies.formulae import entropy, soft_likelihood_ratio, symmetric_cross_entropy, unit_range
 
 __all__ = ["Roid", "RoidSettings", "diversity_weight"]
@@ -47,9 +47,9 @@ class Roid(Strategy[RoidSettings]):
     needs: ClassVar[frozenset[str]] = frozenset({"augmented"})
     settings_type: ClassVar[type] = RoidSettings
 
-    def begin(self, ground: Ground) -> None:
-        super().begin(ground)
-        self._mean = torch.full((ground.classes,), 1 / ground.classes)
+    def begin(self, context: Context) -> None:
+        super().begin(context)
+        self._mean = torch.full((context.classes,), 1 / context.classes)
 
     def loss(self, step: Step) -> Tensor:
         assert step.augmented is not None
@@ -61,6 +61,6 @@ class Roid(Strategy[RoidSettings]):
 
     def after(self) -> bool:
         with torch.no_grad():
-            for p, source in zip(self.ground.parameters, self.ground.exported, strict=True):
+            for p, source in zip(self.context.parameters, self.context.exported, strict=True):
                 p.lerp_(source, self.settings.pull)
         return False

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cloud.training.step import Ground, Settings, Step, Strategy
+from cloud.training.step import Context, Settings, Step, Strategy
 from cloud.training.strategies.formulae import MARGIN, entropy, reliable_below
 
 __all__ = ["Sar", "SarSettings"]
@@ -41,19 +41,19 @@ class Sar(Strategy[SarSettings]):
     formula: ClassVar[str] = "mean over H < E0 of H, at θ + ρ g/‖g‖; back to the exported values when its moving mean < 0.2"
     settings_type: ClassVar[type] = SarSettings
 
-    def begin(self, ground: Ground) -> None:
-        super().begin(ground)
+    def begin(self, context: Context) -> None:
+        super().begin(context)
         self.radius = self.settings.sharpness
         self._kept = torch.zeros(0, dtype=torch.bool)
         self._moving: float | None = None
-        self._floor = self.settings.collapsed * math.log(max(ground.classes, 2)) / math.log(1000)
+        self._floor = self.settings.collapsed * math.log(max(context.classes, 2)) / math.log(1000)
 
     def trained(self, count: int) -> range:
         return range(max(count - round(count * self.settings.skipped), 1))
 
     def loss(self, step: Step) -> Tensor:
         h = entropy(step.student.logits)
-        reliable = h.detach() < reliable_below(self.ground.classes, self.settings.margin)
+        reliable = h.detach() < reliable_below(self.context.classes, self.settings.margin)
         self._kept = self._kept & reliable if step.again else reliable
         values = (step.weights * h)[self._kept]
         loss = values.sum() / max(len(values), 1)
@@ -67,6 +67,6 @@ class Sar(Strategy[SarSettings]):
             return False
         self._moving = None
         with torch.no_grad():
-            for p, source in zip(self.ground.parameters, self.ground.exported, strict=True):
+            for p, source in zip(self.context.parameters, self.context.exported, strict=True):
                 p.copy_(source)
         return True

@@ -18,7 +18,7 @@ from torch import nn
 
 from cloud.distil import Candidate, Distiller, DistilSettings, Student, Teacher, Teachers
 from cloud.distil.recipe import Calibration
-from cloud.training.ground import StudentGround
+from cloud.training.context import StudentContext
 from cloud.training.strategies.registry import MODIFIERS, OWN_LOOPS, STRATEGIES
 from refold.bundle import Bundle
 from refold.errors import ModelError
@@ -86,52 +86,52 @@ def test_distillation_learns(bundle: Bundle, teachers: Teachers) -> None:
     assert found.metrics["held_back_loss"] <= found.metrics["held_back_loss_before"]
 
 
-def ground_of(bundle: Bundle, *, features: bool = True) -> tuple[Student, StudentGround]:
+def context_of(bundle: Bundle, *, features: bool = True) -> tuple[Student, StudentContext]:
     student = Student(bundle)
-    made = StudentGround(
+    made = StudentContext(
         student, PREPROCESS, Calibration.of(bundle), 4, torch.Generator().manual_seed(0), batch=16, features=features
     )
     return student, made
 
 
 def test_the_ground_answers_for_other_values_and_leaves_the_student_as_it_was(bundle: Bundle) -> None:
-    student, ground = ground_of(bundle)
-    x, targets = ground.calibration(40)
+    student, context = context_of(bundle)
+    x, targets = context.calibration(40)
     assert x.shape == (40, 3, 16, 16)
     assert targets.sum(1).tolist() == [1.0] * 40
-    exported = ground.exported_answers(x)
+    exported = context.exported_answers(x)
     assert torch.allclose(exported.logits, student.logits(x), atol=1e-5)
     assert exported.known_features.shape == (40, 12)
     before = student.snapshot()
     doubled = [2 * p.detach() for p in student.parameters]
-    other = ground.answers(x, doubled).logits
+    other = context.answers(x, doubled).logits
     assert all(torch.equal(a, b) for a, b in zip(before, student.snapshot(), strict=True))
     student.restore(doubled)
     assert torch.allclose(other, student.logits(x, student.exported_moments()), atol=1e-5)
 
 
 def test_looking_at_other_values_keeps_a_waiting_gradient_whole(bundle: Bundle) -> None:
-    student, ground = ground_of(bundle, features=False)
-    x, _ = ground.calibration(8)
+    student, context = context_of(bundle, features=False)
+    x, _ = context.calibration(8)
     student.trainable(True)
-    ground.look(x).logits.pow(2).sum().backward()
+    context.look(x).logits.pow(2).sum().backward()
     wanted = [p.grad.clone() for p in student.parameters if p.grad is not None]
     for p in student.parameters:
         p.grad = None
-    loss = ground.look(x).logits.pow(2).sum()
-    ground.answers(x, [torch.zeros_like(p) for p in student.parameters])
+    loss = context.look(x).logits.pow(2).sum()
+    context.answers(x, [torch.zeros_like(p) for p in student.parameters])
     loss.backward()
     assert all(torch.equal(a, p.grad) for a, p in zip(wanted, student.parameters, strict=True) if p.grad is not None)
 
 
 def test_gradients_at_exported_values_are_those_of_autograd(bundle: Bundle) -> None:
-    student, ground = ground_of(bundle, features=False)
-    x, targets = ground.calibration(8)
+    student, context = context_of(bundle, features=False)
+    x, targets = context.calibration(8)
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
         return -(targets * torch.log_softmax(logits, 1)).sum(1).mean()
 
-    found = ground.exported_gradients(x, loss, ground.exported)
+    found = context.exported_gradients(x, loss, context.exported)
     student.load({})
     student.trainable(True)
     loss(student.logits(x, student.exported_moments())).backward()
@@ -151,6 +151,6 @@ def test_a_network_without_a_linear_layer_has_no_features(tmp_path: Path) -> Non
 
     images, labels = pictures(8, 1)
     bare = bundle_of(Convolutional(), tmp_path / "c.refold", PREPROCESS, images, labels, 4)
-    _, ground = ground_of(bare)
+    _, context = context_of(bare)
     with pytest.raises(ModelError, match="linear layer"):
-        ground.exported_answers(torch.zeros(2, 3, 16, 16))
+        context.exported_answers(torch.zeros(2, 3, 16, 16))

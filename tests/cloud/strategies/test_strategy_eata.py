@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from strategy_grounds import LineGround, step_of
+from strategy_contexts import LineContext, step_of
 
 from cloud.training.strategies.eata import Eata, EataSettings, MeanPrediction, fisher
 
@@ -18,16 +18,16 @@ def numbers(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_reliable_images_count_with_their_weights() -> None:
-    ground = LineGround([1.0, 1.0], [0.0, 0.0])
+    context = LineContext([1.0, 1.0], [0.0, 0.0])
     strategy = Eata(EataSettings(cosine=2.0))
-    strategy.begin(ground)
+    strategy.begin(context)
     x = torch.tensor([[4.0, 0.0], [0.1, 0.0], [0.0, 3.0]])
     _, h = numbers(x.numpy())
     e0 = 0.4 * math.log(2)
     assert (h < e0).tolist() == [True, False, True]
     wanted = (np.exp(e0 - h[[0, 2]]) * h[[0, 2]]).mean()
-    assert float(strategy.loss(step_of(ground, x)).detach()) == pytest.approx(wanted, rel=1e-5)
-    unsure = strategy.loss(step_of(ground, x[[1]]))
+    assert float(strategy.loss(step_of(context, x)).detach()) == pytest.approx(wanted, rel=1e-5)
+    unsure = strategy.loss(step_of(context, x[[1]]))
     assert float(unsure.detach()) == 0
 
 
@@ -47,23 +47,23 @@ def test_the_mean_of_kept_predictions_rules_out_what_is_like_it() -> None:
 
 def test_fisher_is_the_mean_square_of_the_gradients_of_batches() -> None:
     x = torch.cat([torch.tensor([[2.0, 1.0]]).repeat(64, 1), torch.tensor([[0.0, 1.0]]).repeat(64, 1)])
-    ground = LineGround([1.0, 1.0], [0.0, 0.0], x)
+    context = LineContext([1.0, 1.0], [0.0, 0.0], x)
     p, _ = numbers(x.numpy()[[0, 64]])
     by_beta = p - np.array([[1.0, 0.0], [0.0, 1.0]])  # of the cross-entropy to the model's own label
     by_gamma = by_beta * x.numpy()[[0, 64]]
-    found = fisher(ground, 128)
+    found = fisher(context, 128)
     assert found[0].tolist() == pytest.approx((by_gamma**2).mean(0), rel=1e-5)
     assert found[1].tolist() == pytest.approx((by_beta**2).mean(0), rel=1e-5)
-    assert [f.tolist() for f in fisher(LineGround([1.0, 1.0], [0.0, 0.0]), 128)] == [[0, 0], [0, 0]]
+    assert [f.tolist() for f in fisher(LineContext([1.0, 1.0], [0.0, 0.0]), 128)] == [[0, 0], [0, 0]]
 
 
 def test_the_anchor_pulls_by_fisher_information() -> None:
     x = torch.tensor([[2.0, 1.0]]).repeat(8, 1)
-    ground = LineGround([1.0, 1.0], [0.0, 0.0], x)
+    context = LineContext([1.0, 1.0], [0.0, 0.0], x)
     strategy = Eata(EataSettings(anchor=5.0))
-    strategy.begin(ground)
+    strategy.begin(context)
     with torch.no_grad():
-        ground.parameters[1].add_(torch.tensor([0.5, 0.0]))
+        context.parameters[1].add_(torch.tensor([0.5, 0.0]))
     unsure = torch.tensor([[0.0, 0.5]])  # counts for nothing: the anchor is left
-    information = float(fisher(ground, 8)[1][0])
-    assert float(strategy.loss(step_of(ground, unsure)).detach()) == pytest.approx(5 * information * 0.25, rel=1e-5)
+    information = float(fisher(context, 8)[1][0])
+    assert float(strategy.loss(step_of(context, unsure)).detach()) == pytest.approx(5 * information * 0.25, rel=1e-5)

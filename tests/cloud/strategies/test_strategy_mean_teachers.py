@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from strategy_grounds import LineGround, step_of
+from strategy_contexts import LineContext, step_of
 
 from cloud.training.strategies.cotta import Cotta, CottaSettings
 from cloud.training.strategies.petal import Petal, PetalSettings, least_informed, posterior
@@ -25,30 +25,30 @@ def cross(q: np.ndarray, z: np.ndarray) -> np.ndarray:
 
 
 def test_cotta_follows_one_view_where_the_exported_model_is_sure_and_many_where_it_is_not() -> None:
-    ground = LineGround([1.0, 1.0], [0.0, 0.0])
+    context = LineContext([1.0, 1.0], [0.0, 0.0])
     x = X.numpy()
     confidence = softmax(x).max(1).mean()
     sure = Cotta(CottaSettings(sure=confidence - 0.01, views=2))
-    sure.begin(ground)
-    assert float(sure.loss(step_of(ground, X)).detach()) == pytest.approx(cross(softmax(x), x).mean(), rel=1e-5)
-    assert ground.shown == 0
+    sure.begin(context)
+    assert float(sure.loss(step_of(context, X)).detach()) == pytest.approx(cross(softmax(x), x).mean(), rel=1e-5)
+    assert context.shown == 0
     unsure = Cotta(CottaSettings(sure=confidence + 0.01, views=2))
-    unsure.begin(ground)
+    unsure.begin(context)
     views = x + 0.75 * np.arange(2)  # the mean of 0.5 and 1 times the class number
-    assert float(unsure.loss(step_of(ground, X)).detach()) == pytest.approx(cross(softmax(views), x).mean(), rel=1e-5)
+    assert float(unsure.loss(step_of(context, X)).detach()) == pytest.approx(cross(softmax(views), x).mean(), rel=1e-5)
 
 
 def test_cotta_restores_at_random_and_releases_the_average() -> None:
-    ground = LineGround([1.0] * 500, [0.0] * 500)
+    context = LineContext([1.0] * 500, [0.0] * 500)
     strategy = Cotta(CottaSettings(momentum=0.75, restored=0.2))
-    strategy.begin(ground)
+    strategy.begin(context)
     with torch.no_grad():
-        ground.parameters[0].add_(1.0)
+        context.parameters[0].add_(1.0)
     strategy.after()
     assert strategy.released()[0].tolist() == pytest.approx([1.25] * 500)
-    back = float((ground.parameters[0] == 1.0).float().mean())
+    back = float((context.parameters[0] == 1.0).float().mean())
     assert 0.14 < back < 0.26
-    assert set(ground.parameters[0].tolist()) == {1.0, 2.0}
+    assert set(context.parameters[0].tolist()) == {1.0, 2.0}
 
 
 def test_the_contrast_is_that_of_a_double_loop() -> None:
@@ -69,13 +69,13 @@ def test_prototypes_are_means_of_the_classes_met() -> None:
 
 def test_rmt_is_the_sum_of_its_terms() -> None:
     calibration = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
-    ground = LineGround([1.0, 1.0], [0.0, 0.0], calibration)
+    context = LineContext([1.0, 1.0], [0.0, 0.0], calibration)
     bare, whole = Rmt(RmtSettings(contrast=0, replay=0)), Rmt(RmtSettings(contrast=2.0, replay=3.0))
     targets = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     losses = []
     for strategy in (bare, whole):
-        strategy.begin(ground)
-        step = step_of(ground, X, replay=(ground.look(calibration), targets))
+        strategy.begin(context)
+        step = step_of(context, X, replay=(context.look(calibration), targets))
         losses.append(float(strategy.loss(step).detach()))
     x, other = X.numpy(), X.numpy() + np.arange(2)
 
@@ -89,23 +89,23 @@ def test_rmt_is_the_sum_of_its_terms() -> None:
 
 
 def test_rmt_without_calibration_images_has_no_prototypes_and_no_replay() -> None:
-    ground = LineGround([1.0, 1.0], [0.0, 0.0])
+    context = LineContext([1.0, 1.0], [0.0, 0.0])
     strategy = Rmt(RmtSettings())
-    strategy.begin(ground)
-    assert torch.isfinite(strategy.loss(step_of(ground, X)))
+    strategy.begin(context)
+    assert torch.isfinite(strategy.loss(step_of(context, X)))
     with torch.no_grad():
-        ground.parameters[0].add_(1.0)
+        context.parameters[0].add_(1.0)
     assert not strategy.after()
     assert strategy.released()[0].tolist() == [2.0, 2.0]
 
 
 def test_the_posterior_is_that_of_sgd_on_calibration_images() -> None:
     x = torch.tensor([[1.0, 0.0]]).repeat(4, 1)
-    ground = LineGround([1.0, 1.0], [0.0, 0.0], x)
-    still, none = posterior(ground, 3, 0.0)
+    context = LineContext([1.0, 1.0], [0.0, 0.0], x)
+    still, none = posterior(context, 3, 0.0)
     assert still[0].tolist() == [1.0, 1.0]
     assert none[0].tolist() == [0.0, 0.0]
-    mean, variance = posterior(ground, 2, 0.1)
+    mean, variance = posterior(context, 2, 0.1)
     beta = np.zeros(2)
     gamma = np.ones(2)
     path = []
@@ -116,33 +116,33 @@ def test_the_posterior_is_that_of_sgd_on_calibration_images() -> None:
         path.append(beta)
     assert mean[1].tolist() == pytest.approx(np.mean(path, 0), rel=1e-5)
     assert variance[1].tolist() == pytest.approx(np.var(path, 0), rel=1e-2, abs=1e-6)
-    unknown, width = posterior(LineGround([1.0, 1.0], [0.0, 0.0]), 3, 0.1)
+    unknown, width = posterior(LineContext([1.0, 1.0], [0.0, 0.0]), 3, 0.1)
     assert unknown[0].tolist() == [1.0, 1.0]
     assert width[0].tolist() == [0.0, 0.0]
 
 
 def test_petal_has_a_gaussian_prior_around_the_posterior_mean() -> None:
-    ground = LineGround([1.0, 1.0], [0.0, 0.0])
+    context = LineContext([1.0, 1.0], [0.0, 0.0])
     strategy = Petal(PetalSettings(prior=1e-3))
-    strategy.begin(ground)
+    strategy.begin(context)
     with torch.no_grad():
-        ground.parameters[1].add_(torch.tensor([0.002, 0.0]))
+        context.parameters[1].add_(torch.tensor([0.002, 0.0]))
     taught = cross(softmax(X.numpy()), X.numpy() + np.array([0.002, 0.0])).mean()
     wanted = taught + 1e-3 * 0.5 * 0.002**2 / 1e-6
-    assert float(strategy.loss(step_of(ground, X)).detach()) == pytest.approx(wanted, rel=1e-4)
+    assert float(strategy.loss(step_of(context, X)).detach()) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_petal_restores_where_gradients_are_least() -> None:
     gradients = [torch.tensor([0.1, -3.0]), torch.tensor([2.0, 0.2])]
     assert [m.tolist() for m in least_informed(gradients, 0.5)] == [[True, False], [False, True]]
-    ground = LineGround([1.0, 1.0], [0.0, 0.0])
+    context = LineContext([1.0, 1.0], [0.0, 0.0])
     strategy = Petal(PetalSettings(momentum=0.5, restored=0.5))
-    strategy.begin(ground)
+    strategy.begin(context)
     with torch.no_grad():
-        for p in ground.parameters:
+        for p in context.parameters:
             p.add_(1.0)
-    for p, g in zip(ground.parameters, gradients, strict=True):
+    for p, g in zip(context.parameters, gradients, strict=True):
         p.grad = g
     strategy.after()
-    assert [p.tolist() for p in ground.parameters] == [[1.0, 2.0], [1.0, 0.0]]
+    assert [p.tolist() for p in context.parameters] == [[1.0, 2.0], [1.0, 0.0]]
     assert [p.tolist() for p in strategy.released()] == [[1.5, 1.5], [0.5, 0.5]]

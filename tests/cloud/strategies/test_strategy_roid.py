@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from strategy_grounds import LineGround, step_of
+from strategy_contexts import LineContext, step_of
 
 from cloud.training.strategies.roid import Roid, RoidSettings, diversity_weight
 
@@ -32,9 +32,9 @@ def test_weights_are_those_of_the_formula() -> None:
 
 
 def test_the_loss_weighs_both_terms_and_the_mean_prediction_follows() -> None:
-    ground = LineGround([1.0, 1.0, 1.0], [0.0, 0.0, 0.0])
+    context = LineContext([1.0, 1.0, 1.0], [0.0, 0.0, 0.0])
     strategy = Roid(RoidSettings())
-    strategy.begin(ground)
+    strategy.begin(context)
     z, other = X.numpy().astype(float), X.numpy() + np.arange(3)
     p, q = softmax(z), softmax(other)
     clipped = p.clip(max=0.99)
@@ -43,15 +43,15 @@ def test_the_loss_weighs_both_terms_and_the_mean_prediction_follows() -> None:
     mean = np.full(3, 1 / 3)
     for _ in range(2):
         wanted = (weights(z, mean, 1 / 3) * (ratio + symmetric)).mean()
-        assert float(strategy.loss(step_of(ground, X)).detach()) == pytest.approx(wanted, rel=1e-4)
+        assert float(strategy.loss(step_of(context, X)).detach()) == pytest.approx(wanted, rel=1e-4)
         mean = 0.9 * mean + 0.1 * p.mean(0)
 
 
 def test_one_percent_of_the_source_comes_back_after_a_step() -> None:
-    ground = LineGround([1.0, 1.0, 1.0], [0.0, 0.0, 0.0])
+    context = LineContext([1.0, 1.0, 1.0], [0.0, 0.0, 0.0])
     strategy = Roid(RoidSettings(pull=0.01))
-    strategy.begin(ground)
+    strategy.begin(context)
     with torch.no_grad():
-        ground.parameters[0].fill_(3.0)
+        context.parameters[0].fill_(3.0)
     assert not strategy.after()
-    assert ground.parameters[0].tolist() == pytest.approx([2.98] * 3)
+    assert context.parameters[0].tolist() == pytest.approx([2.98] * 3)

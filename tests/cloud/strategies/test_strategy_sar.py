@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from strategy_grounds import LineGround, step_of
+from strategy_contexts import LineContext, step_of
 
 from cloud.training.loop import sharpened
 from cloud.training.strategies.sar import Sar, SarSettings
@@ -19,34 +19,34 @@ def entropies(z: np.ndarray) -> np.ndarray:
 
 
 def test_only_images_that_are_reliable_both_times_count_the_second_time() -> None:
-    ground = LineGround([1.0, 1.0], [0.0, 0.0])
+    context = LineContext([1.0, 1.0], [0.0, 0.0])
     strategy = Sar(SarSettings())
-    strategy.begin(ground)
+    strategy.begin(context)
     assert strategy.radius == 0.05
     x = torch.tensor([[3.0, 0.0], [2.5, 0.0], [0.1, 0.0]])
     h = entropies(x.numpy())
     assert (h < 0.4 * math.log(2)).tolist() == [True, True, False]
-    assert float(strategy.loss(step_of(ground, x)).detach()) == pytest.approx(h[:2].mean(), rel=1e-5)
+    assert float(strategy.loss(step_of(context, x)).detach()) == pytest.approx(h[:2].mean(), rel=1e-5)
     moved = torch.tensor([[3.0, 0.0], [0.5, 0.0], [9.0, 0.0]])
-    again = strategy.loss(step_of(ground, moved, again=True))
+    again = strategy.loss(step_of(context, moved, again=True))
     assert float(again.detach()) == pytest.approx(entropies(moved.numpy())[0], rel=1e-5)
 
 
 def test_a_collapsed_model_goes_back_to_the_exported_values() -> None:
-    ground = LineGround([1.0, 1.0], [0.0, 0.0])
+    context = LineContext([1.0, 1.0], [0.0, 0.0])
     strategy = Sar(SarSettings(collapsed=0.2))
-    strategy.begin(ground)
+    strategy.begin(context)
     floor = 0.2 * math.log(2) / math.log(1000)
     with torch.no_grad():
-        ground.parameters[0].add_(1.0)
+        context.parameters[0].add_(1.0)
     assert not strategy.after()
     for scale, back in ((1.0, False), (9.0, True)):
         x = torch.tensor([[3.0 * scale, 0.0]])
         for again in (False, True):
-            loss = strategy.loss(step_of(ground, x, again=again))
+            loss = strategy.loss(step_of(context, x, again=again))
         assert (float(loss.detach()) < floor) == back
         assert strategy.after() == (back and 0.9 * entropies(np.array([[6.0, 0.0]]))[0] < floor)
-    assert ground.parameters[0].tolist() == [1.0, 1.0]
+    assert context.parameters[0].tolist() == [1.0, 1.0]
 
 
 def test_the_last_norms_stay() -> None:

@@ -21,7 +21,7 @@ from cloud.training.strategies.modifiers.teacher_weights import (
 )
 
 
-class FakeSchool:
+class FakePool:
     """Two teachers: the first knows the label, the second answers the next class, less surely."""
 
     def __init__(self, count: int, classes: int = 3) -> None:
@@ -65,14 +65,14 @@ def test_corrected_predictions_stay_probabilities(raw: NDArray[np.float64], roun
 
 
 def test_label_shift_starts_from_the_class_mix_of_calibration_images() -> None:
-    school = FakeSchool(9)
+    pool = FakePool(9)
     p = np.array([[0.7, 0.2, 0.1], [0.2, 0.5, 0.3]], np.float32)
-    found = LabelShift(LabelShiftSettings(shift_rounds=5)).combined(p[None], p, school)
+    found = LabelShift(LabelShiftSettings(shift_rounds=5)).combined(p[None], p, pool)
     assert np.allclose(found, corrected(p, np.full(3, 1 / 3), 5)[0])
 
 
 def test_without_weights_every_teacher_counts_alike() -> None:
-    votes = torch.from_numpy(FakeSchool(6).votes(np.zeros((6, 4, 4, 3), np.uint8)))
+    votes = torch.from_numpy(FakePool(6).votes(np.zeros((6, 4, 4, 3), np.uint8)))
     assert torch.allclose(aggregate(votes, torch.zeros(3)), votes.mean(0))
     assert torch.allclose(aggregate(votes, torch.tensor([1.0, 2.0, 3.0])).sum(1), torch.ones(6))
 
@@ -85,25 +85,25 @@ def test_evidence_is_certainty_agreement_and_confidence() -> None:
 
 
 def test_the_aggregator_learns_which_teacher_is_right() -> None:
-    school = FakeSchool(60)
-    votes, labels = torch.from_numpy(school.votes(school.images)), torch.from_numpy(school.labels)
+    pool = FakePool(60)
+    votes, labels = torch.from_numpy(pool.votes(pool.images)), torch.from_numpy(pool.labels)
     w = fit([(votes, labels)])
     right = aggregate(votes, w).gather(1, labels[:, None]).mean()
     assert right > votes.mean(0).gather(1, labels[:, None]).mean() + 0.2
 
 
 def test_teacher_weights_are_learnt_once_and_only_where_they_can_be() -> None:
-    school, modifier = FakeSchool(60), TeacherWeights(TeacherWeightsSettings(weights_domains=2, weights_images=30))
-    votes = school.votes(school.images)
+    pool, modifier = FakePool(60), TeacherWeights(TeacherWeightsSettings(weights_domains=2, weights_images=30))
+    votes = pool.votes(pool.images)
     plain = votes.mean(0)
-    school.labels = np.arange(60) % 3
-    first = modifier.combined(votes, plain, school)
-    asked = school.asked
-    assert np.array_equal(modifier.combined(votes, plain, school), first)
-    assert school.asked == asked == 3
+    pool.labels = np.arange(60) % 3
+    first = modifier.combined(votes, plain, pool)
+    asked = pool.asked
+    assert np.array_equal(modifier.combined(votes, plain, pool), first)
+    assert pool.asked == asked == 3
     assert np.allclose(first.sum(1), 1, atol=1e-5)
-    assert modifier.combined(votes[:1], plain, school) is plain
-    bare = FakeSchool(0)
+    assert modifier.combined(votes[:1], plain, pool) is plain
+    bare = FakePool(0)
     assert TeacherWeights(TeacherWeightsSettings()).combined(votes, plain, bare) is plain
     assert bare.asked == 0
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from strategy_grounds import LineGround, step_of
+from strategy_contexts import LineContext, step_of
 
 from cloud.training.strategies.modifiers.cafa import Cafa, CafaSettings, alignment, gaussians
 from cloud.training.strategies.modifiers.entropy_band import BandSettings, EntropyBand
@@ -25,18 +25,18 @@ def test_confidence_in_the_exported_answer_must_not_have_fallen() -> None:
 
 
 def test_the_crowd_keeps_all_where_it_would_keep_none() -> None:
-    ground = LineGround([1.0, 1.0], [0.0, 0.0])
+    context = LineContext([1.0, 1.0], [0.0, 0.0])
     crowd = WisdomOfCrowds(WisdomSettings())
     x = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
-    assert crowd.weights(step_of(ground, x)).tolist() == [1, 1]
-    assert crowd.weights(step_of(ground, x, exported=torch.tensor([[9.0, 0.0], [0.0, 0.5]]))).tolist() == [0, 1]
-    assert crowd.weights(step_of(ground, x, exported=torch.tensor([[9.0, 0.0], [0.0, 9.0]]))).tolist() == [1, 1]
+    assert crowd.weights(step_of(context, x)).tolist() == [1, 1]
+    assert crowd.weights(step_of(context, x, exported=torch.tensor([[9.0, 0.0], [0.0, 0.5]]))).tolist() == [0, 1]
+    assert crowd.weights(step_of(context, x, exported=torch.tensor([[9.0, 0.0], [0.0, 9.0]]))).tolist() == [1, 1]
 
 
 def test_the_upper_threshold_follows_the_mean_entropy_after_the_warm_up() -> None:
-    ground = LineGround([1.0] * 10, [0.0] * 10)
+    context = LineContext([1.0] * 10, [0.0] * 10)
     band = EntropyBand(BandSettings(band_warm_up=4, band_factor=1.0))
-    band.begin(ground)
+    band.begin(context)
     low, high = band.bounds(torch.tensor([1.0, 1.0]))
     assert low == pytest.approx(0.02 * math.log(10))
     assert high == pytest.approx(0.4 * math.log(10))
@@ -47,28 +47,28 @@ def test_the_upper_threshold_follows_the_mean_entropy_after_the_warm_up() -> Non
 
 
 def test_the_band_leaves_out_the_sure_and_the_unsure() -> None:
-    ground = LineGround([1.0, 1.0], [0.0, 0.0])
+    context = LineContext([1.0, 1.0], [0.0, 0.0])
     band = EntropyBand(BandSettings())
-    band.begin(ground)
-    assert band.weights(step_of(ground, torch.tensor([[9.0, 0.0], [2.5, 0.0], [0.1, 0.0]]))).tolist() == [0, 1, 0]
+    band.begin(context)
+    assert band.weights(step_of(context, torch.tensor([[9.0, 0.0], [2.5, 0.0], [0.1, 0.0]]))).tolist() == [0, 1, 0]
 
 
 def test_redundant_images_weigh_nothing() -> None:
-    ground = LineGround([1.0, 1.0], [0.0, 0.0])
+    context = LineContext([1.0, 1.0], [0.0, 0.0])
     selection = Redundancy(RedundancySettings(redundancy_cosine=0.4))
-    selection.begin(ground)
+    selection.begin(context)
     first = torch.tensor([[3.0, 0.0], [0.1, 0.0]])
-    assert selection.weights(step_of(ground, first)).tolist() == [1, 0]
-    assert selection.weights(step_of(ground, torch.tensor([[3.0, 0.0], [0.0, 3.0]]))).tolist() == [0, 1]
+    assert selection.weights(step_of(context, first)).tolist() == [1, 0]
+    assert selection.weights(step_of(context, torch.tensor([[3.0, 0.0], [0.0, 3.0]]))).tolist() == [0, 1]
 
 
 def test_the_teachers_term_is_a_weighed_cross_entropy() -> None:
-    ground = LineGround([1.0, 1.0], [0.0, 0.0])
+    context = LineContext([1.0, 1.0], [0.0, 0.0])
     x, teachers = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.9, 0.1], [0.3, 0.7]])
     term = TeacherTerm(TeacherTermSettings(teachers_weight=2.0))
     log_p = x.numpy() - np.log(np.exp(x.numpy()).sum(1, keepdims=True))
     each = -(teachers.numpy() * log_p).sum(1)
-    found = term.penalty(step_of(ground, x, teachers=teachers, weights=torch.tensor([1.0, 0.0])))
+    found = term.penalty(step_of(context, x, teachers=teachers, weights=torch.tensor([1.0, 0.0])))
     assert float(found.detach()) == pytest.approx(2 * each[0] / 2, rel=1e-5)
 
 
@@ -94,12 +94,12 @@ def test_alignment_is_the_log_ratio_of_own_and_other_distances() -> None:
 def test_cafa_needs_calibration_images_of_two_classes() -> None:
     x = torch.tensor([[2.0, 0.0], [2.2, 0.1], [0.0, 3.0], [0.1, 2.5]])
     cafa = Cafa(CafaSettings(cafa_weight=2.0))
-    ground = LineGround([1.0, 1.0], [0.0, 0.0], x)
-    cafa.begin(ground)
-    _, means, precisions = gaussians(x, ground.calibration(4)[1], 0.5)
+    context = LineContext([1.0, 1.0], [0.0, 0.0], x)
+    cafa.begin(context)
+    _, means, precisions = gaussians(x, context.calibration(4)[1], 0.5)
     seen = torch.tensor([[1.0, 0.5]])
     wanted = 2 * alignment(seen, torch.tensor([0]), means, precisions)
-    assert float(cafa.penalty(step_of(ground, seen))) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(cafa.penalty(step_of(context, seen))) == pytest.approx(float(wanted), rel=1e-5)
     for few in (None, x[:2]):
         with pytest.raises(ModelError, match="two classes"):
-            Cafa(CafaSettings()).begin(LineGround([1.0, 1.0], [0.0, 0.0], few))
+            Cafa(CafaSettings()).begin(LineContext([1.0, 1.0], [0.0, 0.0], few))

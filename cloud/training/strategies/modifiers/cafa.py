@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cloud.training.step import Ground, Modifier, Step
+from cloud.training.step import Context, Modifier, Step
 from refold.errors import ModelError
 
 __all__ = ["Cafa", "CafaSettings", "alignment", "gaussians"]
@@ -65,12 +65,12 @@ class Cafa(Modifier[CafaSettings]):
     needs: ClassVar[frozenset[str]] = frozenset({"features"})
     settings_type: ClassVar[type] = CafaSettings
 
-    def begin(self, ground: Ground) -> None:
-        super().begin(ground)
-        x, targets = ground.calibration(self.settings.cafa_images)
+    def begin(self, context: Context) -> None:
+        super().begin(context)
+        x, targets = context.calibration(self.settings.cafa_images)
         if not len(x) or len(targets.argmax(1).unique()) < 2:
             raise ModelError("CAFA needs calibration images of two classes or more: export the bundle with some.")
-        features = ground.exported_answers(x).known_features
+        features = context.exported_answers(x).known_features
         self._classes, self._means, self._precisions = gaussians(features, targets, self.settings.cafa_shrinkage)
 
     def penalty(self, step: Step) -> Tensor:

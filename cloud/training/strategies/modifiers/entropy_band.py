@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from cloud.training.step import Ground, Modifier, Step
+from cloud.training.step import Context, Modifier, Step
 from cloud.training.strategies.formulae import MARGIN, entropy, reliable_below
 
 __all__ = ["BandSettings", "EntropyBand"]
@@ -36,14 +36,14 @@ class EntropyBand(Modifier[BandSettings]):
     formula: ClassVar[str] = "keep where 0.02 ln C < H < 0.4 ln C · H̄/H̄0"
     settings_type: ClassVar[type] = BandSettings
 
-    def begin(self, ground: Ground) -> None:
-        super().begin(ground)
+    def begin(self, context: Context) -> None:
+        super().begin(context)
         self._seen, self._total = 0, 0.0
         self._warm: float | None = None
 
     def bounds(self, h: Tensor) -> tuple[float, float]:
         """E_min and E_max, the batch's entropies (n,) taken in before they are judged."""
-        s, classes = self.settings, self.ground.classes
+        s, classes = self.settings, self.context.classes
         self._seen, self._total = self._seen + len(h), self._total + float(h.sum())
         mean = self._total / self._seen
         if self._warm is None and self._seen >= s.band_warm_up:

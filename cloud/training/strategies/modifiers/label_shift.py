@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cloud.training.step import School, TargetModifier
+from cloud.training.step import TargetModifier, TeacherPool
 
 __all__ = ["LabelShift", "LabelShiftSettings", "corrected"]
 
@@ -50,7 +50,7 @@ class LabelShift(TargetModifier[LabelShiftSettings]):
     formula: ClassVar[str] = "t'[c] ∝ t[c] π[c]/π0[c], π by expectation maximisation"
     settings_type: ClassVar[type] = LabelShiftSettings
 
-    def combined(self, votes: F32, combined: F32, school: School) -> F32:
+    def combined(self, votes: F32, combined: F32, pool: TeacherPool) -> F32:
         classes = combined.shape[1]
-        counts = np.bincount(school.labels[school.labels >= 0], minlength=classes)[:classes] + 1.0
+        counts = np.bincount(pool.labels[pool.labels >= 0], minlength=classes)[:classes] + 1.0
         return corrected(combined, counts / counts.sum(), self.settings.shift_rounds)[0]

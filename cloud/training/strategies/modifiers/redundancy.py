@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cloud.training.step import Ground, Modifier, Step
+from cloud.training.step import Context, Modifier, Step
 from cloud.training.strategies.eata import MeanPrediction
 from cloud.training.strategies.formulae import MARGIN, entropy, reliable_below
 
@@ -34,11 +34,11 @@ class Redundancy(Modifier[RedundancySettings]):
     formula: ClassVar[str] = "keep where H < 0.4 ln C and |cos(p, mean of kept p)| < ε"
     settings_type: ClassVar[type] = RedundancySettings
 
-    def begin(self, ground: Ground) -> None:
-        super().begin(ground)
+    def begin(self, context: Context) -> None:
+        super().begin(context)
         self._mean = MeanPrediction(self.settings.redundancy_cosine)
 
     def weights(self, step: Step) -> Tensor:
         logits = step.student.logits.detach()
-        reliable = entropy(logits) < reliable_below(self.ground.classes, self.settings.redundancy_high)
+        reliable = entropy(logits) < reliable_below(self.context.classes, self.settings.redundancy_high)
         return self._mean.unlike(torch.softmax(logits, 1), reliable).float()

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cloud.training.step import School, TargetModifier
+from cloud.training.step import TargetModifier, TeacherPool
 
 __all__ = ["TeacherWeights", "TeacherWeightsSettings", "aggregate", "degraded", "evidence", "fit"]
 
@@ -88,18 +88,18 @@ class TeacherWeights(TargetModifier[TeacherWeightsSettings]):
         super().__init__(settings)
         self._w: Tensor | None = None
 
-    def combined(self, votes: F32, combined: F32, school: School) -> F32:
-        if len(votes) < 2 or not len(school.images) or len(school.labels) != len(school.images) or (school.labels < 0).any():
+    def combined(self, votes: F32, combined: F32, pool: TeacherPool) -> F32:
+        if len(votes) < 2 or not len(pool.images) or len(pool.labels) != len(pool.images) or (pool.labels < 0).any():
             return combined
         if self._w is None:
-            self._w = self._learnt(school)
+            self._w = self._learnt(pool)
         return aggregate(torch.from_numpy(votes), self._w).numpy().astype(np.float32)
 
-    def _learnt(self, school: School) -> Tensor:
+    def _learnt(self, pool: TeacherPool) -> Tensor:
         rng = np.random.default_rng(self.settings.weights_seed)
         domains = []
         for _ in range(self.settings.weights_domains):
-            pick = rng.permutation(len(school.images))[: self.settings.weights_images]
-            votes = school.votes(degraded(school.images[pick], rng))
-            domains.append((torch.from_numpy(votes), torch.from_numpy(school.labels[pick])))
+            pick = rng.permutation(len(pool.images))[: self.settings.weights_images]
+            votes = pool.votes(degraded(pool.images[pick], rng))
+            domains.append((torch.from_numpy(votes), torch.from_numpy(pool.labels[pick])))
         return fit(domains)

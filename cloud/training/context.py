@@ -1,4 +1,4 @@
-"""What strategies stand on, made of a bundle's student: `cloud.training.step.Ground`."""
+"""What strategies stand on, made of a bundle's student: `cloud.training.step.Context`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cloud.training.step import Answers
 from refold.errors import ModelError
 from refold.preprocess import Preprocess
 
-__all__ = ["StudentGround"]
+__all__ = ["StudentContext"]
 
 LINEAR = (torch.nn.functional.linear, torch.ops.aten.linear.default)
 
@@ -34,8 +34,8 @@ class _LastLinear(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class StudentGround:
-    """See `cloud.training.step.Ground`.
+class StudentContext:
+    """See `cloud.training.step.Context`.
 
     Args:
         student: loaded with the states to start from.

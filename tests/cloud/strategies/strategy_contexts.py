@@ -1,4 +1,4 @@
-"""A ground whose student is one line of arithmetic, so that every loss can be computed by hand."""
+"""A context whose student is one line of arithmetic, so that every loss can be computed by hand."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from cloud.training.step import Answers, Step
 
-__all__ = ["LineGround", "step_of"]
+__all__ = ["LineContext", "step_of"]
 
 
-class LineGround:
+class LineContext:
     """logits = x · gamma + beta, column by column, x (n, classes); features are x."""
 
     def __init__(self, gamma: Sequence[float], beta: Sequence[float], calibration: Tensor | None = None) -> None:
@@ -46,12 +46,12 @@ class LineGround:
         return x + 0.5 * self.shown * torch.arange(self.classes)
 
 
-def step_of(ground: LineGround, x: Tensor, **given: object) -> Step:
+def step_of(context: LineContext, x: Tensor, **given: object) -> Step:
     """A step on x, (n, classes), with even teachers and weights of 1 unless given."""
     values: dict[str, object] = {
-        "teachers": torch.full_like(x, 1 / ground.classes),
+        "teachers": torch.full_like(x, 1 / context.classes),
         "weights": torch.ones(len(x)),
-        "exported": ground.exported_answers(x).logits,
-        "augmented": ground.look(x + 1.0 * torch.arange(ground.classes)),
+        "exported": context.exported_answers(x).logits,
+        "augmented": context.look(x + 1.0 * torch.arange(context.classes)),
     }
-    return Step(x=x, student=ground.look(x), **{**values, **given})  # type: ignore[arg-type]
+    return Step(x=x, student=context.look(x), **{**values, **given})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What strategies stand on, made of a bundle's student: `cloud.training.step.Context`."""
+"""What strategies are given to work with, made of a bundle's student: `cloud.training.step.Context`."""
 
 from __future__ import annotations
 

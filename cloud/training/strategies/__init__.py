@@ -9,8 +9,8 @@ A *strategy* is a small object. Shown one step (`training.step.Step`: the studen
 
 A *modifier* combines with any strategy: it weighs uploads (wisdom of crowds, CEMA's two selections), adds a term to the loss
 (CAFA, the teachers' predictions), or corrects the teachers' predictions before anything is learnt (label shift, weighting of
-several teachers). `training.loop.run_strategy` drives any of them through the bundle's integers; statistics are measured, as for
-every recipe.
+several teachers). `training.loop.run_strategy` drives any of them through the bundle's integers; statistics are measured, as
+for every recipe.
 
     [distil]
     recipe = "roid"

@@ -150,14 +150,14 @@ class _Steps:
     """Makes a `Step` of uploads: what the strategy and the modifiers need, and nothing else."""
 
     def __init__(self, context: StudentContext, preprocess: Preprocess, task: Task, needs: frozenset[str], moved: bool) -> None:
-        self._ground, self._preprocess, self._images = context, preprocess, task.images
+        self._context, self._preprocess, self._images = context, preprocess, task.images
         self._targets = torch.from_numpy(task.targets)
         self._needs, self._moved = needs, moved
         self._exported = self._exported_logits() if "exported" in needs else None
 
     def of(self, pick: np.ndarray[Any, np.dtype[np.int64]]) -> Step:
         plain = torch.from_numpy(self._preprocess.apply(self._images[pick]))
-        x = self._ground.augment(plain) if self._moved else plain
+        x = self._context.augment(plain) if self._moved else plain
         return self._seen(x, self._targets[pick], self._exported[pick] if self._exported is not None else None)
 
     def again(self, step: Step) -> Step:
@@ -167,10 +167,10 @@ class _Steps:
     def _exported_logits(self) -> Tensor:
         """Of every upload, (N, classes): once, since the exported model does not change."""
         parts = [self._images[i : i + CHUNK] for i in range(0, len(self._images), CHUNK)]
-        return torch.cat([self._ground.exported_answers(torch.from_numpy(self._preprocess.apply(p))).logits for p in parts])
+        return torch.cat([self._context.exported_answers(torch.from_numpy(self._preprocess.apply(p))).logits for p in parts])
 
     def _seen(self, x: Tensor, teachers: Tensor, exported: Tensor | None, *, again: bool = False) -> Step:
-        context = self._ground
+        context = self._context
         replay = "replay" in self._needs and context.has_calibration
         return Step(
             x=x,

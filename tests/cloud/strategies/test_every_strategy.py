@@ -94,7 +94,7 @@ def context_of(bundle: Bundle, *, features: bool = True) -> tuple[Student, Stude
     return student, made
 
 
-def test_the_ground_answers_for_other_values_and_leaves_the_student_as_it_was(bundle: Bundle) -> None:
+def test_the_context_answers_for_other_values_and_leaves_the_student_as_it_was(bundle: Bundle) -> None:
     student, context = context_of(bundle)
     x, targets = context.calibration(40)
     assert x.shape == (40, 3, 16, 16)

@@ -81,16 +81,18 @@ class CachedTeachers(Teachers):
         super().__init__(teachers.teachers, teachers.preprocess, teachers.settings)
         self._known: dict[tuple[str, str, bytes], F32] = {}
         self._adapted: dict[str, bytes] = {}
+        self._waiting: dict[str, U8] = {}
 
     def adapt(self, domain: str, images: U8) -> None:
+        """Waits until a question comes whose answer is not known."""
         key = _digest(images)
         if self._adapted.get(domain) != key:
-            super().adapt(domain, images)
-            self._adapted[domain] = key
+            self._adapted[domain], self._waiting[domain] = key, images
 
     def forget(self, domain: str) -> None:
         super().forget(domain)
         self._adapted.pop(domain, None)
+        self._waiting.pop(domain, None)
 
     def probabilities(self, images: U8, domain: str = "") -> F32:
         return self._once("probabilities", super().probabilities, images, domain)
@@ -101,6 +103,8 @@ class CachedTeachers(Teachers):
     def _once(self, what: str, ask: Callable[[U8, str], F32], images: U8, domain: str) -> F32:
         key = (what, domain, _digest(images) + self._adapted.get(domain, b""))
         if key not in self._known:
+            if domain in self._waiting:
+                super().adapt(domain, self._waiting.pop(domain))
             self._known[key] = ask(images, domain)
         return self._known[key]
 
@@ -169,12 +173,13 @@ def _trained(
 ) -> tuple[dict[str, NormState], float]:
     bundle = student_bundle()
     if row.recipe == STATISTICS:
-        student = Student(bundle)
+        student = _student()
+        student.load({})
         population = subject.uploads[-settings.population :]
         weight = settings.mix * len(population) / (len(population) + settings.prior_samples)
         moments = student.clamp(student.measure(torch.from_numpy(bundle.preprocess.apply(population)), weight))
         return student.states(moments), 0.0
-    distiller = Distiller(bundle, teachers, settings)
+    distiller = Distiller(bundle, teachers, settings, student=_student())
     distiller.add_samples(subject.uploads, domain, np.ones(len(subject.uploads), bool))
     candidate = distiller.train(domain)
     return dict(candidate.states), float(candidate.metrics.get("share", float("nan")))
@@ -190,6 +195,12 @@ def _accuracy(states: dict[str, NormState], subject: Subject) -> float:
 @cache
 def _exported_accuracy(corruption: str, seed: int, scale: Scale) -> float:
     return _accuracy({}, _subject(corruption, seed, scale))
+
+
+@cache
+def _student() -> Student:
+    """One for all pieces: opening it takes as long as a short training, and each training loads it anew."""
+    return Student(student_bundle())
 
 
 @cache

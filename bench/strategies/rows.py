@@ -89,8 +89,8 @@ FULL = Scale(
     ("shot_noise", "defocus_blur", "snow", "contrast", "pixelate"),
     uploads=300,
     judged=1500,
-    tried=(5e-4, 2e-3),
-    distil={"steps": 48, "group": 32, "population": 128, "mixes": (), "refresh": 24},
+    tried=(1e-3, 3e-3),
+    distil={"steps": 24, "group": 32, "population": 96, "mixes": (), "refresh": 12},
 )
 QUICK = Scale(
     ("gaussian_noise",),

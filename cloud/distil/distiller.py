@@ -64,6 +64,7 @@ class Distiller:
         bundle: open.
         teachers: see `load_teachers`.
         settings: numbers.
+        student: the bundle's, where one is open already; every training loads it anew.
     """
 
     def __init__(
@@ -71,12 +72,14 @@ class Distiller:
         bundle: Bundle,
         teachers: Teachers,
         settings: DistilSettings | None = None,
+        *,
+        student: Student | None = None,
     ) -> None:
         self.settings = settings or DistilSettings()
         torch.set_num_threads(self.settings.threads)
         self._bundle = bundle
         self._teachers = teachers
-        self._student = Student(bundle)
+        self._student = student or Student(bundle)
         self._calibration = Calibration.of(bundle)
         self._corrected = CorrectedTeachers(teachers, self._calibration, self.settings)
         self._domains: dict[str, DomainEvidence] = {}

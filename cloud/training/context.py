@@ -110,7 +110,7 @@ class StudentContext:
 
     def _without_gradient(self, x: Tensor, values: Sequence[Tensor], moments: Sequence[Moments]) -> Answers:
         with torch.no_grad(), self._in_place_of(values):
-            parts = [self._run(part, moments) for part in x.split(self._batch)]
+            parts = [self._run(part, moments) for part in torch.split(x, self._batch)]
         features = [p.known_features for p in parts] if self._wants_features else []
         return Answers(torch.cat([p.logits for p in parts]), torch.cat(features) if features else None)
 

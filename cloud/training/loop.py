@@ -60,8 +60,9 @@ def run_strategy(student: Student, preprocess: Preprocess, task: Task, settings:
         features="features" in needs,
     )
     context.moments = task.measure()
-    for part in (strategy, *modifiers):
-        part.begin(context)
+    strategy.begin(context)
+    for m in modifiers:
+        m.begin(context)
     steps = _Steps(context, preprocess, task, needs, strategy.moved)
     losses, weights = [], []
     student.trainable(True)

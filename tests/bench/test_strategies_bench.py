@@ -47,7 +47,7 @@ def made_up(work: Work, scale: Scale) -> Piece:
     base = 70.0 if work.row != STATISTICS else 65.0
     developing = work.corruption in scale.development
     gain = {"refold": 1.0 if developing else -0.5}.get(work.row, 0.0)
-    if developing and work.rate == 2e-3:
+    if developing and work.rate == 3e-3:
         gain -= 0.25
     return Piece(work, base + gain, 50.0, 1.0, 0.1)
 
@@ -73,12 +73,12 @@ def test_a_whole_run_chooses_rates_and_names_a_default(no_networks: list[Work], 
     assert result.rows[0]["row"] == "refold"
     assert result.settings["best on the development half"] == "refold"
     by_name = {line["row"]: line for line in result.rows}
-    assert by_name["roid"]["rate"] == 5e-4
-    assert by_name["roid"]["development at 0.002"] == 69.75
-    assert by_name["roid + teachers"]["rate"] == 5e-4
+    assert by_name["roid"]["rate"] == 1e-3
+    assert by_name["roid"]["development at 0.003"] == 69.75
+    assert by_name["roid + teachers"]["rate"] == 1e-3
     assert by_name[STATISTICS]["rate"] is None
     assert by_name["eata"]["report"] == 70.0
-    assert not any(w.rate == 2e-3 for w in no_networks if w.corruption in FULL.report)
+    assert not any(w.rate == 3e-3 for w in no_networks if w.corruption in FULL.report)
     found = {c.id: c for c in result.claims}
     assert (found["strategies.default"].value, found["strategies.default"].holds) == (1.0, True)
     assert (found["strategies.report"].value, found["strategies.report"].holds) == (-0.5, False)

@@ -57,7 +57,7 @@ def fisher(context: Context, count: int) -> list[Tensor]:
     0."""
     x, _ = context.calibration(count)
     total = [torch.zeros_like(p) for p in context.exported]
-    batches = x.split(FISHER_BATCH) if len(x) else ()
+    batches = torch.split(x, FISHER_BATCH) if len(x) else ()
     for part in batches:
         gradients = context.exported_gradients(
             part, lambda logits: torch.nn.functional.cross_entropy(logits, logits.detach().argmax(1)), context.exported

@@ -32,7 +32,7 @@ class PetalSettings(Settings):
     momentum: float = 0.999
     prior: float = 1e-9
     restored: float = 0.03
-    fit_steps: int = 16
+    fit_steps: int = 8
     fit_rate: float = 1e-3
 
 

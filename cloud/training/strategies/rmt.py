@@ -34,7 +34,7 @@ class RmtSettings(Settings):
 def prototypes(features: Tensor, targets: Tensor) -> Tensor:
     """Mean feature of each class, (classes met, d), from features (m, d) and targets (m, classes)."""
     labels = targets.argmax(1)
-    return torch.stack([features[labels == c].mean(0) for c in labels.unique()])
+    return torch.stack([features[labels == c].mean(0) for c in torch.unique(labels)])
 
 
 def contrast(views: Tensor, temperature: float) -> Tensor:

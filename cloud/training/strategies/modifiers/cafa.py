@@ -39,7 +39,7 @@ class CafaSettings:
 def gaussians(features: Tensor, targets: Tensor, shrinkage: float) -> tuple[Tensor, Tensor, Tensor]:
     """Classes met (k,), their means (k, d) and precisions (k, d, d), from features (m, d) and targets (m, classes)."""
     labels = targets.argmax(1)
-    classes = labels.unique()
+    classes = torch.unique(labels)
     means = torch.stack([features[labels == c].mean(0) for c in classes])
     scatter = torch.stack([torch.cov(features[labels == c].T, correction=0) for c in classes])
     scatter = scatter.reshape(len(classes), features.shape[1], features.shape[1])
@@ -68,7 +68,7 @@ class Cafa(Modifier[CafaSettings]):
     def begin(self, context: Context) -> None:
         super().begin(context)
         x, targets = context.calibration(self.settings.cafa_images)
-        if not len(x) or len(targets.argmax(1).unique()) < 2:
+        if not len(x) or len(torch.unique(targets.argmax(1))) < 2:
             raise ModelError("CAFA needs calibration images of two classes or more: export the bundle with some.")
         features = context.exported_answers(x).known_features
         self._classes, self._means, self._precisions = gaussians(features, targets, self.settings.cafa_shrinkage)

@@ -34,8 +34,8 @@ STEPS, RATE, DECAY = 100, 0.1, 1e-3  # of Adam on three numbers
 class TeacherWeightsSettings:
     """weights_domains: made domains. weights_images: calibration images in each. weights_seed: of both."""
 
-    weights_domains: int = 6
-    weights_images: int = 128
+    weights_domains: int = 4
+    weights_images: int = 96
     weights_seed: int = 0
 
 
@@ -74,7 +74,8 @@ def degraded(images: U8, rng: np.random.Generator) -> U8:
     for axis in (1, 2):
         x = (1 - 2 * smooth) * x + smooth * (np.roll(x, 1, axis) + np.roll(x, -1, axis))
     x = x + rng.normal(0, rng.uniform(0, 0.12), x.shape)
-    return (x.clip(0, 1) * 255).round().astype(np.uint8)
+    made: U8 = (x.clip(0, 1) * 255).round().astype(np.uint8)
+    return made
 
 
 class TeacherWeights(TargetModifier[TeacherWeightsSettings]):

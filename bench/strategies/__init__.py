@@ -7,7 +7,8 @@ the choice of how far to go are the same for all; strategy, modifiers and learni
 
 Two halves that share no corruption and no seed:
 
-    development   gaussian noise, glass blur, frost, JPEG at seed 100: each row's learning rate is chosen here, and the best row
+    development   gaussian noise, glass blur, frost, JPEG at seed 100: the best row is chosen here; each row's learning rate on
+                  gaussian noise and JPEG
     report        shot noise, defocus blur, snow, contrast, pixelate at seed 0
 
 A row with modifiers takes the learning rate of the row it is built on.
@@ -39,10 +40,11 @@ def run(options: Options) -> Result:
     def pieces(work: list[Work], title: str) -> list[Piece]:
         return run_pieces(work, scale, title, processes=options.processes, resume=options.resume)
 
-    tried = [Work(r.name, rate, *where) for where in development for r in bases for rate in scale.rates(r)]
-    found = pieces(tried, "development")
+    tuning = [where for where in development if where[0] in scale.tuning]
+    found = pieces([Work(r.name, rate, *where) for where in tuning for r in bases for rate in scale.rates(r)], "learning rates")
     rates = {r.name: best_rate(r.name, found) for r in bases}
     rates |= {r.name: rates[r.base] for r in built}
-    found += pieces([Work(r.name, rates[r.name], *where) for where in development for r in built], "development, modifiers")
-    found += pieces([Work(r.name, rates[r.name], *where) for where in report for r in rows], "report")
+    chosen = [Work(r.name, rates[r.name], *where) for where in (*development, *report) for r in rows]
+    known = {p.work for p in found}
+    found += pieces([w for w in chosen if w not in known], "development and report")
     return build(rows, rates, found, scale, seed=options.seed, quick=options.quick)

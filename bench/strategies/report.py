@@ -15,7 +15,7 @@ __all__ = ["best_rate", "build", "claims", "plot"]
 
 
 def best_rate(row: str, pieces: list[Piece]) -> float:
-    """The rate with the best mean over the development half. Raises ValueError where the row was not run."""
+    """The rate with the best mean over these pieces. Raises ValueError where the row was not run."""
     found: dict[float, list[float]] = {}
     for p in pieces:
         if p.work.row == row:
@@ -48,17 +48,17 @@ def build(
         line |= {f"{name} (development)": p.accuracy for name, p in developed.items()}
         tried: dict[float, list[float]] = {}
         for p in pieces:
-            if p.work.row == row.name and p.work.corruption in scale.development:
+            if p.work.row == row.name and p.work.corruption in scale.tuning:
                 tried.setdefault(p.work.rate, []).append(p.accuracy)
         if len(tried) > 1:
-            line |= {f"development at {rate:g}": round(mean(found), 2) for rate, found in sorted(tried.items())}
+            line |= {f"tuning at {rate:g}": round(mean(found), 2) for rate, found in sorted(tried.items())}
         table.append(line)
     table.sort(key=lambda line: -number(line["development"]))
     best = next((line for line in table if line["recipe"] != STATISTICS), None)
     settings: dict[str, object] = {
         "student": "ResNet-20, int8",
         "severity": 5,
-        "development": {"corruptions": scale.development, "seed": scale.development_seed},
+        "development": {"corruptions": scale.development, "tuning": scale.tuning, "seed": scale.development_seed},
         "report": {"corruptions": scale.report, "seed": seed},
         "uploads": scale.uploads,
         "judged": scale.judged,

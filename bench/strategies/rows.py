@@ -58,14 +58,15 @@ ROWS = (
     Row("distillation + cafa", "distillation", ("cafa",), base="distillation"),
     Row("distillation + label shift", "distillation", ("label-shift",), base="distillation"),
     Row("distillation + teacher weights", "distillation", ("teacher-weights",), base="distillation"),
-    Row("refold + teacher weights", "refold", ("teacher-weights",), base="refold"),
 )
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is run. `distil`: settings of the distiller that all rows share."""
+    """How much is run. `distil`: settings of the distiller that all rows share. `tuning`: those of the development half on which
+    learning rates are tried."""
 
+    tuning: tuple[str, ...]
     development: tuple[str, ...]
     report: tuple[str, ...]
     uploads: int
@@ -79,12 +80,13 @@ class Scale:
         return QUICK if quick else FULL
 
     def rates(self, row: Row) -> tuple[float, ...]:
-        """Learning rates that are tried on the development half."""
+        """Learning rates that are tried."""
         return (0.0,) if row.recipe in (STATISTICS, *FIXED) else self.tried
 
 
 # `mixes`: the statistics' share stays at its default, so that rows differ in nothing but what they learn.
 FULL = Scale(
+    ("gaussian_noise", "jpeg_compression"),
     ("gaussian_noise", "glass_blur", "frost", "jpeg_compression"),
     ("shot_noise", "defocus_blur", "snow", "contrast", "pixelate"),
     uploads=300,
@@ -93,6 +95,7 @@ FULL = Scale(
     distil={"steps": 24, "group": 32, "population": 96, "mixes": (), "refresh": 12},
 )
 QUICK = Scale(
+    ("gaussian_noise",),
     ("gaussian_noise",),
     ("shot_noise", "contrast"),
     uploads=150,

@@ -23,6 +23,7 @@ from refold.preprocess import Preprocess
 @pytest.mark.parametrize("scale", [FULL, QUICK])
 def test_nothing_is_chosen_on_what_is_reported(scale: Scale) -> None:
     assert not set(scale.development) & set(scale.report)
+    assert set(scale.tuning) <= set(scale.development)
     assert set(scale.development) | set(scale.report) <= set(NAMES)
     assert scale.development_seed != Options().seed
     assert scale.uploads + scale.judged <= 10_000
@@ -74,7 +75,7 @@ def test_a_whole_run_chooses_rates_and_names_a_default(no_networks: list[Work], 
     assert result.settings["best on the development half"] == "refold"
     by_name = {line["row"]: line for line in result.rows}
     assert by_name["roid"]["rate"] == 1e-3
-    assert by_name["roid"]["development at 0.003"] == 69.75
+    assert by_name["roid"]["tuning at 0.003"] == 69.75
     assert by_name["roid + teachers"]["rate"] == 1e-3
     assert by_name[STATISTICS]["rate"] is None
     assert by_name["eata"]["report"] == 70.0

@@ -63,8 +63,8 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is run. `distil`: settings of the distiller that all rows share. `tuning`: those of the development half on which
-    learning rates are tried."""
+    """How much is run. `distil`: settings of the distiller that all rows share. `tuning`: those of the development half on
+    which learning rates are tried."""
 
     tuning: tuple[str, ...]
     development: tuple[str, ...]

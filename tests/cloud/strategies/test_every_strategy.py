@@ -80,6 +80,15 @@ def test_corrected_teachers_go_with_the_refold_recipe_too(bundle: Bundle, teache
     assert candidate(bundle, teachers, "refold", modifiers=(name,)).states != candidate(bundle, teachers, "refold").states
 
 
+def test_an_open_student_gives_what_a_fresh_one_gives(bundle: Bundle, teachers: Teachers) -> None:
+    student, found = Student(bundle), []
+    for recipe in ("sar", "refold", "cema-paper", "roid"):
+        made = Distiller(bundle, teachers, DistilSettings.of({**FAST, "recipe": recipe}), student=student)
+        made.add_samples(noisy(pictures(64, 5)[0]), "d1", np.ones(64, bool))
+        found.append((recipe, made.train("d1").states))
+    assert all(candidate(bundle, teachers, recipe).states == states for recipe, states in found)
+
+
 def test_distillation_learns(bundle: Bundle, teachers: Teachers) -> None:
     found = candidate(bundle, teachers, "distillation", steps=40, options={"rate": 5e-3})
     assert found.metrics["loss_last"] < found.metrics["loss_first"]

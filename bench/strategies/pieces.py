@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -15,25 +14,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench.adaptation.refold_method import TEACHERS
 from bench.adaptation.student_bundle import student_bundle
 from bench.corrupt.streams import cache_folder, stream
 from bench.parallel import executor
 from bench.result import console, progress
 from bench.strategies.rows import ROWS, STATISTICS, Row, Scale
-from cloud.distil import Distiller, DistilSettings, Student, Teachers, load_teachers
-from cloud.settings import TeacherSpec
-from demo.images import data_folder
+from bench.strategies.teachers import cached_teachers
+from cloud.distil import Distiller, DistilSettings, Student, Teachers
 from edge.engine import EngineFactory
 from edge.serving import ServingState
 from refold.atomic import write_atomically
-from refold.errors import InputError, RefoldError
+from refold.errors import RefoldError
 from refold.norms import NormState
 
-__all__ = ["CachedTeachers", "Piece", "Work", "run_pieces"]
+__all__ = ["Piece", "Work", "run_pieces"]
 
 U8 = NDArray[np.uint8]
-F32 = NDArray[np.float32]
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
     "bench/strategies",
@@ -72,41 +68,6 @@ class Piece:
     exported: float
     share: float
     seconds: float
-
-
-class CachedTeachers(Teachers):
-    """Teachers that are asked the same again and again: what they measured and answered is kept."""
-
-    def __init__(self, teachers: Teachers) -> None:
-        super().__init__(teachers.teachers, teachers.preprocess, teachers.settings)
-        self._known: dict[tuple[str, str, bytes], F32] = {}
-        self._adapted: dict[str, bytes] = {}
-        self._waiting: dict[str, U8] = {}
-
-    def adapt(self, domain: str, images: U8) -> None:
-        """Waits until a question comes whose answer is not known."""
-        key = _digest(images)
-        if self._adapted.get(domain) != key:
-            self._adapted[domain], self._waiting[domain] = key, images
-
-    def forget(self, domain: str) -> None:
-        super().forget(domain)
-        self._adapted.pop(domain, None)
-        self._waiting.pop(domain, None)
-
-    def probabilities(self, images: U8, domain: str = "") -> F32:
-        return self._once("probabilities", super().probabilities, images, domain)
-
-    def votes(self, images: U8, domain: str = "") -> F32:
-        return self._once("votes", super().votes, images, domain)
-
-    def _once(self, what: str, ask: Callable[[U8, str], F32], images: U8, domain: str) -> F32:
-        key = (what, domain, _digest(images) + self._adapted.get(domain, b""))
-        if key not in self._known:
-            if domain in self._waiting:
-                super().adapt(domain, self._waiting.pop(domain))
-            self._known[key] = ask(images, domain)
-        return self._known[key]
 
 
 @dataclass(frozen=True)
@@ -148,7 +109,7 @@ def _run(work: Work, scale: Scale) -> Piece:
     torch.set_num_threads(1)
     subject = _subject(work.corruption, work.seed, scale)
     row = next(r for r in ROWS if r.name == work.row)
-    teachers = _teachers()
+    teachers = cached_teachers()
     domain = f"{work.corruption} {work.seed}"
     settings = row.settings(work.rate, scale) if row.recipe != STATISTICS else DistilSettings.of(scale.distil)
     _ask(teachers, subject, domain, settings)
@@ -212,19 +173,6 @@ def _factory() -> EngineFactory:
 def _subject(corruption: str, seed: int, scale: Scale) -> Subject:
     frames = stream(corruption, scale.uploads + scale.judged, seed=seed)
     return Subject(frames.images[: scale.uploads], frames.images[scale.uploads :], frames.labels[scale.uploads :])
-
-
-@cache
-def _teachers() -> CachedTeachers:
-    folder = data_folder()
-    if folder is None:
-        raise InputError("The teachers' weights are needed: set REFOLD_DATA to their folder.", code="no-data")
-    sources = [TeacherSpec(spec=f"demo.models:{make}", weights=str(folder / f"{name}.npz")) for name, make in TEACHERS]
-    return CachedTeachers(load_teachers(sources, student_bundle().preprocess, DistilSettings()))
-
-
-def _digest(images: U8) -> bytes:
-    return hashlib.sha256(images.tobytes()).digest()
 
 
 @cache

@@ -11,9 +11,10 @@ import pytest
 from bench.corrupt import NAMES
 from bench.result import Options, show
 from bench.strategies import pieces, run
-from bench.strategies.pieces import CachedTeachers, Piece, Work, run_pieces
+from bench.strategies.pieces import Piece, Work, run_pieces
 from bench.strategies.report import best_rate, build, claims, plot
 from bench.strategies.rows import FULL, QUICK, ROWS, STATISTICS, Scale
+from bench.strategies.teachers import CachedTeachers
 from cloud.distil import DistilSettings, Teacher, Teachers
 from cloud.training.strategies.registry import MODIFIERS, STRATEGIES
 from refold.errors import UsageError

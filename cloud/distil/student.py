@@ -97,6 +97,10 @@ class Student:
         """Present gamma and beta, to go back to."""
         return [t.detach().clone() for t in self.parameters]
 
+    def exported_values(self) -> list[Tensor]:
+        """gamma and beta as exported, in the order of `parameters`."""
+        return [_tensor(v) for s in self.sites for v in (s.exported.gamma, s.exported.beta) if v.size]
+
     def restore(self, values: Sequence[Tensor]) -> None:
         with torch.no_grad():
             for tensor, value in zip(self.parameters, values, strict=True):

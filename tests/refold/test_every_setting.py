@@ -37,6 +37,8 @@ GIVEN: dict[str, Any] = {  # values that a definition's types and bounds do not 
     "tls.more_release_keys": (KEY, "cd" * 32),
     "workers.distiller": "cloud.lesson:make_lesson",
     "distil.mixes": (0.25, 0.5),
+    "distil.modifiers": ("label-shift", "teacher-weights"),
+    "distil.options": {"rate": 0.25, "pull": 0.5},
     "storage.database": "postgresql+psycopg://user:word@host/name",
 }
 
@@ -45,6 +47,7 @@ WITH = {  # what a setting cannot stand without
     "inference.certificate": {"inference.key": "key.pem"},
     "inference.key": {"inference.certificate": "certificate.pem"},
     "inference.client_ca": {"inference.key": "key.pem", "inference.certificate": "certificate.pem"},
+    "distil.options": {"distil.recipe": "roid"},
 }
 
 

@@ -18,6 +18,7 @@ from refold.errors import RefoldError
 BENCHES = {
     "adaptation": "accuracy under shift: Refold's int8 device and cloud against published methods in fp32",
     "elastic": "one supernet at every bit-width against nets trained alone and ONNX Runtime's own quantisation",
+    "corrections": "output corrections on ordered and shuffled streams, always and behind their switch; second looks; novelty",
     "corruptions": "the CIFAR-10-C generator against pictures made with its authors' code",
     "exactness": "any release against a fresh export, bit for bit; its size; the swap; int8 against fp32 time",
     "experts": "expert paging under real memory caps against llama.cpp, mmap, EdgeMoE's policy and accelerate",

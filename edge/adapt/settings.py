@@ -78,7 +78,7 @@ class AdaptSettings:
         if self.correction != "off" and not self.enabled:
             raise UsageError(
                 f"adapt.correction is {self.correction!r} and adapt.enabled is false: without the shift detector a shift that "
-                "moves answers to one class would be taken for a run of it. Set adapt.correction to off, or adapt.enabled to true."
+                "moves answers to one class would be taken for a run of it. Set the first to off or the second to true."
             )
         for name in ("mix", "staleness"):
             if not 0.0 <= getattr(self, name) <= 1.0:

@@ -61,7 +61,7 @@ class NoveltySettings:
     seed: int = 0
 
 
-class Bundle:
+class DomainBundle:
     """One domain: mean hypervector, how many frames it stands for, and their mean similarity with it."""
 
     def __init__(self, dimensions: int) -> None:
@@ -111,7 +111,7 @@ class NoveltyGate:
         total = vectors.sum(0)
         own = np.einsum("ij,ij->i", vectors, vectors)
         similarities = (vectors @ total - own) / (n - 1)  # each with the mean of the others
-        bundle = Bundle(self.settings.dimensions)
+        bundle = DomainBundle(self.settings.dimensions)
         bundle.mean, bundle.frames, bundle.similarity = total / n, float(n), float(similarities.mean())
         self._bundles = {home: bundle}
         return float(np.quantile(similarities, self.settings.marked, method="lower")) / bundle.similarity
@@ -171,9 +171,9 @@ class NoveltyGate:
             self._bundles[self._home].add(vector, found[self._home], s.remembered)
         return not explained
 
-    def _present_bundle(self) -> Bundle:
+    def _present_bundle(self) -> DomainBundle:
         """The present domain's, now the one that grew last."""
-        bundle = self._bundles.pop(self._present, None) or Bundle(self.settings.dimensions)
+        bundle = self._bundles.pop(self._present, None) or DomainBundle(self.settings.dimensions)
         self._bundles[self._present] = bundle
         while len(self._bundles) > self.settings.domains + 1:
             del self._bundles[next(name for name in self._bundles if name != self._home)]

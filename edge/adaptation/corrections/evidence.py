@@ -5,9 +5,9 @@ Of the stream's last N predicted classes (N_c of class c), the newest n are look
     a = Σ n_c (n_c - 1) / n (n - 1)
 
 is the share of pairs of the same class. Were the order of the N frames chance, the newest n would be a draw without
-replacement, and the mean of `a` exactly q = Σ N_c (N_c - 1) / N (N - 1), whatever the class mix: a stream of one class, a skewed one, and a
-network that answers one class for everything explain their own agreement. The variance is that of n independent draws, which
-is larger:
+replacement, and the mean of `a` exactly q = Σ N_c (N_c - 1) / N (N - 1), whatever the class mix: a stream of one class, a
+skewed one, and a network that answers one class for everything explain their own agreement. The variance is that of n
+independent draws, which is larger:
 
     Var a = [ q(1 - q) · n(n-1)/2 + n(n-1)(n-2) (t - q²) ] / (n(n-1)/2)²        q = Σ (N_c/N)², t = Σ (N_c/N)³
 

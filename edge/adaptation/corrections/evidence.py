@@ -1,19 +1,20 @@
 """The switch: do the classes a device predicts come in runs? A permutation test, without labels.
 
-Of the stream's last N predicted classes (N_c of class c), the newest n are looked at (n_c of class c). Their agreement
+Of the stream's last N predicted classes (N_g of group g) the newest n (n_g of group g) are compared with all. Were the order
+of the N chance, the newest n would be a draw without replacement, whatever the class mix: a stream of one class, a skewed one,
+and a network that answers one class for everything explain themselves. The test statistic is their relative entropy,
 
-    a = Σ n_c (n_c - 1) / n (n - 1)
+    e = Σ_g n_g ln( n_g N / (N_g n) )  nats,     P(e ≥ x) ≤ exp(-x + (G - 1)(1 + ln(x / (G - 1))))  for x > G - 1
 
-is the share of pairs of the same class. Were the order of the N frames chance, the newest n would be a draw without
-replacement, and the mean of `a` exactly q = Σ N_c (N_c - 1) / N (N - 1), whatever the class mix: a stream of one class, a
-skewed one, and a network that answers one class for everything explain their own agreement. The variance is that of n
-independent draws, which is larger:
+(Agrawal, IEEE Trans. Inf. Theory 66(10), 2020, theorem 1.2, for n independent draws. Its proof bounds E exp(λe), which is
+convex in the counts; a draw without replacement has no larger one: Hoeffding 1963, theorem 4.) The bound holds for every n.
+So that it says something with a thousand classes, these form at most 16 groups.
 
-    Var a = [ q(1 - q) · n(n-1)/2 + n(n-1)(n-2) (t - q²) ] / (n(n-1)/2)²        q = Σ (N_c/N)², t = Σ (N_c/N)³
+The newest n may also differ from the stream by being more mixed. So the share of their pairs that agree, a, is to exceed the
+stream's, q, by enough to matter: (a - q) / (1 - q) is 0 for a shuffled stream and 1 for one class after another.
 
-Evidence is an excess a - q of so many standard deviations and of a size that matters, as a share of the 1 - q that there could
-be. It is gone as soon as the newest n frames are as mixed as the stream: at the latest n frames after it stopped being sorted.
-Where a lasting change only narrowed the mix, it is gone when the N frames have taken the new one.
+The evidence is gone as soon as the newest n frames are as mixed as the stream: at the latest n frames after it stopped being
+sorted. Where a lasting change only narrowed the mix, it is gone when the N frames have taken the new one.
 
 A shift of domain may move a network's answers to one class, which no test on answers can tell from a run of that class. So the
 evidence begins anew with every domain, and pixels say when that is (edge/adapt/shift.py).
@@ -21,48 +22,61 @@ evidence begins anew with every domain, and pixels say when that is (edge/adapt/
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
-__all__ = ["RunEvidence", "RunSettings"]
+__all__ = ["RunEvidence", "RunSettings", "improbability"]
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Numbers of the switch, chosen on gaussian noise, brightness and clean images in the orders of seed 100.
+    """Numbers of the switch; the shares were chosen on gaussian noise, brightness and clean images in the orders of seed 100.
 
     Attributes:
         window: n, frames; LAME answers as many together.
-        reference: N, frames at most; 16 KB.
+        reference: N, frames at most.
         least: frames of a domain before anything is said.
-        on_deviations: standard deviations of excess that switch on.
-        on_share: excess, as a share of what there could be, that switches on.
-        off_deviations, off_share: below either, it switches off.
+        groups: G at most.
+        on_chance: bound on the probability, for a stream whose order is chance, below which it switches on: one frame in a
+            million.
+        on_share: excess agreement that switches on.
+        off_chance, off_share: above the one or below the other, it switches off.
     """
 
     window: int = 64
     reference: int = 4096
     least: int = 128
-    on_deviations: float = 6.0
-    on_share: float = 0.2
-    off_deviations: float = 3.0
-    off_share: float = 0.1
+    groups: int = 16
+    on_chance: float = 1e-6
+    on_share: float = 0.1
+    off_chance: float = 1e-2
+    off_share: float = 0.05
+
+
+def improbability(nats: float, groups: int) -> float:
+    """-ln of the module's bound on P(e ≥ nats); 0 where the bound says nothing."""
+    free = groups - 1
+    if free < 1 or nats <= free:
+        return 0.0
+    return nats - free * (1.0 + math.log(nats / free))
 
 
 class RunEvidence:
-    """The test over one stream. Microseconds a frame: sums of powers of the counts follow each frame in and out."""
+    """The test over one stream; microseconds a frame. Not thread-safe."""
 
     def __init__(self, class_count: int, settings: RunSettings | None = None) -> None:
-        self.settings = settings or RunSettings()
-        self._classes = class_count
+        s = self.settings = settings or RunSettings()
+        self._groups = min(class_count, s.groups)
+        self._bars = (-math.log(s.on_chance), s.on_share), (-math.log(s.off_chance), s.off_share)
         self.switches = 0
         self.on = False
         self.forget()
 
     @property
     def memory_bytes(self) -> int:
-        """Of the remembered classes and counts, at most (8-byte references; small numbers are shared)."""
-        return 8 * (self.settings.reference + self.settings.window + 2 * self._classes)
+        """Of the remembered groups and counts, at most: references of 8 bytes to small numbers, which are shared."""
+        return 8 * (self.settings.reference + self.settings.window + 2 * self._groups)
 
     def forget(self) -> None:
         """Begins anew, switched off."""
@@ -70,46 +84,35 @@ class RunEvidence:
         self.on = False
         self._newest: deque[int] = deque()
         self._all: deque[int] = deque()
-        self._few, self._many = [0] * self._classes, [0] * self._classes
-        self._few2 = self._many2 = self._many3 = 0
-        self.share = self.deviations = 0.0
+        self._few, self._many = [0] * self._groups, [0] * self._groups
+        self.share = self.improbability = 0.0
 
     def saw(self, predicted: int) -> bool:
         """Takes the class that the engine itself predicted for one frame; True while corrections are supported."""
-        s, few, many = self.settings, self._few, self._many
+        s, group = self.settings, predicted % self._groups
         if len(self._newest) == s.window:
-            old = self._newest.popleft()
-            self._few2 -= 2 * few[old] - 1
-            few[old] -= 1
+            self._few[self._newest.popleft()] -= 1
         if len(self._all) == s.reference:
-            old = self._all.popleft()
-            c = many[old]
-            self._many2 -= 2 * c - 1
-            self._many3 -= 3 * c * (c - 1) + 1
-            many[old] = c - 1
-        self._newest.append(predicted)
-        self._all.append(predicted)
-        self._few2 += 2 * few[predicted] + 1
-        few[predicted] += 1
-        c = many[predicted]
-        self._many2 += 2 * c + 1
-        self._many3 += 3 * c * (c + 1) + 1
-        many[predicted] = c + 1
+            self._many[self._all.popleft()] -= 1
+        self._newest.append(group)
+        self._all.append(group)
+        self._few[group] += 1
+        self._many[group] += 1
         if len(self._all) >= s.least:
             self._measure()
-        deviations, share = (s.off_deviations, s.off_share) if self.on else (s.on_deviations, s.on_share)
-        on = self.deviations >= deviations and self.share >= share
+        improbability, share = self._bars[self.on]
+        on = self.improbability >= improbability and self.share >= share
         self.switches += on != self.on
         self.on = on
         return on
 
     def _measure(self) -> None:
         n, all_ = len(self._newest), len(self._all)
-        pairs = n * (n - 1) / 2
-        agreement = (self._few2 - n) / (2 * pairs)
-        expected = (self._many2 - all_) / (all_ * (all_ - 1))
-        q, t = self._many2 / all_**2, self._many3 / all_**3
-        variance = (q * (1 - q) * pairs + n * (n - 1) * (n - 2) * max(t - q * q, 0.0)) / pairs**2
-        excess = agreement - expected
-        self.share = excess / (1 - expected) if expected < 1 else 0.0
-        self.deviations = excess / variance**0.5 if variance > 0 else 0.0
+        alike = sum(c * (c - 1) for c in self._few) / (n * (n - 1))
+        expected = sum(c * (c - 1) for c in self._many) / (all_ * (all_ - 1))
+        self.share = (alike - expected) / (1 - expected) if expected < 1 else 0.0
+        self.improbability = 0.0
+        if self.share > 0:
+            ratio = all_ / n
+            nats = sum(few * math.log(few * ratio / many) for few, many in zip(self._few, self._many, strict=True) if few)
+            self.improbability = improbability(nats, self._groups)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.adaptation.corrections import Corrector, Lame, RequestCorrector, RunEvidence, RunSettings, make_corrector
+from edge.adaptation.corrections.evidence import improbability
 from refold.errors import UsageError
 
 
@@ -20,25 +21,35 @@ def agreement(classes):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=12, max_size=80))
-def test_share_and_deviations_are_the_formulae_of_the_last_frames(classes):
+def test_share_and_improbability_are_the_formulae_of_the_last_frames(classes):
     evidence = RunEvidence(4, RunSettings(window=6, reference=30, least=12))
     for c in classes:
         evidence.saw(c)
     newest, known = classes[-6:], classes[-30:]
     a, q = agreement(newest), agreement(known)
-    p = np.bincount(known, minlength=4) / len(known)
-    variance = (((p**2).sum() * (1 - (p**2).sum())) * 15 + 6 * 5 * 4 * ((p**3).sum() - (p**2).sum() ** 2)) / 15**2
     assert evidence.share == pytest.approx((a - q) / (1 - q) if q < 1 else 0.0)
-    assert evidence.deviations == pytest.approx((a - q) / variance**0.5 if variance > 1e-15 else 0.0, abs=1e-6)
+    few, many = np.bincount(newest, minlength=4) / 6, np.bincount(known, minlength=4) / len(known)
+    nats = 6 * sum(f * np.log(f / m) for f, m in zip(few, many, strict=True) if f)
+    bound = np.exp(-nats) * (np.e * nats / 3) ** 3 if nats > 3 else 1.0
+    assert evidence.improbability == pytest.approx(-np.log(bound) if a > q else 0.0, abs=1e-9)
 
 
-def test_the_mean_under_every_order_is_exact_and_the_variance_is_not_too_small():
+def test_the_mean_agreement_under_every_order_is_exact():
     known = [0, 0, 0, 1, 1, 2, 2, 2]
     found = [agreement(s) for s in combinations(known, 4)]  # every set of newest frames has the same probability
     assert np.mean(found) == pytest.approx(agreement(known))
-    p = np.bincount(known) / 8
-    q, t = (p**2).sum(), (p**3).sum()
-    assert np.var(found) <= (q * (1 - q) * 6 + 4 * 3 * 2 * (t - q * q)) / 6**2
+
+
+@pytest.mark.parametrize("mix", [[0.5, 0.5], [0.9, 0.1], [0.1] * 10, [0.7, *[0.1] * 3]])
+def test_the_bound_is_not_below_what_draws_without_replacement_show(mix):
+    rng = np.random.default_rng(0)
+    known = np.repeat(np.arange(len(mix)), np.round(np.array(mix) * 1000).astype(int))
+    few = rng.multivariate_hypergeometric(np.bincount(known), 64, size=20_000) / 64
+    with np.errstate(divide="ignore", invalid="ignore"):
+        nats = 64 * np.where(few > 0, few * np.log(few / np.array(mix)), 0.0).sum(1)
+    for x in np.quantile(nats, [0.5, 0.9, 0.99, 0.999]):
+        assert np.mean(nats >= x) <= np.exp(-improbability(float(x), len(mix))) * 1.05
+    assert improbability(len(mix) - 1.0, len(mix)) == 0.0 and improbability(5.0, 1) == 0.0
 
 
 def after(evidence, classes):

@@ -27,7 +27,7 @@ def test_the_most_unsure_frames_are_looked_at():
     look = SecondLook(10)
     entropies = rng.uniform(0, 2, 4000)
     looked = np.array([look.wants(e) for e in entropies])
-    assert 0.15 < looked[500:].mean() <= 0.2 and entropies[500:][looked[500:]].min() > 1.4
+    assert 0.15 < looked.mean() <= 0.2 and entropies[500:][looked[500:]].min() > 1.4
 
 
 def test_sure_frames_are_not_looked_at_however_alike_they_are():

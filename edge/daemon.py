@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from edge.adapt import HOME, Adapter, Reference
 from edge.adaptation import Adaptation
-from edge.adaptation.corrections import RequestCorrector, SecondLook, make_corrector
+from edge.adaptation.corrections import Corrector, RequestCorrector, SecondLook, make_corrector
 from edge.adaptation.novelty import NoveltyGate
 from edge.cloud_link import CloudLink
 from edge.directory import DataDirectory
@@ -80,7 +80,7 @@ RETRY_SECONDS = 1.0  # between looks at whether the disk takes the data director
 STUCK_SECONDS = 3.0  # a task at a disk that takes longer is said while it waits
 ANSWER_SECONDS = 2.0  # that a start waits for a disk, and for whoever only looks whether a daemon runs
 ENDING_SECONDS = 10.0  # half of what systemd allows before it kills (deploy/refold-edge.service)
-NOVELTY_IMAGES = 256  # calibration images the novelty gate learns from: a second or two of a slow net, at the start
+KNOWN_IMAGES = 256  # calibration images that novelty gate and AdaNPC begin with: seconds of a slow net, at the start
 BANK_SECONDS = 60.0  # between writes of the domain bank; what a kill loses is re-learnt in seconds
 
 
@@ -135,6 +135,7 @@ class Daemon:
         if isinstance(self.storage, Worker):
             self.storage.every(RETRY_SECONDS, self.samples.write)
         self.sink = self._sink()
+        self._calibration = self._known()
         self.path = self._frame_path()
         self.stream = Stream(
             partial(_open, s, self.bundle), fps=s.source.fps, loop=s.source.loop, max_frames=s.source.max_frames, stop=self.stop
@@ -248,21 +249,31 @@ class Daemon:
             return None
         return images
 
+    def _known(self) -> tuple[U8, F32] | None:
+        """Calibration images, and what the exported engine says of them; only where something asks for it. Before any swap."""
+        s = self.settings.adapt
+        images = self._calibration_images() if s.novelty or s.correction == "adanpc" else None
+        if images is None or not len(images):
+            return None
+        images, engine = images[:KNOWN_IMAGES], self.slot.current
+        return images, np.concatenate([engine.run_pictures(images[i : i + 1]) for i in range(len(images))])
+
     def _novelty(self) -> NoveltyGate | None:
-        """What the calibration slice looks like to the exported engine; without a slice nothing can be called novel."""
+        """Without calibration images nothing can be called novel."""
         if not self.settings.adapt.novelty:
             return None
-        images = self._calibration_images()
-        if images is None:
+        if self._calibration is None:
             log.warning("adapt.novelty is off: %s has no calibration images to tell what is known.", self.bundle.path)
             return None
-        engine, images = self.slot.current, images[:NOVELTY_IMAGES]
-        logits = np.concatenate([engine.run_pictures(images[i : i + 1]) for i in range(len(images))])
         try:
-            return NoveltyGate(images, logits, HOME)
+            return NoveltyGate(*self._calibration, HOME)
         except ValueError as e:
             log.warning("adapt.novelty is off: %s.", e)
             return None
+
+    def _corrector(self) -> Corrector | None:
+        known = self._calibration[1] if self._calibration is not None else None
+        return make_corrector(self.settings.adapt.correction, self.bundle.manifest.class_count, known)
 
     def _sink(self) -> JsonLines | None:
         s = self.settings.predictions
@@ -274,7 +285,7 @@ class Daemon:
 
     def _frame_path(self) -> FramePath:
         keep, inline = self.settings.selection, self.settings.mode == "inline"
-        classes, adapt = self.bundle.manifest.class_count, self.settings.adapt
+        classes = self.bundle.manifest.class_count
         return FramePath(
             self.bundle.preprocess,
             self.slot,
@@ -282,8 +293,8 @@ class Daemon:
             adaptation=self.adaptation,
             on_prediction=self._add_inline if inline and self.sink else self.sink.add if self.sink else None,
             on_sample=self.samples.add if keep else None,
-            corrector=make_corrector(adapt.correction, classes),
-            second_look=SecondLook(classes) if adapt.second_look else None,
+            corrector=self._corrector(),
+            second_look=SecondLook(classes) if self.settings.adapt.second_look else None,
             novelty=self._novelty(),
         )
 
@@ -298,7 +309,7 @@ class Daemon:
         if s.port is None:
             return None
         observe = self._observe if s.observe else None
-        corrector = make_corrector(self.settings.adapt.correction, self.bundle.manifest.class_count)
+        corrector = self._corrector()
         requests = RequestCorrector(corrector, lambda: self.adaptation.domain) if corrector else None
         handlers = Handlers(self.bundle, self.slot, s.max_batch, observe, self.factory.runtime.platform, requests)
         server = InferenceServer(handlers, s)

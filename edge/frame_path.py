@@ -142,9 +142,8 @@ class FramePath:
         if not second_look.wants(entropy):
             return logits
         mirrored, _, _ = softmax(self._run(engine, np.ascontiguousarray(image[:, ::-1])))
-        normaliser = logits.max() - np.log(first.max())  # ln Σ exp of the first look, which the average is given too
-        averaged: F32 = as_logits(second_look.average(first, mirrored)) + normaliser
-        return averaged
+        normaliser = float(logits.max()) - math.log(float(first.max()))  # ln Σ exp of the first look: the average gets it too
+        return as_logits(second_look.average(first, mirrored)) + np.float32(normaliser)
 
     def domain(self, serving: ServingState) -> str:
         """The present domain's name: the adaptation's word, else that of what is served."""

@@ -1,6 +1,6 @@
 """Novelty gate: marks frames that no domain explains, with hyperdimensional vectors of bounded memory.
 
-    image, logits ─► 11 numbers, whitened ─► x ─► h = √(2/D) cos(R x + b) ─► similarity with each domain's bundle
+    image, logits ─► 11 numbers, whitened, cut at ±3 ─► x ─► h = √(2/D) cos(R x + b) ─► similarity with each domain's bundle
 
 The 9 shift features (edge/adapt/features.py), the entropy and ln Σ exp of the logits are whitened by their covariance on the
 calibration images. h is a random Fourier feature (Rahimi and Recht, NIPS 2007): h(x)·h(y) is about exp(-|x - y|² / 2ℓ²). A
@@ -37,6 +37,8 @@ NOVEL_SCORE = 4.0  # above what any selector gives: informativeness is at most 1
 class NoveltySettings:
     """Attributes:
         dimensions: D; the kernel is exact to about 1 / √D.
+        reach: standard deviations at which a whitened number is cut off: one number far out, such as the entropy of one unsure
+            answer, is no novelty, several are. Chosen on gaussian noise and brightness of seed 100.
         width: ℓ² in units of the numbers' own variance; 11 numbers make it the median squared distance of two frames, halved.
         marked: share of the calibration images that would be marked.
         every: one frame in so many is looked at.
@@ -49,6 +51,7 @@ class NoveltySettings:
     """  # fmt: skip
 
     dimensions: int = 2048
+    reach: float = 3.0
     width: float = 11.0
     marked: float = 0.01
     every: int = 3
@@ -120,7 +123,7 @@ class NoveltyGate:
     def memory_bytes(self) -> int:
         """Of projection and bundles, at most; they do not grow with the stream."""
         s = self.settings
-        return 4 * s.dimensions * (NUMBERS + 1 + s.domains + 1) + self._whiten.nbytes + self._centre.nbytes
+        return 4 * s.dimensions * (NUMBERS + 1 + s.domains + 1) + 8 * NUMBERS * (NUMBERS + 1)
 
     def allow(self, samples: float) -> None:
         """How many more marked frames the hour's bytes can carry; any thread."""
@@ -180,7 +183,8 @@ class NoveltyGate:
         return bundle
 
     def _encoded(self, numbers: F64) -> F32:
-        x = (self._whiten @ (numbers - self._centre)).astype(np.float32)
+        reach = self.settings.reach
+        x = np.clip(self._whiten @ (numbers - self._centre), -reach, reach).astype(np.float32)
         out: F32 = np.cos(self._projection @ x + self._phase) * np.float32(math.sqrt(2.0 / self.settings.dimensions))
         return out
 

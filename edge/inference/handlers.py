@@ -131,7 +131,7 @@ class Handlers:
         self.requests += 1
         corrected = self.corrector.answer(logits) if self.corrector is not None else [None] * len(logits)
         if pictures is not None and self.observe is not None:
-            name = request.id or self.requests
+            name = request.id or str(self.requests)
             for i, image in enumerate(pictures):
                 self.observe(image, logits[i], engine.serving, f"request {name}[{i}]", started, corrected[i])
         count = sum(row is not None for row in corrected)

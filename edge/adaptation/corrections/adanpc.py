@@ -4,8 +4,8 @@ A frame's k nearest vectors of the memory, by cosine, vote for their labels with
 1e-5 more, and what a frame was voted to be is remembered with it. Where the repository lets the memory grow without bound, the
 oldest frame goes here.
 
-The paper's memory begins with the training set's features. A device has neither; it begins with one vector per class,
-the class's own axis in the space of logits, which stays. The first answer's order of classes is then the engine's own.
+The paper's memory begins with the training set's features and labels. A device has the calibration slice: its images, labelled
+by the exported engine, and one vector per class, the class's own axis in the space of logits. These stay.
 
 The paper adds a frame when the softmax of its votes is at least a threshold from {0, 0.25, 0.75, 1.1}. That softmax is at most
 e / (e + C - 1), 0.23 for ten classes, so 0 is the only one of these thresholds at which ten classes learn anything.
@@ -40,18 +40,25 @@ class AdaNPCSettings:
 
 
 class AdaNPC:
-    """A memory of one stream's latest frames."""
+    """A memory of one stream's latest frames.
+
+    Args:
+        known: the exported engine's logits of the calibration images, float32 (N, C); None: there are none.
+    """
 
     name = "adanpc"
     calibrated = False
 
-    def __init__(self, class_count: int, settings: AdaNPCSettings | None = None) -> None:
+    def __init__(self, class_count: int, settings: AdaNPCSettings | None = None, known: F32 | None = None) -> None:
         s = self.settings = settings or AdaNPCSettings()
         self.capacity = max(min(s.memory, s.limit_bytes // (4 * class_count)), 1)
-        axes = np.stack([direction(row) for row in np.eye(class_count, dtype=np.float32)])
-        self._vectors = np.concatenate([axes, np.zeros((self.capacity, class_count), np.float32)])
-        self._labels = np.concatenate([np.arange(class_count), np.zeros(self.capacity, np.int64)])
-        self._classes = class_count
+        rows = np.eye(class_count, dtype=np.float32)
+        if known is not None:
+            rows = np.concatenate([rows, known[np.isfinite(known).all(1)][: self.capacity]])
+        begun = np.stack([direction(row) for row in rows])
+        self._vectors = np.concatenate([begun, np.zeros((self.capacity, class_count), np.float32)])
+        self._labels = np.concatenate([rows.argmax(1), np.zeros(self.capacity, np.int64)])
+        self._classes, self._begun = class_count, len(begun)
         self._seen = 0
         self._votes = np.full(class_count, 1.0 / class_count)
 
@@ -64,14 +71,14 @@ class AdaNPC:
 
     def observe(self, logits: F32, probabilities: F32) -> None:
         vector = direction(logits)
-        known = self._classes + min(self._seen, self.capacity)
+        known = self._begun + min(self._seen, self.capacity)
         cosines = (self._vectors[:known] @ vector).astype(np.float64)
         k = min(self.settings.neighbours, known)
         nearest = np.argpartition(cosines, known - k)[known - k :]
         weights = np.exp((cosines[nearest] - cosines[nearest].max()) / self.settings.temperature)
         votes = np.bincount(self._labels[nearest], weights / weights.sum(), self._classes)
         self._votes = np.minimum(votes + 1e-5, 1.0)
-        place = self._classes + self._seen % self.capacity
+        place = self._begun + self._seen % self.capacity
         self._vectors[place], self._labels[place] = vector, int(self._votes.argmax())
         self._seen += 1
 

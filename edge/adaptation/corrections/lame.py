@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge.adaptation.corrections.correction import F32, F64, direction, softmax_rows
+from edge.adaptation.corrections.correction import F32, F64, softmax_rows
 
-__all__ = ["Lame", "LameSettings", "laplacian_answers", "rbf_affinity"]
+__all__ = ["Lame", "LameSettings", "laplacian_answers", "rbf_affinity", "squared_distances"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,17 @@ def rbf_affinity(squared: F64, neighbours: int) -> F64:
     k = min(neighbours, len(squared)) - 1
     sigma = float(np.sqrt(np.maximum(np.partition(squared, k, axis=1)[:, k], 0.0)).mean())
     out: F64 = np.exp(-squared / (2.0 * max(sigma, 1e-6) ** 2))
+    return out
+
+
+def squared_distances(logits: F32) -> F64:
+    """Between the rows of float32 (N, C) without their means, at length 1 (0 where all are equal); float64 (N, N)."""
+    centred = logits - logits.mean(1, keepdims=True, dtype=np.float64)
+    lengths = np.sqrt(np.einsum("ij,ij->i", centred, centred))
+    units = centred / np.maximum(lengths, 1e-12)[:, None]
+    own = (lengths > 1e-12).astype(np.float64)
+    out: F64 = np.maximum(own[:, None] + own[None, :] - 2.0 * (units @ units.T), 0.0)
+    np.fill_diagonal(out, 0.0)
     return out
 
 
@@ -71,30 +82,25 @@ class Lame:
 
     def __init__(self, class_count: int, settings: LameSettings | None = None) -> None:
         self.settings = settings or LameSettings()
-        n = self.settings.window
-        self._directions = np.zeros((n, class_count), np.float32)
-        self._probabilities = np.zeros((n, class_count))
-        self._squared = np.zeros((n, n))
+        self._logits = np.zeros((self.settings.window, class_count), np.float32)
+        self._probabilities = np.zeros((self.settings.window, class_count), np.float32)
         self._seen = 0
 
     @property
     def memory_bytes(self) -> int:
-        return self._directions.nbytes + self._probabilities.nbytes + self._squared.nbytes
+        return self._logits.nbytes + self._probabilities.nbytes
 
     def observe(self, logits: F32, probabilities: F32) -> None:
         at = self._seen % self.settings.window
         self._seen += 1
-        self._directions[at] = direction(logits)
-        self._probabilities[at] = probabilities
-        near = self._directions - self._directions[at]
-        squared = np.einsum("ij,ij->i", near, near, dtype=np.float64)
-        self._squared[at], self._squared[:, at] = squared, squared
+        self._logits[at], self._probabilities[at] = logits, probabilities
 
     def corrected(self) -> F32:
-        n = min(self._seen, self.settings.window)
-        affinity = rbf_affinity(self._squared[:n, :n], self.settings.neighbours)
-        answers = laplacian_answers(self._probabilities[:n], affinity, self.settings.iterations, self.settings.tolerance)
-        newest: F32 = answers[(self._seen - 1) % self.settings.window].astype(np.float32)
+        s = self.settings
+        n = min(self._seen, s.window)
+        affinity = rbf_affinity(squared_distances(self._logits[:n]), s.neighbours)
+        answers = laplacian_answers(self._probabilities[:n].astype(np.float64), affinity, s.iterations, s.tolerance)
+        newest: F32 = answers[(self._seen - 1) % s.window].astype(np.float32)
         return newest
 
     def forget(self) -> None:

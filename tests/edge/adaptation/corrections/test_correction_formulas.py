@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from edge.adaptation.corrections import CORRECTIONS, T3A, AdaNPC, Lame
 from edge.adaptation.corrections.adanpc import AdaNPCSettings
 from edge.adaptation.corrections.correction import direction
-from edge.adaptation.corrections.lame import LameSettings, laplacian_answers, rbf_affinity
+from edge.adaptation.corrections.lame import LameSettings, laplacian_answers, rbf_affinity, squared_distances
 from edge.adaptation.corrections.t3a import T3ASettings
 
 
@@ -71,6 +71,13 @@ def test_the_newest_frame_of_the_window_is_answered_as_the_batch_would_be():
         squared = ((units[:, None] - units[None]) ** 2).sum(-1)
         p = np.apply_along_axis(softmax, 1, some)
         np.testing.assert_allclose(answer, laplacian_answers(p, rbf_affinity(squared, 5))[-1], atol=2e-4)
+
+
+def test_distances_are_those_of_directions():
+    rng = np.random.default_rng(5)
+    rows = np.concatenate([rng.normal(0, 3, (6, 4)), np.full((1, 4), 2.0)]).astype(np.float32)
+    units = np.stack([direction(r) for r in rows]).astype(np.float64)
+    np.testing.assert_allclose(squared_distances(rows), ((units[:, None] - units[None]) ** 2).sum(-1), atol=1e-6)
 
 
 def test_a_doubtful_frame_among_its_like_takes_their_class():
@@ -136,6 +143,15 @@ def test_the_oldest_frame_goes_and_the_axes_stay():
     assert tuple(np.round(direction(np.array([0, 5.0, 0], np.float32)), 4)) in kept and len(npc._vectors) == 5
 
 
+def test_calibration_images_vote_and_stay():
+    known = np.array([[4.0, 3.0, 0.0], [np.nan, 0, 0], [0.0, 1.0, 3.0]], np.float32)
+    npc = AdaNPC(3, AdaNPCSettings(memory=2, neighbours=1), known)
+    assert npc._labels[:5].tolist() == [0, 1, 2, 0, 2]  # axes, then the two that are finite
+    for logits in ([0, 5.0, 0], [0, 0, 5.0], [0, 5.0, 0]):
+        shown(npc, logits)
+    assert shown(npc, [3.0, 3.1, 0.0]).argmax() == 0  # nearest is the calibration image, not an axis
+
+
 def test_memory_shrinks_with_the_number_of_classes():
     assert AdaNPC(10).capacity == 1000 and AdaNPC(10_000).capacity == 104
 
@@ -149,7 +165,7 @@ ROW = st.lists(st.floats(-60, 60, width=32), min_size=5, max_size=5)
 @settings(max_examples=40, deadline=None)
 @given(rows=st.lists(ROW, min_size=1, max_size=100))
 def test_probabilities_sum_to_one_and_memory_stays(name, rows):
-    correction = CORRECTIONS[name](5)
+    correction = CORRECTIONS[name](5, None)
     before = correction.memory_bytes
     for row in rows:
         p = shown(correction, row)
@@ -161,7 +177,7 @@ def test_probabilities_sum_to_one_and_memory_stays(name, rows):
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_the_first_frame_is_answered_as_the_engine_did_and_forgetting_begins_anew(name):
     rng = np.random.default_rng(2)
-    correction = CORRECTIONS[name](6)
+    correction = CORRECTIONS[name](6, None)
     rows = rng.normal(0, 3, (30, 6)).astype(np.float32)
     first = shown(correction, rows[0])
     assert first.argmax() == rows[0].argmax()
@@ -174,6 +190,6 @@ def test_the_first_frame_is_answered_as_the_engine_did_and_forgetting_begins_ane
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_the_mean_of_the_logits_is_not_seen(name):
     rng = np.random.default_rng(4)
-    one, other = CORRECTIONS[name](4), CORRECTIONS[name](4)
+    one, other = CORRECTIONS[name](4, None), CORRECTIONS[name](4, None)
     for row in rng.normal(0, 2, (40, 4)).astype(np.float32):
         np.testing.assert_allclose(shown(one, row), shown(other, row + np.float32(7)), atol=1e-3)

@@ -135,7 +135,8 @@ class FramePath:
         else:
             self._preprocess.fill(image, self._planes)
             logits = engine.run(self._x)
-        return logits[0]
+        row: F32 = logits[0]
+        return row
 
     def _look_again(self, second_look: SecondLook, engine: Engine, image: U8, logits: F32) -> F32:
         first, _, entropy = softmax(logits)
@@ -143,7 +144,8 @@ class FramePath:
             return logits
         mirrored, _, _ = softmax(self._run(engine, np.ascontiguousarray(image[:, ::-1])))
         normaliser = float(logits.max()) - math.log(float(first.max()))  # ln Σ exp of the first look: the average gets it too
-        return as_logits(second_look.average(first, mirrored)) + np.float32(normaliser)
+        averaged: F32 = as_logits(second_look.average(first, mirrored)) + np.float32(normaliser)
+        return averaged
 
     def domain(self, serving: ServingState) -> str:
         """The present domain's name: the adaptation's word, else that of what is served."""

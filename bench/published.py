@@ -42,8 +42,8 @@ EXACT = "net; states; identical; release B; release %; swap ms; int8 ms; fp32 ms
 TABLES: dict[str, Table] = {
     "adaptation": Table("protocol; row; precision; mean; last quarter; clean; uploaded %; up B/frame; down B/frame"),
     "corrections": Table(
-        "order; images; uncorrected; lame always; lame switched; t3a always; t3a switched; adanpc always; adanpc switched; on %; "
-        "second look; compute; marked %"
+        "order; images; uncorrected; lame always; lame switched; t3a always; t3a switched; adanpc always; adanpc switched; "
+        "on %; second look; compute; marked %"
     ),
     "elastic": Table("configuration; accuracy %; alone %; ORT static %; kB; bit operations M"),
     "exactness": Table(EXACT),

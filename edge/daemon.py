@@ -272,8 +272,13 @@ class Daemon:
             return None
 
     def _corrector(self) -> Corrector | None:
+        """Off where no shift would be noticed: a network that begins to answer one class would be taken for a run of it."""
+        name = self.settings.adapt.correction
+        if name != "off" and not self.adaptation.watches:
+            log.warning("adapt.correction is off: for %s of %s nothing notices a shift.", self.factory.target, self.bundle.path)
+            return None
         known = self._calibration[1] if self._calibration is not None else None
-        return make_corrector(self.settings.adapt.correction, self.bundle.manifest.class_count, known)
+        return make_corrector(name, self.bundle.manifest.class_count, known)
 
     def _sink(self) -> JsonLines | None:
         s = self.settings.predictions
@@ -309,7 +314,7 @@ class Daemon:
         if s.port is None:
             return None
         observe = self._observe if s.observe else None
-        corrector = self._corrector()
+        corrector = self._corrector() if s.observe else None  # requests that are not observed tell nothing of a shift
         requests = RequestCorrector(corrector, lambda: self.adaptation.domain) if corrector else None
         handlers = Handlers(self.bundle, self.slot, s.max_batch, observe, self.factory.runtime.platform, requests)
         server = InferenceServer(handlers, s)

@@ -66,7 +66,7 @@ class Handlers:
         slot: one read per request, so that a request is answered by one engine.
         max_batch: pictures per request.
         observe: takes each uint8 picture, its logits and its corrected probabilities afterwards; must return at once.
-        corrector: corrects answers where its evidence supports it.
+        corrector: corrects answers for uint8 pictures where its evidence supports it.
         platform: what runs the model, in the protocol's words.
     """
 
@@ -129,7 +129,9 @@ class Handlers:
         engine = self.slot.current
         logits = engine.run(values) if pictures is None else engine.run_pictures(pictures)
         self.requests += 1
-        corrected = self.corrector.answer(logits) if self.corrector is not None else [None] * len(logits)
+        corrected: list[F32 | None] = [None] * len(logits)
+        if self.corrector is not None and pictures is not None:  # nobody looks for shifts in a float input
+            corrected = self.corrector.answer(logits)
         if pictures is not None and self.observe is not None:
             name = request.id or str(self.requests)
             for i, image in enumerate(pictures):

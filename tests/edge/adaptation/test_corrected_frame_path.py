@@ -9,17 +9,24 @@ import pytest
 from daemon_process import DaemonProcess
 from small_nets import images
 
+from edge.adapt import AdaptSettings
 from edge.adaptation.corrections import RequestCorrector, SecondLook, make_corrector
 from edge.adaptation.novelty import NOVEL_SCORE, NoveltyGate, NoveltySettings
+from edge.daemon import Daemon
 from edge.engine import EngineSlot
 from edge.frame_path import Frame, FramePath
 from edge.inference import Handlers
 from edge.inference.handlers import InferenceRequest, Tensor
+from edge.outbox import Outbox
+from edge.samples import SampleWriter
 from edge.select import make_selector
 from edge.serving import ServingState
-from edge.settings import load_settings
+from edge.settings import EdgeSettings, load_settings
 from edge.softmax import softmax
+from edge.worker import Inline
+from refold import write_bundle
 from refold.errors import UsageError
+from refold.v1 import manifest_pb2 as pb
 
 
 @pytest.fixture
@@ -112,8 +119,69 @@ def test_novel_frames_are_kept_first(bundle, slot):
     answers = [path.step(f) for f in frames(np.concatenate([images(100, 16, seed=1), 255 - images(20, 16, seed=2) // 8]))]
     assert sum(a.novel for a in answers[:100]) < 12 and sum(a.novel for a in answers[100:]) > 15
     marked = {n: v for n, v in kept if v.reason == "novel"}
-    assert marked and all(v.score == NOVEL_SCORE and not v.unbiased for v in marked.values())
+    assert len(marked) < len(kept) and marked and all(v.score == NOVEL_SCORE and not v.unbiased for v in marked.values())
     assert max(marked) >= 100 and all(answers[n].novel for n in marked)
+
+
+def test_the_outbox_offers_novel_frames_first(bundle, slot, tmp_path):
+    calibration = images(64, 16)
+    gate = NoveltyGate(calibration, slot.current.run_pictures(calibration), "", NoveltySettings(every=1))
+    outbox = Outbox(tmp_path / "outbox.sqlite")
+    writer = SampleWriter(bundle, outbox, Inline(), 8)
+    path = FramePath(bundle.preprocess, slot, selector=make_selector("budget", 5), novelty=gate, on_sample=writer.add)
+    stream = np.concatenate([images(100, 16, seed=1), 255 - images(20, 16, seed=2) // 8])
+    novel = [a.frame for a in map(path.step, frames(stream)) if a.novel and a.kept]
+    headers = outbox.headers(len(outbox))
+    first = [h for h in headers if h.score == NOVEL_SCORE]
+    assert 0 < len(first) < len(headers) and headers[: len(first)] == first
+    assert {h.frame for h in first} <= set(novel) and not any(h.unbiased for h in first)
+    outbox.close()
+
+
+def without(bundle, path, *, taps, calibration):
+    """The same bundle without its tap model or its calibration slice."""
+    manifest = pb.Manifest()
+    manifest.CopyFrom(bundle.manifest)
+    target, lost = manifest.targets[0], []
+    if not taps:
+        lost.append(target.taps)
+        target.taps = ""
+    if not calibration:
+        lost.append(manifest.calibration)
+        manifest.calibration = ""
+    kept = [p for p in (target.model, target.taps, manifest.student, manifest.calibration) if p]
+    return write_bundle(path, manifest, {p: bundle.read(p) for p in kept})
+
+
+def daemon(bundle, folder, **adapt):
+    settings = EdgeSettings(bundle=str(bundle.path), data=str(folder / "data"), mode="inline", adapt=AdaptSettings(**adapt))
+    return Daemon(settings)
+
+
+def test_without_a_tap_model_nothing_is_corrected(bundle, tmp_path, caplog):
+    bare = without(bundle, tmp_path / "bare.refold", taps=False, calibration=True)
+    with daemon(bare, tmp_path, correction="lame") as one:
+        assert "correction_on" not in one.path.metrics()
+    assert "adapt.correction is off" in caplog.text and "nothing notices a shift" in caplog.text
+
+
+def test_without_calibration_images_nothing_is_novel(bundle, tmp_path, caplog):
+    bare = without(bundle, tmp_path / "bare.refold", taps=True, calibration=False)
+    with daemon(bare, tmp_path, novelty=True, correction="adanpc") as one:
+        assert one.path.novelty is None and one.path.metrics()["correction_on"] == 0.0
+    assert "adapt.novelty is off" in caplog.text
+
+
+def test_adanpc_of_a_daemon_begins_with_the_calibration_slice(bundle, tmp_path):
+    with daemon(bundle, tmp_path, correction="adanpc") as one:
+        assert one.path._corrector is not None and one.path._corrector.correction._begun > 5
+
+
+def test_a_request_in_floats_is_not_corrected(bundle, slot, sorted_pictures):
+    handlers = Handlers(bundle, slot, max_batch=64, corrector=RequestCorrector(make_corrector("lame", 5), lambda: "d0"))
+    for batch in np.split(bundle.preprocess.apply(sorted_pictures), 10):
+        asked = InferenceRequest(handlers.name, "", "", (Tensor(handlers.input_name, "FP32", batch),))
+        assert handlers.infer(asked).corrected == 0
 
 
 def test_requests_are_answered_with_what_corrects_them(bundle, slot, sorted_pictures):

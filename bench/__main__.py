@@ -20,6 +20,7 @@ BENCHES = {
     "elastic": "one supernet at every bit-width against nets trained alone and ONNX Runtime's own quantisation",
     "field": "streams as a device in the field has them: adapted against frozen, stream by stream",
     "forge": "FORGE's two networks on its benchmark: the device alone and with the cloud",
+    "corrections": "output corrections on ordered and shuffled streams, always and behind their switch; second looks; novelty",
     "corruptions": "the CIFAR-10-C generator against pictures made with its authors' code",
     "exactness": "any release against a fresh export, bit for bit; its size; the swap; int8 against fp32 time",
     "experts": "expert paging under real memory caps against llama.cpp, mmap, EdgeMoE's policy and accelerate",

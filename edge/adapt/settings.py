@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from refold.errors import UsageError
 
-__all__ = ["AdaptSettings"]
+__all__ = ["AdaptSettings", "CorrectionName"]
+
+CorrectionName = Literal["off", "auto", "lame", "t3a", "adanpc"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class AdaptSettings:
         probe_frames: frames after an alarm whose mean decides between a known domain and a new one.
         review_frames: frames after which a domain is compared once more, now precisely, with the others and joined to its like.
         domains: largest number of domains remembered; the one seen longest ago goes first.
+        correction: what corrects answers where the classes predicted come in runs; off without `enabled`, whose shift detector
+            tells a run from a shift. auto: the one that measured best.
+        second_look: an unsure answer is averaged with the one for the mirrored image, at 1.2 times the mean compute at most.
+        novelty: frames that no domain explains are marked, and offered for upload first.
     """
 
     enabled: bool = True
@@ -51,8 +58,18 @@ class AdaptSettings:
     probe_frames: int = 24
     review_frames: int = 256
     domains: int = 16
+    correction: CorrectionName = "off"
+    second_look: bool = False
+    novelty: bool = False
 
     def __post_init__(self) -> None:
+        if self.correction not in get_args(CorrectionName):
+            raise UsageError(f"adapt.correction is {self.correction!r}; it is one of: {', '.join(get_args(CorrectionName))}.")
+        if self.correction != "off" and not self.enabled:
+            raise UsageError(
+                f"adapt.correction is {self.correction!r} and adapt.enabled is false: without the shift detector a shift that "
+                "moves answers to one class would be taken for a run of it. Set the first to off or the second to true."
+            )
         if not 0.0 <= self.mix <= 1.0:
             raise UsageError(f"adapt.mix is {self.mix}; it is a share between 0 and 1.")
         counted = (

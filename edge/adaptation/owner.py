@@ -102,6 +102,11 @@ class Adaptation:
 
     # The frame loop ----------------------------------------------------------------------------------------------------------
 
+    @property
+    def watches(self) -> bool:
+        """Whether anything looks at frames: where nothing is measured, no shift is noticed either."""
+        return self._watching
+
     def watch(self, frame: int, image: U8, entropy: float, predicted: int) -> None:
         """Leaves one frame for the adapter, which looks at it while the engine is busy with the next.
 

@@ -137,8 +137,8 @@ def _trained(
         student = _student()
         student.load({})
         population = subject.uploads[-settings.population :]
-        weight = settings.mix * len(population) / (len(population) + settings.prior_samples)
-        moments = student.clamp(student.measure(torch.from_numpy(bundle.preprocess.apply(population)), weight))
+        sample = student.population(torch.from_numpy(bundle.preprocess.apply(population)))
+        moments = student.clamp(sample.measure(settings.mix))
         return student.states(moments), 0.0
     distiller = Distiller(bundle, teachers, settings, student=_student())
     distiller.add_samples(subject.uploads, domain, np.ones(len(subject.uploads), bool))

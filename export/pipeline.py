@@ -315,7 +315,7 @@ def _exported(
     if options.strict:
         _refuse(findings)
     progress("measuring statistics by class")
-    statistics = build_statistics(recipe.model, preprocess.apply(pictures.images[:MOST_PICTURES]), truth)
+    statistics = build_statistics(recipe.model, preprocess.apply(pictures.images), truth)
     progress("writing the student")
     student = student_program(recipe.model)
     x = preprocess.apply(pictures.images)

@@ -28,11 +28,10 @@ from cloud.settings import CloudSettings, load_settings
 from cloud.store import Store
 from edge.engine import EngineFactory
 from edge.serving import ServingState
-from edge.statistics import estimate, measure_of
 from refold.bundle import Bundle, write_bundle
 from refold.codec import table_to_pb
-from refold.norms import NormState
-from refold.statistics import StatisticsModel, within_trust
+from refold.norms import NormState, unfold_moments
+from refold.statistics import Layout, within_trust
 from refold.v1 import adaptation_pb2, adaptation_pb2_grpc, admin_pb2_grpc, fleet_pb2, fleet_pb2_grpc, manifest_pb2
 from refold.v1 import samples_pb2 as pb
 
@@ -207,17 +206,23 @@ def statistics(bundle: Bundle, means: Mapping[str, Any], variances: Mapping[str,
     return report
 
 
+ROUNDS = 20  # until the statistics stay
+
+
 def population(bundle: Bundle, images: NDArray[np.uint8]) -> tuple[dict[str, NormState], pb.StatisticsReport]:
-    """The states that a population's statistics make, and the report of them, as a device measures both."""
-    factory, model = EngineFactory(bundle), StatisticsModel.without_classes(bundle.norms, bundle.manifest.class_count, 1.0)
-    measure = measure_of(factory, model, 64)
-    assert measure is not None
-    found = estimate(measure, model, ServingState(), list(images))
-    rows = np.stack([found.moments[0], np.maximum(found.moments[1] - found.moments[0] ** 2, 0)]).astype(np.float32)
-    states = {
-        site.name: within_trust(site, site.exported.with_statistics(*rows[:, cut]), 8.0)
-        for site, cut in zip(model.layout.sites, model.layout.slices, strict=True)
-    }
+    """The states that a population's statistics make, and the report of them.
+
+    Each round measures behind the norms that the round before corrected.
+    """
+    layout, factory, x = Layout(bundle.norms), EngineFactory(bundle), bundle.preprocess.apply(images)
+    states: dict[str, NormState] = {}
+    for _ in range(ROUNDS):
+        moments = factory.build_taps(ServingState(states)).run(x).mean(0, dtype=np.float64).astype(np.float32)
+        found = {
+            s.name: unfold_moments(s, states.get(s.name, s.exported), moments[0, cut], moments[1, cut])
+            for s, cut in zip(layout.sites, layout.slices, strict=True)
+        }
+        states = {s.name: within_trust(s, s.exported.with_statistics(*found[s.name]), 8.0) for s in layout.sites}
     means = {name: state.mean for name, state in states.items()}
     return states, statistics(bundle, means, {name: state.variance for name, state in states.items()})
 

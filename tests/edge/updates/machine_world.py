@@ -192,8 +192,7 @@ class World:
         """Digest that each domain in the bank would be served with on its recall."""
         adapter = self.adaptation.adapter
         states = {
-            d.name: compose(adapter.releases, d, d.evidence, adapter.model, adapter.settings).serving
-            for d in adapter._bank
+            d.name: compose(adapter.releases, d, d.evidence, adapter.model, adapter.settings).serving for d in adapter._bank
         }
         assert all(d.base == states[d.name].release_digest for d in adapter._bank), "statistics of another release"
         return {name: state.release_digest for name, state in states.items()}

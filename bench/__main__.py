@@ -18,9 +18,13 @@ from refold.errors import RefoldError
 BENCHES = {
     "adaptation": "accuracy under shift: Refold's int8 device and cloud against published methods in fp32",
     "elastic": "one supernet at every bit-width against nets trained alone and ONNX Runtime's own quantisation",
+    "field": "streams as a device in the field has them: adapted against frozen, stream by stream",
+    "forge": "FORGE's two networks on its benchmark: the device alone and with the cloud",
+    "corrections": "output corrections on ordered and shuffled streams, always and behind their switch; second looks; novelty",
     "corruptions": "the CIFAR-10-C generator against pictures made with its authors' code",
     "exactness": "any release against a fresh export, bit for bit; its size; the swap; int8 against fp32 time",
     "experts": "expert paging under real memory caps against llama.cpp, mmap, EdgeMoE's policy and accelerate",
+    "strategies": "every cloud strategy on the same uploads: which recipe is the default",
     "targets": "one bundle on ONNX Runtime and on LiteRT: agreement, accuracy, latency, size, swaps; MLPerf Tiny's own file",
     "fixedpoint": "AdaPT's fixed-point training against float32: accuracy, bits, size, modelled and real time",
     "expert-kernels": "one expert's matrix from its packed record: Refold's kernels against torch's, 1 to 256 tokens",

@@ -41,6 +41,10 @@ class Table:
 EXACT = "net; states; identical; release B; release %; swap ms; int8 ms; fp32 ms; int8 ÷ fp32"
 TABLES: dict[str, Table] = {
     "adaptation": Table("protocol; row; precision; mean; last quarter; clean; uploaded %; up B/frame; down B/frame"),
+    "corrections": Table(
+        "order; images; uncorrected; lame always; lame switched; t3a always; t3a switched; adanpc always; adanpc switched; "
+        "on %; second look; compute; marked %"
+    ),
     "elastic": Table("configuration; accuracy %; alone %; ORT static %; kB; bit operations M"),
     "exactness": Table(EXACT),
     "exactness-vnni": Table(EXACT),

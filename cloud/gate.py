@@ -5,8 +5,8 @@
     clean         on the calibration images, what clean frames lose while this state serves them
     collapse      the entropy of the predicted classes may not fall below a share of the teacher's
 
-"What devices serve now" is the domain's newest release, else what a device makes of the exported state by itself: its overlay
-of the domain's statistics, measured here as the device measures it. Evidence that is missing never speaks for a candidate
+"What devices serve now" is the domain's newest release, else what a device makes of the exported state by itself: local BN
+statistics of the domain, measured here as the device measures them. Evidence that is missing never speaks for a candidate
 (docs/adr/005-gate.md).
 """
 
@@ -24,14 +24,15 @@ from cloud.lesson import Candidate
 from cloud.settings import GateSettings
 from cloud.training.answers import check_answers
 from edge.adapt import AdaptSettings
-from edge.adapt.evidence import Evidence, TapLayout
-from edge.adapt.overlay import mixed_states
+from edge.adapt.proposal import on_exported_statistics
 from edge.engine import EngineFactory
 from edge.serving import ServingState
+from edge.statistics import estimate, measure_of
 from refold.bundle import Bundle
 from refold.errors import BundleError, ModelError, NormStateError
 from refold.norms import NormState
 from refold.release import Release
+from refold.statistics import StatisticsModel
 
 __all__ = ["HOME", "Gate"]
 
@@ -49,7 +50,9 @@ class Gate:
     def __init__(self, bundle: Bundle, settings: GateSettings, *, threads: int = 1) -> None:
         self._bundle, self._settings = bundle, settings
         self._factory = EngineFactory(bundle, threads=threads)
-        self._layout = TapLayout(bundle.norms)
+        self._habits = AdaptSettings()
+        self._model = StatisticsModel.of(bundle, self._habits.mix)
+        self._measure = measure_of(self._factory, self._model, self._habits.memory_mb)
         self._images, self._labels = _calibration(bundle)
         exported = self._logits(ServingState(), self._images)
         self._known_labels, self._exported = self._labels, exported
@@ -167,27 +170,21 @@ class Gate:
         return ServingState.of(current) if current is not None and current.domain == domain else alone
 
     def _alone(self, current: Release | None, domain: str, population: NDArray[np.uint8]) -> ServingState:
-        """What a device makes of the domain without a release of its own: its overlay, measured as a device does, to the end.
+        """What a device makes of the domain without a release of its own: local BN statistics, measured as a device does.
 
-        Not from the devices' reports: the first of them tell what deep sites saw while the states before them still changed,
-        and an overlay of those is weaker than the one that is served.
+        Not from the devices' reports, which may have been measured behind other releases.
         """
         base = current if current is not None and not current.domain else None
         states, activations = dict(base.states) if base else {}, base.activations if base else ()
         start = ServingState(states, activations, 0, domain)
-        if domain in ("", HOME) or not self._factory.has_taps or not len(population):
+        if domain in ("", HOME) or self._measure is None or not len(population):
             return start
-        habits, x = AdaptSettings(), self._bundle.preprocess.apply(population)
-        weight = habits.mix * len(population) / (len(population) + habits.prior_frames)
-        state = start
-        for _ in range(max(habits.settle_passes, 1)):
-            taps, evidence = self._factory.build_taps(state), Evidence(self._layout.channels)
-            found = np.concatenate([taps.run(x[i : i + BATCH]) for i in range(0, len(x), BATCH)])
-            mean = found.mean(0, dtype=np.float64).astype(np.float32)
-            evidence.add(self._layout.unfold(mean, state.states), frames=float(len(x)))
-            mixed = mixed_states(self._layout, states, evidence, weight, self._bundle.norms.trust_ratio)
-            state = ServingState(mixed, activations, 0, domain, overlay=True)
-        return state
+        bare = ServingState(on_exported_statistics(self._bundle.norms, states), activations)
+        found = estimate(self._measure, self._model, bare, list(population[-self._habits.images :]))
+        own, share = self._model.served(bare.states, found.moments, found.frames, found.mix)
+        if not self._model.shifted(share):
+            return start
+        return ServingState(own, activations, 0, domain, overlay=True)
 
     def _logits(self, serving: ServingState, images: NDArray[np.uint8]) -> F32:
         engine = self._factory.build(serving)

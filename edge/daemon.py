@@ -30,8 +30,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.adapt import Adapter, Reference
+from edge.adapt import HOME, Adapter, Reference
 from edge.adaptation import Adaptation
+from edge.adaptation.corrections import Corrector, RequestCorrector, SecondLook, make_corrector
+from edge.adaptation.novelty import NoveltyGate
 from edge.cloud_link import CloudLink
 from edge.directory import DataDirectory
 from edge.engine import EngineFactory, EngineSlot
@@ -62,12 +64,14 @@ from refold.atomic import write_atomically
 from refold.bundle import Bundle
 from refold.errors import InputError, RefoldError, StorageError, UsageError
 from refold.imaging import open_regular
+from refold.statistics import StatisticsModel
 from refold.v1 import fleet_pb2, samples_pb2
 
 __all__ = ["Daemon"]
 
 log = logging.getLogger(__name__)
 U8 = NDArray[np.uint8]
+F32 = NDArray[np.float32]
 SWITCH_SECONDS = 0.0005  # how long a worker may hold the interpreter against a frame; Python's own 5 ms is ten frames
 TAPS_WAITING = 4  # tapped frames that may wait for the build worker
 LINES_INLINE = 256  # predictions per write when there is no worker
@@ -77,6 +81,7 @@ RETRY_SECONDS = 1.0  # between looks at whether the disk takes the data director
 STUCK_SECONDS = 3.0  # a task at a disk that takes longer is said while it waits
 ANSWER_SECONDS = 2.0  # that a start waits for a disk, and for whoever only looks whether a daemon runs
 ENDING_SECONDS = 10.0  # half of what systemd allows before it kills (deploy/refold-edge.service)
+KNOWN_IMAGES = 256  # calibration images that novelty gate and AdaNPC begin with: seconds of a slow net, at the start
 BANK_SECONDS = 60.0  # between writes of the domain bank; what a kill loses is re-learnt in seconds
 
 
@@ -131,6 +136,7 @@ class Daemon:
         if isinstance(self.storage, Worker):
             self.storage.every(RETRY_SECONDS, self.samples.write)
         self.sink = self._sink()
+        self._calibration = self._known()
         self.path = self._frame_path()
         self.stream = Stream(
             partial(_open, s, self.bundle), fps=s.source.fps, loop=s.source.loop, max_frames=s.source.max_frames, stop=self.stop
@@ -207,15 +213,16 @@ class Daemon:
         return storage, building, writing
 
     def _adapter(self) -> Adapter:
-        s, table, classes = self.settings.adapt_settings(), self.bundle.norms, self.bundle.manifest.class_count
-        make = partial(Adapter, table, s, classes, reference=self._reference(), bundle_digest=self.bundle.digest)
+        s, classes = self.settings.adapt_settings(), self.bundle.manifest.class_count
+        model = StatisticsModel.of(self.bundle, s.mix)
+        make = partial(Adapter, model, s, classes, reference=self._reference(), bundle_digest=self.bundle.digest)
         path = self.directory.bank(self.bundle.digest)
         self._bank_unread = not self._disk_answers
         try:
             if self._disk_answers and path.exists():
                 with open_regular(path) as f:
                     content = f.read()
-                return Adapter.load(content, table, s, classes, **make.keywords)
+                return Adapter.load(content, model, s, classes, **make.keywords)
         except InputError as e:
             self._bank_unread = True
             log.warning("The domain bank %s %s", path, e.message)
@@ -228,16 +235,52 @@ class Daemon:
 
     def _reference(self) -> Reference | None:
         """How the calibration slice looks; without one the adapter takes its first frames for home."""
+        images = self._calibration_images()
+        return Reference.measure(images) if images is not None and len(images) >= 2 else None
+
+    def _calibration_images(self) -> U8 | None:
+        """The bundle's calibration slice, uint8 (N, H, W, 3); None where there is none to read."""
         part = self.bundle.manifest.calibration
         if not part:
             return None
         try:
             with np.load(BytesIO(self.bundle.read(part)), allow_pickle=False) as slice_:
-                images = slice_["images"]
+                images: U8 = slice_["images"]
         except (KeyError, ValueError, OSError) as e:
             log.warning("The calibration slice of %s is not readable: %s", self.bundle.path, e)
             return None
-        return Reference.measure(images) if len(images) >= 2 else None
+        return images
+
+    def _known(self) -> tuple[U8, F32] | None:
+        """Calibration images, and what the exported engine says of them; only where something asks for it. Before any swap."""
+        s = self.settings.adapt
+        images = self._calibration_images() if s.novelty or s.correction == "adanpc" else None
+        if images is None or not len(images):
+            return None
+        images, engine = images[:KNOWN_IMAGES], self.slot.current
+        return images, np.concatenate([engine.run_pictures(images[i : i + 1]) for i in range(len(images))])
+
+    def _novelty(self) -> NoveltyGate | None:
+        """Without calibration images nothing can be called novel."""
+        if not self.settings.adapt.novelty:
+            return None
+        if self._calibration is None:
+            log.warning("adapt.novelty is off: %s has no calibration images to tell what is known.", self.bundle.path)
+            return None
+        try:
+            return NoveltyGate(*self._calibration, HOME)
+        except ValueError as e:
+            log.warning("adapt.novelty is off: %s.", e)
+            return None
+
+    def _corrector(self) -> Corrector | None:
+        """Off where no shift would be noticed: a network that begins to answer one class would be taken for a run of it."""
+        name = self.settings.adapt.correction
+        if name != "off" and not self.adaptation.watches:
+            log.warning("adapt.correction is off: for %s of %s nothing notices a shift.", self.factory.target, self.bundle.path)
+            return None
+        known = self._calibration[1] if self._calibration is not None else None
+        return make_corrector(name, self.bundle.manifest.class_count, known)
 
     def _sink(self) -> JsonLines | None:
         s = self.settings.predictions
@@ -257,6 +300,9 @@ class Daemon:
             adaptation=self.adaptation,
             on_prediction=self._add_inline if inline and self.sink else self.sink.add if self.sink else None,
             on_sample=self.samples.add if keep else None,
+            corrector=self._corrector(),
+            second_look=SecondLook(classes) if self.settings.adapt.second_look else None,
+            novelty=self._novelty(),
         )
 
     def _selector(self, keep: SelectSettings, classes: int) -> Selector:
@@ -270,7 +316,9 @@ class Daemon:
         if s.port is None:
             return None
         observe = self._observe if s.observe else None
-        handlers = Handlers(self.bundle, self.slot, s.max_batch, observe, self.factory.runtime.platform)
+        corrector = self._corrector() if s.observe else None  # requests that are not observed tell nothing of a shift
+        requests = RequestCorrector(corrector, lambda: self.adaptation.domain) if corrector else None
+        handlers = Handlers(self.bundle, self.slot, s.max_batch, observe, self.factory.runtime.platform, requests)
         server = InferenceServer(handlers, s)
         self._closing.callback(server.close)
         return server
@@ -325,7 +373,7 @@ class Daemon:
                 if not all_of_them:
                     return
 
-    def _observe(self, image: U8, logits: NDArray[np.float32], serving: ServingState, name: str, started: float) -> None:
+    def _observe(self, image: U8, logits: F32, serving: ServingState, name: str, started: float, corrected: F32 | None) -> None:
         if self._observed.qsize() >= OBSERVED_WAITING:
             self.observed_dropped += 1
             return
@@ -334,7 +382,7 @@ class Daemon:
 
         def account() -> None:
             frame = Frame(self.path.frames, image, name, unix_ms)
-            self.path.account(frame, logits, serving, time.perf_counter() - latency)
+            self.path.account(frame, logits, serving, time.perf_counter() - latency, corrected)
 
         self._observed.put(account)
 
@@ -394,9 +442,12 @@ class Daemon:
         elapsed, served = now - self._paced[0], frames - self._paced[1]
         self._paced = (now, frames)
         waiting, held = len(self.outbox), self.outbox.bytes
+        each = held / waiting if waiting else float(np.prod(self.bundle.preprocess.shape))
+        more = room(self.link.available_bytes(), held, each)
         if isinstance(self.path.selector, NewDomainSelector):
-            each = held / waiting if waiting else float(np.prod(self.bundle.preprocess.shape))
-            self.path.selector.allow(room(self.link.available_bytes(), held, each))
+            self.path.selector.allow(more)
+        if self.path.novelty is not None:
+            self.path.novelty.allow(more)
         selector = innermost(self.path.selector)
         if isinstance(selector, BudgetSelector) and waiting and served > 0:
             rate = rate_within(self.settings.outbox.budget, held / waiting, served / max(elapsed, 1e-3))

@@ -46,6 +46,8 @@ from export.quantise import (
 from export.rounding import Rounding, prepared, round_off_shared
 from export.runtimes import runtime_of
 from export.scales import Scale
+from export.statistics.build import GRAPH, MOMENTS, Statistics, build_statistics
+from export.statistics.check import check_statistics
 from export.student import student_program
 from export.targets import TARGETS, Artefact, TargetProfile, target_named, write
 from refold import __version__
@@ -312,11 +314,16 @@ def _exported(
     findings += [] if held_out is None else held_out.findings
     if options.strict:
         _refuse(findings)
+    progress("measuring statistics by class")
+    statistics = build_statistics(recipe.model, preprocess.apply(pictures.images), truth)
     progress("writing the student")
     student = student_program(recipe.model)
     x = preprocess.apply(pictures.images)
     manifest = _manifest(recipe, preprocess, options, classes, compare(recipe.truth, recipe.model, x))
     parts = {manifest.student: student, manifest.calibration: _calibration_part(pictures)}
+    if statistics is not None:
+        manifest.statistics, manifest.class_moments = GRAPH, MOMENTS
+        parts |= statistics.parts(recipe.model)
     evidence = Evidence(x, pictures.labels, truth, student_answers(student, x), options.min_agreement)
     checks: dict[str, dict[str, float]] = {}
     answers: dict[str, F32] = {}
@@ -324,7 +331,7 @@ def _exported(
     for target in recipe.targets:
         progress(f"writing and checking {target.name}")
         try:
-            artefact, numbers, doubted = _checked(recipe, target, evidence, answers, options, held_out)
+            artefact, numbers, doubted = _checked(recipe, target, evidence, answers, options, held_out, statistics)
         except RefoldError as e:
             if EVERY_TARGET not in options.targets:
                 raise
@@ -369,12 +376,15 @@ def _checked(
     answers: dict[str, F32],
     options: Options,
     held_out: HeldOut | None,
+    statistics: Statistics | None,
 ) -> tuple[Artefact, dict[str, float], list[Finding]]:
     """One target's files, check numbers and findings. `answers` are the logits by target of those that passed; this one's are
     added."""
     runtime = runtime_of(target)
     artefact = write(target, recipe.model)
     numbers, logits = run_checks(target, artefact, recipe.model, evidence, lambda states: fresh_export(recipe, states, target))
+    if statistics is not None:
+        numbers |= check_statistics(target.name, runtime, artefact, recipe.model, statistics, evidence.x, evidence.float_logits)
     findings = [*lost_channels(target.name, logits, evidence.float_logits)]
     if held_out is not None:
         measured, more = held_out.measure(

@@ -4,6 +4,8 @@
     targets/<name>/taps.onnx    same integers; outputs each norm's input moments
     targets/litert/*.tflite     the same two for LiteRT: adaptable tensors are in the file and patched in a copy
     targets/tensorrt/build.json how a device builds an engine of these, and which of its weights are norms
+    statistics.onnx             measures and applies every norm's statistics in one pass over kept images; serves all targets
+    class_moments.npz           how those statistics depend on the class mix
     weights.packed              integers of 2 to 6 bits, one copy for all targets, which then do not hold them
     student.pt2                 the exported program the cloud trains
     calibration.npz             the slice kept for release gates

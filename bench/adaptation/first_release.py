@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.adaptation.method import Log
-from bench.adaptation.refold_method import TEACHERS, _bundle, _reference
+from bench.adaptation.refold_method import TEACHERS, _bundle, _reference, adapter_and_observer
 from bench.corrupt import corrupt
 from cloud.bundles import register
 from cloud.ingest import Ingest
@@ -33,7 +33,7 @@ from cloud.store import DeviceRecord, DirectoryObjects, Store
 from cloud.training.waiting import sentence
 from cloud.worker import Job, Worker
 from demo.images import cifar10, data_folder
-from edge.adapt import Adapter, AdaptSettings, FrameFeatures, TapObserver
+from edge.adapt import AdaptSettings, FrameFeatures
 from edge.encode import make_sample
 from edge.engine import EngineFactory
 from edge.link_settings import SelectSettings
@@ -60,10 +60,7 @@ class Device:
         self.bundle = _bundle()
         self._factory = EngineFactory(self.bundle)
         classes = int(self.bundle.manifest.class_count)
-        self.adapter = Adapter(
-            self.bundle.norms, AdaptSettings(), classes, reference=_reference(), bundle_digest=self.bundle.digest
-        )
-        self._observer = TapObserver(self.adapter, self._factory.build_taps, self.bundle.preprocess)
+        self.adapter, self._observer = adapter_and_observer(self._factory, AdaptSettings(), _reference())
         keep = SelectSettings()
         quota = NewDomain(uploads=keep.new_domain, rate=keep.new_domain_rate)
         inner = make_selector(keep.name, classes, keep.options)
@@ -80,7 +77,7 @@ class Device:
         logits = self._engine.run(self.bundle.preprocess.apply(image))[0].astype(np.float64)
         p = np.exp(logits - logits.max())
         p = (p / p.sum()).astype(np.float32)
-        if self.adapter.wants_taps(FrameFeatures.of(image, p)):
+        if self.adapter.wants_image(FrameFeatures.of(image, p)):
             self.serve(self._observer.observe(self.frames, image, self.serving))
         verdict = self._selector.judge(p)
         self.frames += 1

@@ -25,15 +25,17 @@ from bench.adaptation.method import Log
 from bench.adaptation.student_bundle import student_bundle
 from cloud.distil import Candidate, Distiller, DistilSettings, Teachers, load_teachers
 from demo.images import data_folder
-from edge.adapt import Adapter, AdaptSettings, FrameFeatures, Reference, TapObserver
+from edge.adapt import Adapter, AdaptSettings, FrameFeatures, ImageObserver, Reference
 from edge.encode import encode_image
 from edge.engine import EngineFactory
 from edge.select import BudgetSelector, make_selector
 from edge.serving import ServingState
+from edge.statistics import measure_of
 from refold.bundle import Bundle
 from refold.errors import InputError
 from refold.norms import NormState
 from refold.release import Release, encode
+from refold.statistics import StatisticsModel
 
 __all__ = ["RefoldMethod", "Tuning", "make_method"]
 
@@ -82,6 +84,19 @@ class TrueLabels(Teachers):
         return np.eye(self._classes, dtype=np.float32)[[self._labels[_digest(i)] for i in images]]
 
 
+def adapter_and_observer(
+    factory: EngineFactory, settings: AdaptSettings, reference: Reference
+) -> tuple[Adapter, ImageObserver]:
+    """A device's adapter and what feeds it, as the daemon makes them."""
+    bundle = factory.bundle
+    model = StatisticsModel.of(bundle, settings.mix)
+    classes = int(bundle.manifest.class_count)
+    adapter = Adapter(model, settings, classes, reference=reference, bundle_digest=bundle.digest)
+    measure = measure_of(factory, model, settings.memory_mb)
+    assert measure is not None
+    return adapter, ImageObserver(adapter, measure, model)
+
+
 def _digest(image: U8) -> bytes:
     return hashlib.sha256(image.tobytes()).digest()
 
@@ -111,8 +126,7 @@ class RefoldMethod:
         self._bundle, self._tuning, self._teachers = bundle, tuning, teachers
         self._factory = factory or EngineFactory(bundle)
         classes = int(bundle.manifest.class_count)
-        self.adapter = Adapter(bundle.norms, tuning.adapt, classes, reference=reference, bundle_digest=bundle.digest)
-        self._observer = TapObserver(self.adapter, self._factory.build_taps, bundle.preprocess)
+        self.adapter, self._observer = adapter_and_observer(self._factory, tuning.adapt, reference)
         self._selector = make_selector(
             "budget", classes, {"rate": tuning.rate, "unbiased": tuning.unbiased, "burst": 4, "seed": seed}
         )
@@ -131,7 +145,7 @@ class RefoldMethod:
         self._engine = self._factory.build(serving)
 
     def run(self, images: U8, labels: I64) -> tuple[I64, Log]:
-        counts = {"frames_uploaded": 0.0, "bytes_up": 0.0, "bytes_down": 0.0, "releases": 0.0, "taps": 0.0, "builds": 0.0}
+        counts = {"frames_uploaded": 0.0, "bytes_up": 0.0, "bytes_down": 0.0, "releases": 0.0, "kept": 0.0, "builds": 0.0}
         if isinstance(self._teachers, TrueLabels):
             self._teachers.learn(images, labels)
         predictions = np.empty(len(images), np.int64)
@@ -142,7 +156,7 @@ class RefoldMethod:
             probabilities = np.exp(logits - logits.max())
             probabilities /= probabilities.sum()
             predictions[i] = logits.argmax()
-            if self.adapter.wants_taps(FrameFeatures.of(image, probabilities)):
+            if self.adapter.wants_image(FrameFeatures.of(image, probabilities)):
                 self._observe(image, counts)
             if self._distiller is not None:
                 self._upload(image, probabilities.astype(np.float32), counts)
@@ -150,7 +164,7 @@ class RefoldMethod:
         return predictions, counts
 
     def _observe(self, image: U8, counts: dict[str, float]) -> None:
-        counts["taps"] += 1
+        counts["kept"] += 1
         serving = self._observer.observe(self._frame, image, self.serving)
         if serving is not None:
             if serving.domain != self.serving.domain:

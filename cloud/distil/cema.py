@@ -9,7 +9,6 @@ they differ in which samples the device uploads.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -20,6 +19,8 @@ from cloud.distil.norm_mode import Moments, NormCall, NormMode
 from cloud.distil.settings import DistilSettings
 from cloud.distil.student import Student
 from cloud.distil.teachers import Teachers
+from cloud.training.strategies.cema import terms
+from cloud.training.strategies.formulae import confidence_weight, entropy, reliable_below
 from refold.norms import NormState
 
 __all__ = ["CemaLoop", "Renorm"]
@@ -29,7 +30,6 @@ WARM = 256
 REPLAY = 96
 STUDENT_RATE, TEACHER_RATE, MOMENTUM = 0.0025, 0.00025, 0.9
 ALPHA, BETA, GAMMA = 3.0, 3.0, 1.0
-MARGIN = 0.4  # times ln C: entropy at which a sample weighs 1
 FOLLOW = 0.1  # running statistics
 
 
@@ -114,7 +114,7 @@ class CemaLoop:
         self._student = student
         self._teachers = teachers
         self._settings = settings
-        self._threshold = MARGIN * math.log(max(classes, 2))
+        self._threshold = reliable_below(classes)
         self._fresh: list[Tensor] = []
         self._history: deque[Tensor] = deque(maxlen=settings.replay)
         self._generator = torch.Generator().manual_seed(settings.seed)
@@ -180,15 +180,15 @@ class CemaLoop:
         for norms, source in zip(self._teacher_norms or [], self._teacher_source, strict=True):
             norms.leave(source)
 
-    def _weight(self, entropy: Tensor) -> Tensor:
-        return torch.exp(self._threshold - entropy).clamp(max=self._settings.loss_cap).detach()
+    def _weight(self, uncertainty: Tensor) -> Tensor:
+        return confidence_weight(uncertainty, self._threshold, self._settings.loss_cap)
 
     def _teacher_steps(self, group: Tensor) -> None:
         for teacher, renorm, norms in zip(
             self._teachers.teachers, self._teacher_renorms, self._teacher_norms or [], strict=True
         ):
-            entropy = _entropy(renorm.train(teacher.network, group))
-            norms.step((self._weight(entropy) * entropy).mean())
+            uncertainty = entropy(renorm.train(teacher.network, group))
+            norms.step((self._weight(uncertainty) * uncertainty).mean())
 
     def _student_step(self, x: Tensor) -> float:
         votes = [
@@ -198,19 +198,6 @@ class CemaLoop:
         target = torch.stack(votes).mean(0)
         weight = self._weight(-(target * torch.log(target.clamp_min(1e-12))).sum(1))
         logits = self._renorm.train(self._student.logits, x)
-        log_p = torch.log_softmax(logits, 1)
-        entropy = _entropy(logits)
-        divergence = (target * (torch.log(target.clamp_min(1e-12)) - log_p)).sum(1)
-        hard = torch.nn.functional.nll_loss(log_p, target.argmax(1), reduction="none")
-        loss = (
-            ALPHA * (self._weight(entropy) * entropy).mean()
-            + BETA * (weight * divergence).mean()
-            + GAMMA * (weight * hard).mean()
-        )
-        self._norms.step(loss)
+        own, divergence, label = terms(logits, target, self._threshold, self._settings.loss_cap)
+        self._norms.step(ALPHA * own.mean() + BETA * divergence.mean() + GAMMA * label.mean())
         return float(weight.mean())
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    log_p = torch.log_softmax(logits, 1)
-    return -(log_p.exp() * log_p).sum(1)

@@ -18,12 +18,15 @@ import torch
 from numpy.typing import NDArray
 
 from cloud.distil.cema import CemaLoop
-from cloud.distil.norm_mode import Moments, mix
+from cloud.distil.corrections import CorrectedTeachers
+from cloud.distil.norm_mode import Moments
 from cloud.distil.recipe import Calibration, Task, convincing, cross_entropies, learn, lessons
 from cloud.distil.samples import DomainEvidence
 from cloud.distil.settings import DistilSettings
 from cloud.distil.student import Student
 from cloud.distil.teachers import Teachers
+from cloud.training.loop import run_strategy
+from cloud.training.strategies.registry import CEMA_LOOPS
 from refold.bundle import Bundle
 from refold.errors import UsageError
 from refold.norms import ActivationScale, NormState
@@ -61,6 +64,7 @@ class Distiller:
         bundle: open.
         teachers: see `load_teachers`.
         settings: numbers.
+        student: the bundle's, where one is open already; every training loads it anew.
     """
 
     def __init__(
@@ -68,13 +72,16 @@ class Distiller:
         bundle: Bundle,
         teachers: Teachers,
         settings: DistilSettings | None = None,
+        *,
+        student: Student | None = None,
     ) -> None:
         self.settings = settings or DistilSettings()
         torch.set_num_threads(self.settings.threads)
         self._bundle = bundle
         self._teachers = teachers
-        self._student = Student(bundle)
+        self._student = student or Student(bundle)
         self._calibration = Calibration.of(bundle)
+        self._corrected = CorrectedTeachers(teachers, self._calibration, self.settings)
         self._domains: dict[str, DomainEvidence] = {}
         self._trained: dict[str, int] = {}
         self._loops: dict[str, CemaLoop] = {}
@@ -87,7 +94,7 @@ class Distiller:
     def add_samples(self, images: U8, domain: str, unbiased: NDArray[np.bool_]) -> None:
         """Takes uploads, uint8 (N, H, W, 3), in order of arrival; `unbiased` (N,) tells which were chosen at random."""
         self._evidence(domain).add(images, unbiased)
-        if self.settings.recipe != "refold":
+        if self.settings.recipe in CEMA_LOOPS:
             self._loop(domain).add(torch.from_numpy(self._bundle.preprocess.apply(images)))
 
     def add_statistics(self, report: pb.StatisticsReport) -> None:
@@ -127,14 +134,17 @@ class Distiller:
         if evidence is None or not len(evidence):
             raise UsageError(f"There are no samples of domain {domain!r} to train on.", code="no-samples")
         candidate = (
-            self._refold(domain, evidence, start or {}) if self.settings.recipe == "refold" else self._cema(domain, evidence)
+            self._cema(domain, evidence)
+            if self.settings.recipe in CEMA_LOOPS
+            else self._measured(domain, evidence, start or {})
         )
         self._bundle.norms.check(candidate.states)
         self._bundle.norms.tensors(candidate.states, candidate.activations)
         self._trained[domain] = evidence.arrived
         return candidate
 
-    def _refold(self, domain: str, evidence: DomainEvidence, start: Mapping[str, NormState]) -> Candidate:
+    def _measured(self, domain: str, evidence: DomainEvidence, start: Mapping[str, NormState]) -> Candidate:
+        """Every recipe whose statistics are measured: refold's own, and all strategies of the shared loop."""
         s = self.settings
         population = evidence.population(s.population)
         enough = len(population) >= s.population_least
@@ -143,18 +153,14 @@ class Distiller:
             enough = True
         # A teacher on its own statistics is confidently wrong: even selected samples adapt it better than none.
         self._teachers.adapt(domain, population if enough else evidence.images[-s.population :])
-        targets = self._teachers.probabilities(evidence.images, domain)
+        targets = self._corrected.probabilities(evidence.images, domain)
         self._student.load(start)
-        x = torch.from_numpy(self._bundle.preprocess.apply(population)) if enough else None
+        sample = self._student.population(torch.from_numpy(self._bundle.preprocess.apply(population))) if enough else None
 
-        def measured(mix_share: float) -> list[Moments]:
-            if x is not None:
-                found = self._student.measure(x, mix_share * len(x) / (len(x) + s.prior_samples))
-            else:
-                found = [
-                    mix(a, b, mix_share) for a, b in zip(self._student.exported_moments(), evidence.reported(), strict=True)
-                ]
-            return self._student.clamp(found)
+        def measured(strength: float) -> list[Moments]:
+            if sample is not None:
+                return self._student.clamp(sample.measure(strength))
+            return self._student.clamp(self._student.served(evidence.reported(), evidence.statistics_frames, strength))
 
         share = self._best_mix(evidence, targets, measured)
 
@@ -163,7 +169,8 @@ class Distiller:
 
         seed = s.seed * 1_000_003 + evidence.arrived
         task = Task(evidence.images, targets, population, self._calibration, measure, seed)
-        metrics = learn(self._student, self._bundle.preprocess, task, s)
+        move = learn if s.recipe == "refold" else run_strategy
+        metrics = move(self._student, self._bundle.preprocess, task, s)
         moments = measure()
         return Candidate(
             states=self._student.states(moments),

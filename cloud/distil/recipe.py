@@ -26,7 +26,7 @@ from cloud.distil.student import Student
 from refold.bundle import Bundle
 from refold.preprocess import Preprocess
 
-__all__ = ["Calibration", "Task", "convincing", "cross_entropies", "learn", "lessons"]
+__all__ = ["Calibration", "Task", "choose_share", "convincing", "cross_entropies", "held_back", "learn", "lessons"]
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
@@ -94,7 +94,7 @@ class Task:
 def learn(student: Student, preprocess: Preprocess, task: Task, settings: DistilSettings) -> dict[str, float]:
     """Moves the student's gamma and beta; it must be loaded with the states to start from. Returns metrics."""
     generator = torch.Generator().manual_seed(task.seed)
-    held = _held_back(len(task.images), settings.held_back, generator)
+    held = held_back(len(task.images), settings.held_back, generator)
     taught = np.setdiff1d(np.arange(len(task.images)), held)
     batches = _Batches(student, preprocess, task, taught, settings)
     before = student.snapshot()
@@ -124,17 +124,18 @@ def learn(student: Student, preprocess: Preprocess, task: Task, settings: Distil
         "restyled": batches.restyled / settings.group,
         "unexplained": batches.unexplained,
     }
-    return metrics | _choose_share(student, preprocess, task, held, before, settings)
+    return metrics | choose_share(student, preprocess, task, held, before, settings)
 
 
-def _held_back(count: int, share: float, generator: torch.Generator) -> NDArray[np.int64]:
+def held_back(count: int, share: float, generator: torch.Generator) -> NDArray[np.int64]:
+    """Numbers of the uploads that are not taught, in order; none where they would be too few to choose by."""
     held = round(count * share)
     if held < LEAST_HELD_BACK:
         return np.zeros(0, np.int64)
     return np.sort(torch.randperm(count, generator=generator)[:held].numpy())
 
 
-def _choose_share(
+def choose_share(
     student: Student,
     preprocess: Preprocess,
     task: Task,

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cloud.training.strategies.registry import check
 from refold.errors import UsageError
 
-__all__ = ["DistilSettings"]
+__all__ = ["DistilSettings", "ModifierName", "RecipeName"]
+
+# The names of `cloud.training.strategies.registry`, once more as types: a test compares them.
+RecipeName = Literal[
+    "refold", "cema-paper", "cema-released", "distillation", "cema", "eata", "cotta", "rmt", "petal", "sar", "roid"
+]
+ModifierName = Literal["wisdom-of-crowds", "entropy-band", "redundancy", "teachers", "cafa", "teacher-weights", "label-shift"]
 
 
 class DistilSettings(BaseModel):
@@ -16,7 +23,9 @@ class DistilSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    recipe: Literal["refold", "cema-paper", "cema-released"] = Field(default="refold", description="how the student learns")
+    recipe: RecipeName = Field(default="refold", description="how the student learns: a strategy's name")
+    modifiers: tuple[ModifierName, ...] = Field(default=(), description="what combines with it: names of modifiers")
+    options: dict[str, float | int] = Field(default_factory=dict, description="settings of the strategy and of the modifiers")
     seed: int = Field(default=0, description="everything random comes from here")
     threads: int = Field(default=1, ge=1, description="torch threads")
     batch: int = Field(default=64, ge=2, description="pictures per forward pass where no recipe says otherwise; bounds memory")
@@ -27,9 +36,9 @@ class DistilSettings(BaseModel):
     kept_samples: int = Field(default=4096, ge=32, description="newest samples of a domain kept for training")
 
     # Statistics
-    mix: float = Field(default=0.45, ge=0, le=1, description="share of the domain's statistics in the student's norms")
+    mix: float = Field(default=1.0, ge=0, le=1, description="how much of the domain's shift the student's statistics follow")
     mixes: tuple[float, ...] = Field(
-        default=(0.3, 0.6, 0.75), description="other shares, taken where the uploads agree better with the teachers under them"
+        default=(0.6, 0.8), description="other shares, taken where the uploads agree better with the teachers under them"
     )
     population: int = Field(
         default=256, ge=8, description="unbiased samples that statistics are measured on, at most; one batch"
@@ -37,16 +46,16 @@ class DistilSettings(BaseModel):
     population_least: int = Field(
         default=16, ge=2, description="unbiased samples below which the device's reports are used instead"
     )
-    prior_samples: float = Field(default=12.0, ge=0, description="unbiased samples at which half of `mix` is reached")
+    prior_samples: float = Field(default=12.0, ge=0, description="unbiased samples at which half of `teacher_mix` is reached")
 
     # Teachers
     teacher_mix: float = Field(default=0.4, ge=0, le=1, description="share of the domain's statistics in the teachers' norms")
     flips: bool = Field(default=True, description="each teacher votes on the picture and on its mirror image")
     shifts: int = Field(default=0, ge=0, le=4, description="pixels by which further votes move the picture; 0 is none")
 
-    # The refold recipe
+    # Every recipe but CEMA's two
     steps: int = Field(default=70, ge=4, description="gradient steps of one training")
-    rate: float = Field(default=2e-3, gt=0, description="largest learning rate of Adam; one cycle")
+    rate: float = Field(default=2e-3, gt=0, description="refold: largest learning rate of Adam; one cycle")
     group: int = Field(default=48, ge=4, description="pictures per gradient step")
     restyled: float = Field(default=0.6, ge=0, lt=1, description="largest share of restyled calibration pictures in a step")
     held_back: float = Field(
@@ -65,6 +74,14 @@ class DistilSettings(BaseModel):
         default=16.0, gt=0, description="CEMA: largest sample weight exp(0.4 ln C - H); exp(0.4 ln 1000) is 15.8"
     )
 
+    @model_validator(mode="after")
+    def _go_together(self) -> DistilSettings:
+        try:
+            check(self.recipe, self.modifiers, self.options)
+        except UsageError as e:
+            raise ValueError(e.message) from e
+        return self
+
     @classmethod
     def of(cls, values: dict[str, Any]) -> DistilSettings:
         """From a `[distil]` table. Raises UsageError naming the first key that is unknown or out of range."""
@@ -72,4 +89,5 @@ class DistilSettings(BaseModel):
             return cls.model_validate(values)
         except ValidationError as e:
             first = e.errors()[0]
-            raise UsageError(f"[distil] {'.'.join(map(str, first['loc']))}: {first['msg']}.") from e
+            where, what = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ").rstrip(".")
+            raise UsageError(f"[distil] {where}{': ' if where else ''}{what}.") from e

@@ -10,16 +10,19 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cloud.distil.norm_mode import Moments, observed_moments, population_moments, serve_moments
+from cloud.distil.norm_mode import Moments, observed_moments, serve_moments
+from cloud.distil.population import Population
 from cloud.distil.rounding import quicken
 from refold.bundle import Bundle
 from refold.errors import BundleError
 from refold.norms import NormSite, NormState, identifier
+from refold.statistics import StatisticsModel
 
 __all__ = ["Student"]
 
@@ -48,6 +51,7 @@ class Student:
                 f"The student of {bundle.path} cannot be loaded by this torch: export it again.", detail=str(e)
             ) from e
         self._trust = bundle.norms.trust_ratio
+        self._model = StatisticsModel.of(bundle)
         self.sites: tuple[NormSite, ...] = bundle.norms.norms
         self.measured = tuple(s for s in self.sites if s.kind.has_statistics)
         tensors = {**dict(self._network.named_parameters()), **dict(self._network.named_buffers())}
@@ -93,6 +97,10 @@ class Student:
         """Present gamma and beta, to go back to."""
         return [t.detach().clone() for t in self.parameters]
 
+    def exported_values(self) -> list[Tensor]:
+        """gamma and beta as exported, in the order of `parameters`."""
+        return [_tensor(v) for s in self.sites for v in (s.exported.gamma, s.exported.beta) if v.size]
+
     def restore(self, values: Sequence[Tensor]) -> None:
         with torch.no_grad():
             for tensor, value in zip(self.parameters, values, strict=True):
@@ -101,9 +109,17 @@ class Student:
     def exported_moments(self) -> list[Moments]:
         return [Moments(_tensor(s.exported.mean), _tensor(s.exported.variance)) for s in self.measured]
 
-    def measure(self, x: Tensor, weight: float) -> list[Moments]:
-        """Mixed moments of a population, float32 (N, C, H, W), behind the present gamma and beta; exported ones as source."""
-        return population_moments(self._network, x, weight, source=self.exported_moments())
+    def population(self, x: Tensor) -> Population:
+        """A sample of a domain, float32 (N, C, H, W), whose statistics are measured behind the present gamma and beta."""
+        return Population(self._network, self._model, x)
+
+    def served(self, moments: Sequence[Moments], frames: float, strength: float) -> list[Moments]:
+        """What to serve for moments that devices reported: of so many images, whose class mix nobody knows."""
+        layout, model = self._model.layout, replace(self._model, strength=strength * self._model.strength)
+        mean = np.concatenate([_array(m.mean) for m in moments]).astype(np.float64)
+        variance = np.concatenate([_array(m.variance) for m in moments]).astype(np.float64)
+        states, _ = model.served({}, np.stack([mean, variance + mean**2]), frames, model.class_moments.flat)
+        return [Moments(_tensor(states[s.name].mean), _tensor(states[s.name].variance)) for s in layout.sites]
 
     def observe(self, x: Tensor, moments: Sequence[Moments]) -> list[Moments]:
         """Moments of every norm's input for x, float32 (N, C, H, W), behind norms that serve `moments`."""

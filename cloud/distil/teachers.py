@@ -107,6 +107,26 @@ class Teachers:
             raise InputError("There are no pictures to judge.")
         return torch.cat(parts).numpy().astype(np.float32)
 
+    def votes(self, images: U8, domain: str = "") -> NDArray[np.float32]:
+        """Each teacher's mean over its views, float32 (teachers, N, C); otherwise as `probabilities`."""
+        parts = []
+        with torch.no_grad():
+            for start in range(0, len(images), self.settings.batch):
+                views = list(self._views(torch.from_numpy(self.preprocess.apply(images[start : start + self.settings.batch]))))
+                each = [
+                    [torch.softmax(serve_moments(t.network, view, t.moments.get(domain, ())), 1) for view in views]
+                    for t in self.teachers
+                ]
+                parts.append(torch.stack([torch.stack(votes).mean(0) for votes in each]))
+        if not parts:
+            raise InputError("There are no pictures to judge.")
+        return torch.cat(parts, 1).numpy().astype(np.float32)
+
+    def forget(self, domain: str) -> None:
+        """Drops what was measured of a domain."""
+        for teacher in self.teachers:
+            teacher.moments.pop(domain, None)
+
     def _views(self, x: Tensor) -> Iterable[Tensor]:
         yield x
         if self.settings.flips:

@@ -1,15 +1,15 @@
-"""Forward-only adaptation on the device: shift features, shift detector, tapped evidence, gated overlay, domain bank."""
+"""Forward-only adaptation on the device: shift features, shift detector, kept images, their statistics, domain bank."""
 
 from __future__ import annotations
 
 from edge.adapt.adapter import Adapter
 from edge.adapt.bank import HOME, Domain, DomainBank
-from edge.adapt.evidence import Evidence, TapLayout
+from edge.adapt.evidence import Evidence
 from edge.adapt.features import FEATURES, FrameFeatures, Reference
-from edge.adapt.observer import TapObserver
-from edge.adapt.overlay import mixed_states, within_trust
+from edge.adapt.kept import KeptImages
+from edge.adapt.observer import ImageObserver
 from edge.adapt.proposal import Proposal
-from edge.adapt.schedule import TapSchedule
+from edge.adapt.schedule import KeepSchedule
 from edge.adapt.settings import AdaptSettings
 from edge.adapt.shift import ShiftDetector
 
@@ -22,12 +22,10 @@ __all__ = [
     "DomainBank",
     "Evidence",
     "FrameFeatures",
+    "ImageObserver",
+    "KeepSchedule",
+    "KeptImages",
     "Proposal",
     "Reference",
     "ShiftDetector",
-    "TapLayout",
-    "TapObserver",
-    "TapSchedule",
-    "mixed_states",
-    "within_trust",
 ]

@@ -1,13 +1,12 @@
 """Adapter: what a device does about a shift on its own, forward only.
 
     every frame     features ─► shift detector ─► same domain / recall a known one / begin a new one
-    tapped frames   moments of every norm's input ─► evidence of the present domain ─► overlay ─► a state to serve
-    settling        the first frames of a new domain again, behind each new state, until their statistics stay
+    kept images     measured together, once there are enough ─► evidence of the present domain ─► a state to serve
     releases        `propose` says what would be served were a set of them in force, `commit` makes it so
 
-A state is offered when evidence has doubled, so an engine is rebuilt a handful of times per domain and not per frame.
-Domain "d0", for which the bundle was exported, gets no overlay: plain statistics cost accuracy there. The adapter decides;
-it owns no clock, thread, file, engine or release: releases in force are the updater's, and it is told of them.
+A new domain is served as exported, or with its release, until its first images are measured; then with their statistics, and
+again when twice as many are known. Domain "d0", for which the bundle was exported, gets none. The adapter decides; it owns no
+clock, thread, file, engine or release: releases in force are the updater's, and it is told of them.
 """
 
 from __future__ import annotations
@@ -19,27 +18,27 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.adapt.bank import HOME, NEVER, Domain, DomainBank
-from edge.adapt.evidence import Evidence, TapLayout
+from edge.adapt.bank import HOME, Domain, DomainBank
+from edge.adapt.evidence import Evidence
 from edge.adapt.features import FEATURES, FrameFeatures, Reference
-from edge.adapt.proposal import Composed, Proposal, base_of, compose
-from edge.adapt.schedule import TapSchedule
+from edge.adapt.proposal import Composed, Proposal, base_of, base_state, compose
+from edge.adapt.schedule import KeepSchedule
 from edge.adapt.settings import AdaptSettings
 from edge.adapt.shift import ShiftDetector
 from edge.serving import ServingState
+from edge.statistics.estimate import Estimate
 from edge.updates.inforce import Entry, InForce
-from refold.norms import NormTable
+from refold.errors import InputError
 from refold.release import Release, digest, encode
+from refold.statistics import StatisticsModel
 from refold.v1 import adaptation_pb2  # noqa: F401  (registers the package's messages)
 from refold.v1 import samples_pb2 as pb
 
 __all__ = ["Adapter"]
 
-MIN_REPORT = 8  # tapped frames of a domain that was left early: fewer are not worth a message
 KEPT_REPORTS = 8  # reports waiting for the uplink; the oldest is dropped
 LEARNED_REFERENCE = 48  # frames that stand in for a calibration slice where none is given
 ENTROPY_RATE = 0.02
-SETTLED = 0.01  # mean move of the observed means in one pass, in standard deviations of a norm's input, that ends settling
 RETRY_FRAMES = 64  # frames until a state that could not be served is offered again
 
 
@@ -47,7 +46,7 @@ class Adapter:
     """One per engine. Not thread-safe: the caller serialises the calls.
 
     Args:
-        table: the bundle's norm table.
+        model: the bundle's statistics model.
         settings: numbers.
         class_count: classes of the model; bounds entropy.
         reference: features of the calibration slice (`Reference.measure`). Without one the first frames are taken for home.
@@ -56,39 +55,36 @@ class Adapter:
 
     def __init__(
         self,
-        table: NormTable,
+        model: StatisticsModel,
         settings: AdaptSettings,
         class_count: int,
         *,
         reference: Reference | None = None,
         bundle_digest: str = "",
     ) -> None:
-        self._table = table
+        self._model = model
         self._settings = settings
         self._class_count = class_count
         self._bundle_digest = bundle_digest
-        self._layout = TapLayout(table)
-        self._schedule = TapSchedule(settings)
+        self._schedule = KeepSchedule(settings)
         self._schedule.settle()
         self._releases = InForce()
         self._reports: deque[pb.StatisticsReport] = deque(maxlen=KEPT_REPORTS)
         self._learning: list[NDArray[np.float64]] | None = None if reference else []
         self._frame = 0
         self._entropy = 0.0
-        self._taps = self._shifts = self._recalls = self._refused = 0
+        self._kept = self._measured = self._skipped = self._shifts = self._recalls = self._refused = 0
         self._probe: list[NDArray[np.float64]] = []
         self._provisional = False
         self._residence = 0
         self._switch = False
         self._retry_at = 0
-        self._served_version = 0
         self._weight = 0.0
-        self._passes = 0
         self._settle(reference or Reference.of(np.zeros((2, FEATURES))))
 
     def _settle(self, reference: Reference) -> None:
         self._detector = ShiftDetector(self._settings, reference)
-        self._bank = DomainBank(self._layout.channels, reference, self._settings.domains)
+        self._bank = DomainBank(self._model.layout.channels, self._model.class_moments.count, reference, self._settings.domains)
         self._present = self._left = self._bank.home
         self._doubted: list[Domain] = []
 
@@ -97,6 +93,10 @@ class Adapter:
     @property
     def settings(self) -> AdaptSettings:
         return self._settings
+
+    @property
+    def model(self) -> StatisticsModel:
+        return self._model
 
     @property
     def domain(self) -> str:
@@ -108,8 +108,13 @@ class Adapter:
         """Names of the domains in the bank, the exported one included."""
         return tuple(domain.name for domain in self._bank)
 
-    def wants_taps(self, features: FrameFeatures) -> bool:
-        """Takes one frame; True when its moments are wanted (`observe_taps`)."""
+    @property
+    def reference(self) -> Reference:
+        """How features look in the domain the bundle was exported for."""
+        return self._detector.reference
+
+    def wants_image(self, features: FrameFeatures) -> bool:
+        """Takes one frame; True when its image is wanted (`edge.adapt.observer`)."""
         self._frame += 1
         self._entropy += max(ENTROPY_RATE, 1 / self._frame) * (features.entropy - self._entropy)
         if not self._settings.enabled:
@@ -118,7 +123,9 @@ class Adapter:
             return self._learn_home(features.values)
         if self._provisional or self._frame % self._settings.watch_every == 0:
             self._watch(features.values)
-        return self._schedule.due() or (self._switch and self._frame >= self._retry_at)
+        if self._switch and self._frame >= self._retry_at:
+            return True
+        return self._present.name != HOME and self._schedule.due()
 
     def _watch(self, values: NDArray[np.float64]) -> None:
         if self._provisional:
@@ -153,18 +160,11 @@ class Adapter:
         self._probe = [values]
         self._present = self._bank.new(values, 1.0)
         self._present.move(*base_of(self._releases, self._present), self._present.evidence, ())
-        self._present.rebuild_at = self._settings.first_rebuild
-        self._present.settle_at = self._settings.settle_from if self._settings.settle_passes else NEVER
         self._schedule.restart()
 
     def _leave(self) -> None:
-        present = self._present
-        self._passes = 0
         if not self._provisional:
-            present.mean, present.frames = self._detector.mean.copy(), self._detector.frames
-        if present.unreported.frames >= MIN_REPORT:
-            self._report(present)
-        present.unreported = Evidence(self._layout.channels)
+            self._present.mean, self._present.frames = self._detector.mean.copy(), self._detector.frames
 
     def _decide(self) -> None:
         """Enough frames after the alarm: a known domain is recalled, a new one is remembered."""
@@ -177,7 +177,7 @@ class Adapter:
         self._residence = 0
         if known is not None:
             self._bank.discard(newcomer)
-            self._recall(known, newcomer.evidence, probe if known is self._left else None)
+            self._recall(known, probe if known is self._left else None)
             return
         newcomer.mean, newcomer.frames = mean, frames
         self._bank.add(newcomer)
@@ -191,9 +191,9 @@ class Adapter:
         if known is not None and self._releases.own(newcomer.key) is None:
             self._leave()
             self._bank.drop(newcomer)
-            self._recall(known, newcomer.evidence)
+            self._recall(known)
 
-    def _recall(self, known: Domain, fresh: Evidence, probe: Sequence[NDArray[np.float64]] | None = None) -> None:
+    def _recall(self, known: Domain, probe: Sequence[NDArray[np.float64]] | None = None) -> None:
         """Back to a known domain. `probe`: it was never left, so the slow averages go on, over the frames that showed it."""
         self._recalls += 1
         self._switch = True
@@ -202,61 +202,79 @@ class Adapter:
         if known.name == HOME:
             self._schedule.settle()
         else:
-            known.evidence.fade(self._settings.staleness)
-            if fresh.frames:
-                known.evidence.add(fresh.moments, frames=fresh.frames)
             self._schedule.restart(known.evidence.frames)
         if probe is None:
             self._detector.restart(known.mean, known.frames)
         for values in probe or ():
             self._detector.watch(values)
 
-    # Tapped frames -----------------------------------------------------------------------------------------------------------
+    # Kept images -------------------------------------------------------------------------------------------------------------
 
-    def observe_taps(self, frame: int, moments: NDArray[np.float32], served: ServingState) -> ServingState | None:
-        """Takes the tap model's output for one frame; a state to serve from now on, or None to go on as before.
+    def recalled(self, served: ServingState) -> ServingState | None:
+        """A state that needs no measurement: of a domain that is known again. None: `served` goes on."""
+        self._kept += 1
+        return self._offer(served) if self._switch else None
+
+    def wants_measured(self, kept: int, limit: int) -> bool:
+        """Whether so many kept images of the present domain, of at most `limit`, are to be measured now.
+
+        The first time that is early, then whenever they are complete.
+        """
+        if self._provisional or self._present.name == HOME or not self._settings.enabled:
+            return False
+        if self._present.evidence.frames:
+            return kept >= limit
+        return kept >= min(self._settings.first_images, limit)
+
+    def skipped(self) -> None:
+        """Counts a set of images that are too much alike to say anything."""
+        self._skipped += 1
+
+    @property
+    def known(self) -> Evidence | None:
+        """What earlier sets of images of the present domain showed, for the next one to be added to."""
+        whole, most = self._present.whole, self._settings.evidence_frames
+        return whole.worth(most) if whole is not None else None
+
+    @property
+    def base(self) -> ServingState:
+        """What images of the present domain are measured behind."""
+        return base_state(self._releases, self._present, self._model.layout.table)
+
+    def measured(
+        self, found: Estimate, frames: tuple[int, int], fresh: int, served: ServingState, *, whole: bool
+    ) -> ServingState | None:
+        """Takes what the kept images of the present domain show; a state to serve from now on, or None to go on as before.
 
         Args:
-            frame: the frame's number, for reports.
-            moments: float32 (2, channels).
-            served: what the tap model ran with.
+            frames: numbers of the first and the last frame among them.
+            fresh: how many of them no report has counted yet.
+            served: the present state.
+            whole: the set is complete, and the next one is added to it.
 
         Raises:
-            InputError: the moments do not fit the bundle or are not finite.
+            InputError: moments of another model, or not finite.
         """
-        seen = self._layout.unfold(moments, served.states)
-        self._taps += 1
         present = self._present
-        present.evidence.add(seen, limit=self._settings.evidence_frames)
-        present.taps += 1
-        if not present.unreported.frames:
-            present.first_frame = frame
-        present.unreported.add(seen)
-        present.last_frame = frame
-        self._served_version = served.release_version
-        if present.unreported.frames >= self._settings.report_frames and not self._provisional:
-            self._report(present)
-            present.unreported = Evidence(self._layout.channels)
-        due = present.name != HOME and present.taps >= present.rebuild_at
-        if not (due or self._switch):
-            return None
-        return self._offer()
+        if found.moments.shape != (2, self._model.layout.channels) or not np.isfinite(found.moments).all():
+            raise InputError(
+                f"Moments of shape {found.moments.shape} are not this bundle's, or not finite: the images are not counted.",
+                code="moments",
+            )
+        self._measured += 1
+        present.evidence = Evidence.of(found.moments, found.frames, found.mix)
+        if whole:
+            present.whole = present.evidence
+        if fresh:
+            self._report(present, found, fresh, frames, served)
+        return self._offer(served)
 
-    def _offer(self) -> ServingState:
-        serving = self._serving()
-        self._offered()
-        return serving
-
-    def _offered(self) -> None:
-        """A state was handed out: the next one is due when the evidence has grown."""
-        present = self._present
+    def _offer(self, served: ServingState) -> ServingState | None:
+        """The present domain's state unless it is what is served."""
         self._switch = False
-        wait = max(present.taps, self._settings.first_rebuild)
-        if present.taps < self._settings.burst:
-            wait = min(wait, self._settings.rebuild_step)
-        present.rebuild_at = present.taps + wait
-        if present.name != HOME:
-            present.evidence.fade(self._settings.staleness)
+        state = self._serving()
+        same = (state.overlay, state.release_digest) == (served.overlay, served.release_digest)
+        return None if same and not state.overlay else state
 
     def dropped(self, state: ServingState, served: ServingState) -> None:
         """The state offered last could not be served, `served` goes on: it is offered again, but not at the very next frame."""
@@ -264,43 +282,11 @@ class Adapter:
             self._switch = True
             self._retry_at = self._frame + RETRY_FRAMES
 
-    @property
-    def settling(self) -> bool:
-        """Whether the frames tapped now will be wanted again."""
-        return self._present.settle_at != NEVER
-
-    def wants_settled(self, frames: int) -> bool:
-        """Asked when a state was just offered: whether `settle` wants so many kept frames tapped behind it."""
-        if self._passes:
-            return True
-        present = self._present
-        if not self.settling or present.taps < present.settle_at or frames < min(present.taps, self._settings.burst):
-            return False
-        present.settle_at = min(2 * present.settle_at, self._settings.burst) if present.taps < self._settings.burst else NEVER
-        self._passes = self._settings.settle_passes
-        return True
-
-    def settle(self, moments: NDArray[np.float32], frames: int, served: ServingState) -> ServingState:
-        """Takes the mean moments of the domain's kept frames behind `served` as its evidence; a better state to serve.
-
-        Args:
-            moments: float32 (2, channels).
-            frames: how many they were.
-            served: what the tap model ran with, this adapter's latest offer.
-        """
-        evidence = self._present.evidence
-        seen = self._layout.unfold(moments, served.states)
-        spread = np.sqrt(np.maximum(seen[1] - seen[0] ** 2, 1e-12))
-        moved = float(np.mean(np.abs(seen[0] - evidence.mean) / spread))
-        evidence.moments, evidence.frames = seen, float(frames)
-        self._passes = self._passes - 1 if moved > SETTLED else 0
-        return self._serving()
-
     def _serving(self) -> ServingState:
         return self._take(self._composed(self._releases, self._present, self._present.evidence))
 
     def _composed(self, releases: InForce, domain: Domain, evidence: Evidence) -> Composed:
-        return compose(releases, domain, evidence, self._layout, self._table, self._settings)
+        return compose(releases, domain, evidence, self._model, self._settings)
 
     def _take(self, composed: Composed) -> ServingState:
         self._weight = composed.weight
@@ -344,10 +330,10 @@ class Adapter:
         for domain, base, shared, evidence in proposal.moves:
             domain.move(base, shared, evidence, kept)
         if proposal.afresh:
-            self._schedule.restart(share=0.5)
+            self._schedule.restart()
         if offered:
+            self._switch = False
             self._take(proposal.composed)
-            self._offered()
 
     def on_release(self, release: Release) -> ServingState | None:
         """Takes in an admitted release at once, for simulations without a disk; a state to serve when it concerns the present
@@ -370,27 +356,26 @@ class Adapter:
 
     # Reports and memory ------------------------------------------------------------------------------------------------------
 
-    def _report(self, domain: Domain) -> None:
-        evidence = domain.unreported
+    def _report(self, domain: Domain, found: Estimate, fresh: int, frames: tuple[int, int], served: ServingState) -> None:
         report = pb.StatisticsReport(
             bundle_digest=self._bundle_digest,
-            release_version=self._served_version,
+            release_version=served.release_version,
             domain=domain.name,
-            frames=round(evidence.frames),
-            first_frame=domain.first_frame,
-            last_frame=domain.last_frame,
+            frames=fresh,
+            first_frame=frames[0],
+            last_frame=frames[1],
         )
-        digest = hashlib.sha256()
-        for site, cut in zip(self._layout.sites, self._layout.slices, strict=True):
-            mean = evidence.mean[cut].astype("<f4")
-            variance = evidence.variance[cut].astype("<f4")
+        digest, layout = hashlib.sha256(), self._model.layout
+        means, variances = found.alone[0], np.maximum(found.alone[1] - found.alone[0] ** 2, 0.0)
+        for site, cut in zip(layout.sites, layout.slices, strict=True):
+            mean, variance = means[cut].astype("<f4"), variances[cut].astype("<f4")
             digest.update(site.name.encode() + b"\0" + mean.tobytes() + variance.tobytes())
             report.sites.add(site=site.name, mean=mean.tolist(), variance=variance.tolist())
         report.digest = digest.hexdigest()
         self._reports.append(report)
 
     def take_statistics(self) -> pb.StatisticsReport | None:
-        """The oldest report not yet taken: moments of `frames` tapped frames of one domain, no frame counted twice."""
+        """The oldest report not yet taken: moments of `frames` images of one domain, no image counted twice."""
         return self._reports.popleft() if self._reports else None
 
     def metrics(self) -> dict[str, float]:
@@ -399,7 +384,9 @@ class Adapter:
             "domains": float(len(self._bank)),
             "shifts": float(self._shifts),
             "recalls": float(self._recalls),
-            "taps": float(self._taps),
+            "images_kept": float(self._kept),
+            "measured": float(self._measured),
+            "skipped": float(self._skipped),
             "overlay_weight": self._weight,
             "overlays_refused": float(self._refused),
             "evidence_frames": self._present.evidence.frames,
@@ -409,7 +396,7 @@ class Adapter:
         }
 
     def _fingerprint(self) -> str:
-        names = ";".join(f"{s.name}:{s.channels}" for s in self._layout.sites)
+        names = ";".join(f"{s.name}:{s.channels}" for s in self._model.layout.sites)
         return hashlib.sha256(names.encode()).hexdigest()
 
     def dump(self) -> bytes:
@@ -422,7 +409,7 @@ class Adapter:
     def load(
         cls,
         content: bytes,
-        table: NormTable,
+        model: StatisticsModel,
         settings: AdaptSettings,
         class_count: int,
         *,
@@ -434,7 +421,7 @@ class Adapter:
         Raises:
             StorageError: the bytes are damaged or belong to another bundle.
         """
-        adapter = cls(table, settings, class_count, reference=reference, bundle_digest=bundle_digest)
+        adapter = cls(model, settings, class_count, reference=reference, bundle_digest=bundle_digest)
         adapter._bank.restore(content, adapter._fingerprint())
         adapter._present = adapter._left = adapter._bank.home
         adapter._detector.restart(adapter._present.mean, adapter._present.frames)

@@ -10,8 +10,9 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +24,8 @@ from refold.errors import StorageError
 __all__ = ["HOME", "Domain", "DomainBank"]
 
 HOME = "d0"
-NEVER = -1
-FORMAT = 2
-WITH_RELEASES = 1  # an older format, which held whole releases without their signatures
+FORMAT = 3
+OLDER = (1, 2)  # without class mixes, and 1 with whole releases without their signatures: their statistics are not taken over
 HOME_KEY = "home"
 F64 = NDArray[np.float64]
 
@@ -38,15 +38,13 @@ class Domain:
         name: "d0", "d1", ...
         mean: features, float64 (FEATURES,).
         frames: frames behind `mean`.
-        evidence: tapped moments behind `base`.
+        evidence: moments behind `base`, as they are served.
+        whole: the same as of the last full set of kept images: what the next set is added to.
         key: tells this domain from every other that has or had its name on this device.
         base: digest of the release it is served with, to which its evidence belongs; "" as exported.
         shared: the base is not this domain's own release.
         past: base to (shared, evidence), of bases still in force beneath the present one: a rollback takes the evidence up
             again. Not kept across restarts, except where a restart finds another base in force.
-        taps: tapped frames since the domain was met or its base changed; the clock of rebuilds.
-        rebuild_at: number of taps at which the overlay is built next.
-        settle_at: number of taps at which the frames tapped so far are looked at again; NEVER: their statistics are settled.
         seen: number of the last shift at which the domain was present; orders evictions.
     """
 
@@ -58,16 +56,8 @@ class Domain:
     base: str = ""
     shared: bool = True
     past: dict[str, tuple[bool, Evidence]] = field(default_factory=dict)
-    taps: int = 0
-    rebuild_at: int = 0
-    settle_at: int = NEVER
     seen: int = 0
-    unreported: Evidence = field(init=False)
-    first_frame: int = 0
-    last_frame: int = 0
-
-    def __post_init__(self) -> None:
-        self.unreported = Evidence(self.evidence.moments.shape[1])
+    whole: Evidence | None = None
 
     def behind(self, base: str, shared: bool) -> Evidence:
         """Pure: the evidence this domain would have on another base. Behind other norms other moments are seen: it begins anew,
@@ -82,17 +72,15 @@ class Domain:
             for was_shared, evidence in known:
                 if was_shared:
                     return evidence.copy()
-        return Evidence(self.evidence.moments.shape[1])
+        return Evidence(self.evidence.moments.shape[1], len(self.evidence.mix))
 
     def move(self, base: str, shared: bool, evidence: Evidence, kept: Collection[str]) -> None:
         """Takes another base and the evidence that `behind` gave; forgets what belongs to bases that are not in `kept`."""
         if base != self.base:
             self.past[self.base] = self.shared, self.evidence
-            if not shared and base not in self.past:
-                self.taps = self.rebuild_at = 0
-                self.settle_at = NEVER  # a release brings statistics measured behind its own norms
             self.past.pop(base, None)
             self.base, self.evidence = base, evidence
+            self.whole = evidence if evidence.frames else None
         self.shared = shared
         self.past = {name: known for name, known in self.past.items() if name in kept}
 
@@ -100,8 +88,8 @@ class Domain:
 class DomainBank:
     """Domains by name, at most `limit` of them."""
 
-    def __init__(self, channels: int, reference: Reference, limit: int) -> None:
-        self._channels = channels
+    def __init__(self, channels: int, groups: int, reference: Reference, limit: int) -> None:
+        self._channels, self._groups = channels, groups
         self._limit = limit
         self._domains: dict[str, Domain] = {}
         self._made = 0
@@ -124,7 +112,7 @@ class DomainBank:
     def new(self, mean: F64, frames: float) -> Domain:
         """A domain with a name of its own, not yet remembered."""
         name = f"d{self._made}"
-        domain = Domain(name, mean.copy(), frames, Evidence(self._channels), _key(name, mean))
+        domain = Domain(name, mean.copy(), frames, Evidence(self._channels, self._groups), _key(name, mean))
         self._made += 1
         return domain
 
@@ -169,6 +157,7 @@ class DomainBank:
             rows.append([d.name, d.frames, d.evidence.frames, d.seen, d.key, d.base, d.shared])
             arrays[f"{d.name}.mean"] = d.mean
             arrays[f"{d.name}.moments"] = d.evidence.moments.astype(np.float32)
+            arrays[f"{d.name}.mix"] = d.evidence.mix
         head = {"format": FORMAT, "fingerprint": fingerprint, "made": self._made, "shifts": self._shifts, "domains": rows}
         arrays["head"] = np.frombuffer(json.dumps(head).encode(), np.uint8)
         out = io.BytesIO()
@@ -178,8 +167,8 @@ class DomainBank:
     def restore(self, content: bytes, fingerprint: str) -> None:
         """Takes back what `dump` gave. Evidence gathered behind a release counts again when that very release is in force.
 
-        The older format held releases without their signatures: they are left out, and what was gathered behind one is kept
-        under its digest.
+        Of the older formats the domains are taken over, so that they are recognised, and none of their statistics: those were
+        gathered in another way. They are served as exported until they have been measured again.
 
         Raises:
             StorageError: damaged, of another format, or of another bundle.
@@ -187,29 +176,11 @@ class DomainBank:
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 head = json.loads(arrays["head"].tobytes())
-                if head["format"] not in (FORMAT, WITH_RELEASES) or head["fingerprint"] != fingerprint:
+                if head["format"] not in (FORMAT, *OLDER) or head["fingerprint"] != fingerprint:
                     raise StorageError("The domain bank belongs to another bundle or version; starting with an empty one.")
                 domains = {}
                 for row in head["domains"]:
-                    name, frames, evidence_frames, seen = row[:4]
-                    domain = Domain(str(name), arrays[f"{name}.mean"], float(frames), Evidence(self._channels))
-                    if head["format"] == FORMAT:
-                        domain.key, base, shared = str(row[4]), str(row[5]), bool(row[6])
-                    else:
-                        held = f"{name}.release" in arrays
-                        base = hashlib.sha256(arrays[f"{name}.release"].tobytes()).hexdigest() if held else ""
-                        domain.key, shared = _key(domain.name, domain.mean), not base
-                    gathered = Evidence(self._channels)
-                    gathered.moments = arrays[f"{name}.moments"].astype(np.float64)
-                    gathered.frames = float(evidence_frames)
-                    if gathered.moments.shape != (2, self._channels):
-                        raise ValueError(f"shape of {name}")
-                    domain.past[base] = shared, gathered
-                    domain.evidence = domain.past.pop("", (True, domain.evidence))[1]
-                    domain.taps = int(evidence_frames)
-                    domain.seen = int(seen)
-                    if domain.mean.shape != (FEATURES,):
-                        raise ValueError(f"shape of {name}")
+                    domain = self._restored(row, arrays, head["format"])
                     domains[domain.name] = domain
                 if HOME not in domains:
                     raise ValueError("no home domain")
@@ -221,6 +192,25 @@ class DomainBank:
         while len(self._domains) > self._limit:
             oldest = min((d for d in self if d.name != HOME), key=lambda d: d.seen)
             del self._domains[oldest.name]
+
+    def _restored(self, row: list[Any], arrays: Mapping[str, NDArray[Any]], form: int) -> Domain:
+        name, frames, evidence_frames, seen = row[:4]
+        domain = Domain(str(name), arrays[f"{name}.mean"], float(frames), Evidence(self._channels, self._groups))
+        domain.seen = int(seen)
+        domain.key = str(row[4]) if form != OLDER[0] else _key(domain.name, domain.mean)
+        moments = arrays[f"{name}.moments"].astype(np.float64)
+        if domain.mean.shape != (FEATURES,) or moments.shape != (2, self._channels):
+            raise ValueError(f"shape of {name}")
+        if form != FORMAT:
+            return domain
+        mix = arrays[f"{name}.mix"].astype(np.float64)
+        if mix.shape != (self._groups,) or not (np.isfinite(mix).all() and np.isfinite(moments).all()):
+            raise ValueError(f"mix of {name}")
+        base, shared = str(row[5]), bool(row[6])
+        domain.past[base] = shared, Evidence.of(moments, float(evidence_frames), mix)
+        domain.evidence = domain.past.pop("", (True, domain.evidence))[1]
+        domain.whole = domain.evidence if domain.evidence.frames else None
+        return domain
 
 
 def _key(name: str, mean: F64) -> str:

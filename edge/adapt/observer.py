@@ -1,90 +1,89 @@
-"""Taps for the adapter: runs the tap model on a frame and, early in a new domain, on the frames before it once more.
+"""From frames to evidence: keeps images of the present domain, and has them measured when the adapter wants it.
 
-A tap sees a norm's input behind the norms *before* it as they are served, so statistics gathered while states change are those
-of several networks. Letting the same few frames pass again behind each new state converges to the statistics a whole batch
-would have measured layer by layer, after about as many passes as it takes the change to die out; 32 frames seen six times
-serve better than 200 seen once (docs/adr/006-adaptation.md).
+    image ─► kept ─► enough? ─► estimate (edge.statistics): all of them at once ─► the adapter ─► a state to serve
+
+Until the first measurement the exported state or a release is served: a state in between never is.
 """
 
 from __future__ import annotations
-
-from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge.adapt.adapter import Adapter
+from edge.adapt.kept import KeptImages
 from edge.serving import ServingState
-from refold.preprocess import Preprocess
+from edge.statistics import Measure, estimate
+from refold.statistics import StatisticsModel
 
-__all__ = ["StoppedError", "TapObserver", "Taps"]
+__all__ = ["ImageObserver", "StoppedError"]
 
 U8 = NDArray[np.uint8]
-F32 = NDArray[np.float32]
+LEAST = 8  # images kept, however large they are
+LEAST_WORTH = (
+    4.0  # independent images below which nothing is made of a set: a still camera, a lens cap, a sensor that alternates
+)
 
 
 class StoppedError(Exception):
-    """The observer was stopped in the middle of a look."""
+    """The observer was stopped in the middle of a measurement."""
 
 
-class Taps(Protocol):
-    """A tap engine: float32 (N, 3, H, W) to moments float32 (N, 2, channels), at one state."""
-
-    @property
-    def serving(self) -> ServingState: ...
-
-    def run(self, x: F32) -> F32: ...
-
-
-class TapObserver:
-    """The way from a picture to the adapter's evidence. Not thread-safe, as the adapter is not.
+class ImageObserver:
+    """The way from an image to the adapter's evidence. Not thread-safe, as the adapter is not.
 
     Args:
         adapter: asked and told.
-        build: makes the tap engine of a state.
-        preprocess: the bundle's.
+        measure: one pass over images behind statistics made in the same pass; raises InterruptedError when stopped.
+        model: the bundle's statistics model.
     """
 
-    def __init__(self, adapter: Adapter, build: Callable[[ServingState], Taps], preprocess: Preprocess) -> None:
-        self._adapter, self._build, self._preprocess = adapter, build, preprocess
-        self._taps: Taps | None = None
-        self._kept: deque[U8] = deque(maxlen=adapter.settings.burst)
+    def __init__(self, adapter: Adapter, measure: Measure, model: StatisticsModel) -> None:
+        self._adapter, self._measure, self._model = adapter, measure, model
+        self._kept: KeptImages | None = None
+        self._reported = 0
         self._domain = adapter.domain
         self.passes = 0
-        self.stopped = False  # set by another thread: a look ends before its next tap
+        self.stopped = False  # set by another thread: a measurement ends early
 
     def observe(self, frame: int, image: U8, served: ServingState) -> ServingState | None:
-        """Taps one frame, uint8 (H, W, 3); a state to serve from now on, or None to go on with `served`.
+        """Takes one image, uint8 (H, W, 3); a state to serve from now on, or None to go on with `served`.
 
         Raises:
             StoppedError: `stopped` was set.
-            InputError: the tap model's moments do not fit the bundle or are not finite.
-            BundleError: a tap engine cannot be built.
+            InputError: the moments are not finite.
+            BundleError: the statistics graph cannot be run.
         """
-        if self._adapter.domain != self._domain:
+        state = self._adapter.recalled(served)
+        if state is not None:
+            return state
+        kept = self._kept_of(image)
+        if not kept.add(frame, image) or not self._adapter.wants_measured(len(kept), kept.limit):
+            return None
+        return self._measured(kept, served)
+
+    def _kept_of(self, image: U8) -> KeptImages:
+        """The present domain's images; those of another, or of a set that was measured, are let go."""
+        settings = self._adapter.settings
+        if self._kept is None or self._kept.limit > settings.images:
+            room = settings.memory_mb * 2**20 // max(2 * image.nbytes, 1)
+            self._kept = KeptImages(min(settings.images, max(room, LEAST)))
+        if self._adapter.domain != self._domain or self._kept.full:
             self._domain = self._adapter.domain
             self._kept.clear()
-        if self._adapter.settling:
-            self._kept.append(image)
-        state = self._adapter.observe_taps(frame, self._moments([image], served), served)
-        while state is not None and self._adapter.wants_settled(len(self._kept)):
-            self.passes += 1
-            state = self._adapter.settle(self._moments(self._kept, state), len(self._kept), state)
-        if not self._adapter.settling:
-            self._kept.clear()
-        return state
+            self._reported = 0
+        return self._kept
 
-    def _moments(self, images: Iterable[U8], served: ServingState) -> F32:
-        """Mean over some frames, float32 (2, channels)."""
-        if self._taps is None or self._taps.serving is not served:
-            self._taps = self._build(served)
-        taps = self._taps
-        found = []
-        for image in images:
-            if self.stopped:
-                raise StoppedError
-            found.append(taps.run(self._preprocess.apply(image))[0])
-        mean: F32 = np.stack(found).mean(0, dtype=np.float64).astype(np.float32)
-        return mean
+    def _measured(self, kept: KeptImages, served: ServingState) -> ServingState | None:
+        adapter, images, worth = self._adapter, kept.images, kept.worth(self._adapter.reference)
+        if worth < LEAST_WORTH:
+            adapter.skipped()
+            return None
+        try:
+            found = estimate(self._measure, self._model, adapter.base, images, effective=worth, known=adapter.known)
+        except InterruptedError:
+            raise StoppedError from None
+        self.passes += 1
+        fresh, frames = len(images) - self._reported, kept.frames(self._reported)
+        self._reported = len(images)
+        return adapter.measured(found, frames, fresh, served, whole=kept.full)

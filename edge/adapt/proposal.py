@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edge.adapt.bank import HOME, Domain
-from edge.adapt.evidence import Evidence, TapLayout
-from edge.adapt.overlay import blended_states, mixed_states
+from edge.adapt.evidence import Evidence
+from edge.adapt.overlay import blended_states
 from edge.adapt.settings import AdaptSettings
 from edge.serving import ServingState
 from edge.updates.inforce import InForce
 from refold.errors import NormStateError
 from refold.norms import NormState, NormTable
-from refold.release import Release
+from refold.statistics import StatisticsModel
 
-__all__ = ["Composed", "Proposal", "base_of", "compose"]
+__all__ = ["Composed", "Proposal", "base_of", "base_state", "compose", "on_exported_statistics"]
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,8 @@ def base_of(releases: InForce, domain: Domain) -> tuple[str, bool]:
     return (entry.digest if entry else ""), entry is None or not entry.key
 
 
-def compose(
-    releases: InForce, domain: Domain, evidence: Evidence, layout: TapLayout, table: NormTable, settings: AdaptSettings
-) -> Composed:
-    """The domain's base, with as much overlay as there is evidence for. Home gets none."""
+def compose(releases: InForce, domain: Domain, evidence: Evidence, model: StatisticsModel, settings: AdaptSettings) -> Composed:
+    """The domain's base, with the shift its evidence shows. Home gets none."""
     entry = releases.base(domain.key)
     base = releases.content(entry)
     states = dict(base.states) if base else {}
@@ -68,37 +67,38 @@ def compose(
     bare = ServingState(states, activations, version, domain.name, False, name)
     if not settings.enabled or domain.name == HOME or evidence.frames <= 0:
         return Composed(bare)
-    weight = settings.mix * evidence.frames / (evidence.frames + settings.prior_frames)
-    if weight <= 0:
+    table = model.layout.table
+    # A shift is told from the exported statistics: on a release's own it would count twice.
+    own, share = model.served(on_exported_statistics(table, states), evidence.moments, evidence.frames, evidence.mix)
+    if not model.shifted(share):
         return Composed(bare)
-    own = releases.content(releases.own(domain.key))
-    mixed = _mixed(states, own, evidence, weight, layout, table, settings)
+    weight = float(share.mean())
+    release = releases.content(releases.own(domain.key))
+    if release is not None:
+        theirs = release.statistics_frames * settings.release_trust
+        own = blended_states(model.layout, states, own, evidence.frames / (evidence.frames + theirs))
     try:
-        table.check(mixed)
-        table.tensors(mixed, activations)
+        table.check(own)
+        table.tensors(own, activations)
     except NormStateError:  # statistics of a blind camera, say: what was released is still right
         return Composed(bare, refused=True)
-    return Composed(ServingState(mixed, activations, version, domain.name, True, name), weight)
+    return Composed(ServingState(own, activations, version, domain.name, True, name), weight)
 
 
-def _mixed(
-    states: dict[str, NormState],
-    release: Release | None,
-    evidence: Evidence,
-    weight: float,
-    layout: TapLayout,
-    table: NormTable,
-    settings: AdaptSettings,
-) -> dict[str, NormState]:
-    """The base's affine parameters on the device's statistics; a release made for this domain has a say in those."""
-    if release is None:
-        return mixed_states(layout, states, evidence, weight, table.trust_ratio)
-    bare = {
-        s.name: states.get(s.name, s.exported).with_statistics(s.exported.mean, s.exported.variance)
+def base_state(releases: InForce, domain: Domain, table: NormTable) -> ServingState:
+    """What a domain's images are measured behind: its base's affine parameters and activation scales, exported statistics."""
+    base = releases.content(releases.base(domain.key))
+    if base is None:
+        return ServingState()
+    return ServingState(on_exported_statistics(table, base.states), base.activations)
+
+
+def on_exported_statistics(table: NormTable, states: Mapping[str, NormState]) -> dict[str, NormState]:
+    """The states' affine parameters on the statistics of the export."""
+    return {
+        s.name: states[s.name].with_statistics(s.exported.mean, s.exported.variance)
         if s.kind.has_statistics
-        else states.get(s.name, s.exported)
+        else states[s.name]
         for s in table.norms
+        if s.name in states
     }
-    own = mixed_states(layout, bare, evidence, weight, table.trust_ratio)
-    theirs = release.statistics_frames * settings.release_trust
-    return blended_states(layout, states, own, evidence.frames / (evidence.frames + theirs), table.trust_ratio)

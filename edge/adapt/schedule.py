@@ -1,26 +1,23 @@
-"""When to tap: every frame for a short burst after a shift, then ever more seldom: evidence grows, cost stays flat."""
+"""Which frames are kept: all for a short burst after a shift, then ever fewer: evidence grows, cost stays flat."""
 
 from __future__ import annotations
 
 from edge.adapt.settings import AdaptSettings
 
-__all__ = ["TapSchedule"]
+__all__ = ["KeepSchedule"]
 
 
-class TapSchedule:
-    """Counts frames and taps of the present domain. Intervals are 1 (burst), 2, 4, 8, ... up to the settled one."""
+class KeepSchedule:
+    """Counts frames of the present domain, and those kept. Intervals are 1 (burst), 2, 4, 8, ... up to the settled one."""
 
     def __init__(self, settings: AdaptSettings) -> None:
         self._settings = settings
         self.restart()
 
-    def restart(self, known_frames: float = 0.0, share: float = 1.0) -> None:
-        """A new domain, or one that is known from so many tapped frames already: then most of the burst is spared.
-
-        `share` shortens the burst.
-        """
+    def restart(self, known_frames: float = 0.0) -> None:
+        """A new domain, or one that is known from so many images already: then most of the burst is spared."""
         self._interval = 1
-        self._left = max(round(self._settings.burst * share), 1)
+        self._left = self._settings.burst
         self._wait = 0
         while known_frames >= self._left and self._interval < self._settings.interval:
             known_frames -= self._left
@@ -33,7 +30,7 @@ class TapSchedule:
         self._wait = self._interval - 1
 
     def due(self) -> bool:
-        """Takes one frame; True when it is to be tapped."""
+        """Takes one frame; True when it is to be kept."""
         if self._wait:
             self._wait -= 1
             return False

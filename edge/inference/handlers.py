@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.adaptation.corrections import RequestCorrector, as_logits
 from edge.engine import EngineSlot
 from edge.serving import ServingState
 from refold.bundle import Bundle
@@ -19,7 +20,7 @@ __all__ = ["Handlers", "InferenceRequest", "InferenceResult", "Tensor", "Unknown
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 NOTHING = np.zeros(0, np.float32)
-Observe = Callable[[U8, F32, ServingState, str, float], None]
+Observe = Callable[[U8, F32, ServingState, str, float, F32 | None], None]
 
 
 class UnknownModelError(UsageError):
@@ -46,10 +47,14 @@ class InferenceRequest:
 
 @dataclass(frozen=True)
 class InferenceResult:
-    """`serving` is the state of the one engine that computed all of `logits`, float32 (N, classes)."""
+    """`serving` is the state of the one engine that computed all of `logits`, float32 (N, classes).
+
+    The logits of a corrected answer are the logarithms of its probabilities; `corrected` says how many are.
+    """
 
     logits: F32
     serving: ServingState
+    corrected: int = 0
 
 
 @dataclass
@@ -60,7 +65,8 @@ class Handlers:
         bundle: its name is the model's name.
         slot: one read per request, so that a request is answered by one engine.
         max_batch: pictures per request.
-        observe: takes each uint8 picture and its logits afterwards; must return at once.
+        observe: takes each uint8 picture, its logits and its corrected probabilities afterwards; must return at once.
+        corrector: corrects answers for uint8 pictures where its evidence supports it.
         platform: what runs the model, in the protocol's words.
     """
 
@@ -69,6 +75,7 @@ class Handlers:
     max_batch: int = 64
     observe: Observe | None = None
     platform: str = "onnxruntime_qdq"
+    corrector: RequestCorrector | None = None
     ready: bool = True
     requests: int = field(default=0, init=False)
 
@@ -122,10 +129,17 @@ class Handlers:
         engine = self.slot.current
         logits = engine.run(values) if pictures is None else engine.run_pictures(pictures)
         self.requests += 1
+        corrected: list[F32 | None] = [None] * len(logits)
+        if self.corrector is not None and pictures is not None:  # nobody looks for shifts in a float input
+            corrected = self.corrector.answer(logits)
         if pictures is not None and self.observe is not None:
+            name = request.id or str(self.requests)
             for i, image in enumerate(pictures):
-                self.observe(image, logits[i], engine.serving, f"request {request.id or self.requests}[{i}]", started)
-        return InferenceResult(logits, engine.serving)
+                self.observe(image, logits[i], engine.serving, f"request {name}[{i}]", started, corrected[i])
+        count = sum(row is not None for row in corrected)
+        if count:
+            logits = np.stack([own if row is None else as_logits(row) for own, row in zip(logits, corrected, strict=True)])
+        return InferenceResult(logits, engine.serving, count)
 
     def _input(self, tensor: Tensor) -> tuple[F32, U8 | None]:
         """(what goes straight into the model, None) or (nothing, pictures)."""

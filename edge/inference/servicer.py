@@ -105,6 +105,8 @@ class Servicer(service.GRPCInferenceServiceServicer):
         answer.parameters["release_version"].int64_param = serving.release_version
         answer.parameters["domain"].string_param = serving.domain
         answer.parameters["overlay"].bool_param = serving.overlay
+        if handlers.corrector is not None:
+            answer.parameters["corrected"].int64_param = result.corrected
         output = answer.outputs.add(name=handlers.output_name, datatype="FP32", shape=result.logits.shape)
         if request.raw_input_contents:  # answered in the form it was asked
             answer.raw_output_contents.append(result.logits.astype("<f4").tobytes())

@@ -21,8 +21,8 @@ class Verdict(NamedTuple):
         keep: upload it.
         score: order among kept samples; higher goes first and is evicted last.
         entropy: of the served prediction, in nats.
-        reason: "kept", "random", or why not: "unreliable", "uninformative", "redundant", "below-threshold", "rate", "spacing",
-            "not-finite".
+        reason: "kept", "random", "new-domain", "novel", or why not: "unreliable", "uninformative", "redundant",
+            "below-threshold", "rate", "spacing", "not-finite".
         unbiased: chosen at random, independent of the model: goes into `SampleHeader.unbiased`.
     """
 

@@ -126,11 +126,12 @@ class JsonLines:
         label = f'"label":{self._labels[p.predicted]},' if p.predicted < len(self._labels) else ""
         entropy = p.entropy if p.entropy == p.entropy else -1.0
         probability = p.probability if p.probability == p.probability else -1.0
+        marks = (',"corrected":true' if p.corrected else "") + (',"novel":true' if p.novel else "")
         return (
             f'{{"frame":{p.frame},"unix_ms":{p.unix_ms},"source":{json.dumps(p.source)},"class":{p.predicted},{label}'
             f'"probability":{probability:.6g},"entropy":{entropy:.6g},"release_version":{p.release_version},'
             f'"domain":"{p.domain}","overlay":{"true" if p.overlay else "false"},"kept":{"true" if p.kept else "false"},'
-            f'"latency_ms":{p.latency_ms:.4g}}}\n'
+            f'"latency_ms":{p.latency_ms:.4g}{marks}}}\n'
         )
 
     def _rotate(self) -> None:

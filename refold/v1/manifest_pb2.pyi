@@ -88,7 +88,7 @@ class Layer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., op: _Optional[str] = ..., weight_bits: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., site: _Optional[str] = ..., runs_in: _Optional[str] = ..., signal_to_noise: _Optional[float] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("format", "name", "made_by", "created_unix_ms", "input_name", "output_name", "classes", "class_count", "preprocess", "targets", "norms", "student", "calibration", "layers", "parts", "packed", "experts", "findings")
+    __slots__ = ("format", "name", "made_by", "created_unix_ms", "input_name", "output_name", "classes", "class_count", "preprocess", "targets", "norms", "student", "calibration", "layers", "parts", "packed", "experts", "statistics", "class_moments", "findings")
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     MADE_BY_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +106,8 @@ class Manifest(_message.Message):
     PARTS_FIELD_NUMBER: _ClassVar[int]
     PACKED_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    STATISTICS_FIELD_NUMBER: _ClassVar[int]
+    CLASS_MOMENTS_FIELD_NUMBER: _ClassVar[int]
     FINDINGS_FIELD_NUMBER: _ClassVar[int]
     format: int
     name: str
@@ -124,8 +126,10 @@ class Manifest(_message.Message):
     parts: _containers.RepeatedCompositeFieldContainer[Part]
     packed: str
     experts: Experts
+    statistics: str
+    class_moments: str
     findings: _containers.RepeatedCompositeFieldContainer[Finding]
-    def __init__(self, format: _Optional[int] = ..., name: _Optional[str] = ..., made_by: _Optional[str] = ..., created_unix_ms: _Optional[int] = ..., input_name: _Optional[str] = ..., output_name: _Optional[str] = ..., classes: _Optional[_Iterable[str]] = ..., class_count: _Optional[int] = ..., preprocess: _Optional[_Union[Preprocess, _Mapping]] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., norms: _Optional[_Union[_norms_pb2.NormTable, _Mapping]] = ..., student: _Optional[str] = ..., calibration: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[Layer, _Mapping]]] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., packed: _Optional[str] = ..., experts: _Optional[_Union[Experts, _Mapping]] = ..., findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ...) -> None: ...
+    def __init__(self, format: _Optional[int] = ..., name: _Optional[str] = ..., made_by: _Optional[str] = ..., created_unix_ms: _Optional[int] = ..., input_name: _Optional[str] = ..., output_name: _Optional[str] = ..., classes: _Optional[_Iterable[str]] = ..., class_count: _Optional[int] = ..., preprocess: _Optional[_Union[Preprocess, _Mapping]] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., norms: _Optional[_Union[_norms_pb2.NormTable, _Mapping]] = ..., student: _Optional[str] = ..., calibration: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[Layer, _Mapping]]] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., packed: _Optional[str] = ..., experts: _Optional[_Union[Experts, _Mapping]] = ..., statistics: _Optional[str] = ..., class_moments: _Optional[str] = ..., findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ...) -> None: ...
 
 class Finding(_message.Message):
     __slots__ = ("code", "message", "numbers")

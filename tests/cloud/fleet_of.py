@@ -26,13 +26,12 @@ from cloud.provision import LOCAL, provision
 from cloud.server import Cloud
 from cloud.settings import CloudSettings, load_settings
 from cloud.store import Store
-from edge.adapt.evidence import Evidence, TapLayout
-from edge.adapt.overlay import mixed_states
 from edge.engine import EngineFactory
 from edge.serving import ServingState
 from refold.bundle import Bundle, write_bundle
 from refold.codec import table_to_pb
-from refold.norms import NormState
+from refold.norms import NormState, unfold_moments
+from refold.statistics import Layout, within_trust
 from refold.v1 import adaptation_pb2, adaptation_pb2_grpc, admin_pb2_grpc, fleet_pb2, fleet_pb2_grpc, manifest_pb2
 from refold.v1 import samples_pb2 as pb
 
@@ -207,19 +206,23 @@ def statistics(bundle: Bundle, means: Mapping[str, Any], variances: Mapping[str,
     return report
 
 
+ROUNDS = 20  # until the statistics stay
+
+
 def population(bundle: Bundle, images: NDArray[np.uint8]) -> tuple[dict[str, NormState], pb.StatisticsReport]:
     """The states that a population's statistics make, and the report of them.
 
-    Each round measures behind the norms that the round before corrected, as a device's taps do while its overlay grows.
+    Each round measures behind the norms that the round before corrected.
     """
-    layout, factory = TapLayout(bundle.norms), EngineFactory(bundle)
+    layout, factory, x = Layout(bundle.norms), EngineFactory(bundle), bundle.preprocess.apply(images)
     states: dict[str, NormState] = {}
-    for _ in layout.sites:
-        moments = factory.build_taps(ServingState(states)).run(bundle.preprocess.apply(images))
-        mean, square = np.mean([layout.unfold(m, states) for m in moments], axis=0)
-        evidence = Evidence(layout.channels)
-        evidence.add(np.stack([mean, square]))
-        states = mixed_states(layout, {}, evidence, 1.0, bundle.norms.trust_ratio)
+    for _ in range(ROUNDS):
+        moments = factory.build_taps(ServingState(states)).run(x).mean(0, dtype=np.float64).astype(np.float32)
+        found = {
+            s.name: unfold_moments(s, states.get(s.name, s.exported), moments[0, cut], moments[1, cut])
+            for s, cut in zip(layout.sites, layout.slices, strict=True)
+        }
+        states = {s.name: within_trust(s, s.exported.with_statistics(*found[s.name]), 8.0) for s in layout.sites}
     means = {name: state.mean for name, state in states.items()}
     return states, statistics(bundle, means, {name: state.variance for name, state in states.items()})
 

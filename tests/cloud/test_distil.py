@@ -134,7 +134,8 @@ def test_it_is_ready_when_a_domain_has_grown_enough(bundle: Bundle, teachers: Te
 
 def report_of(bundle: Bundle, images: U8, domain: str = "d1") -> pb.StatisticsReport:
     student = Student(bundle)
-    moments = student.measure(torch.from_numpy(PREPROCESS.apply(images)), 1.0)
+    x = torch.from_numpy(PREPROCESS.apply(images))
+    moments = student.observe(x, student.population(x).measure())
     report = pb.StatisticsReport(domain=domain, frames=len(images), digest=f"{images.sum()}")
     for site, m in zip(student.measured, moments, strict=True):
         report.sites.add(site=site.name, mean=m.mean.tolist(), variance=m.variance.tolist())

@@ -108,7 +108,7 @@ def test_the_student_starts_as_exported_and_returns_what_was_set(network: SmallN
 def test_gradients_reach_gamma_and_beta_and_nothing_else(bundle: Bundle) -> None:
     student = Student(bundle)
     x = torch.randn(6, 3, 16, 16)
-    moments = student.measure(x, 0.5)
+    moments = student.population(x).measure(0.5)
     student.trainable(True)
     student.logits(x, moments).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters)

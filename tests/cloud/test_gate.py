@@ -21,12 +21,14 @@ from cloud.gating.comparison import Comparison, Scores, histogram_entropy, paire
 from cloud.gating.kept import Kept, keep
 from cloud.gating.verdict import Finding, GateResult, clean_fault, verdict
 from cloud.settings import GateSettings
-from edge.adapt import Adapter, AdaptSettings, FrameFeatures, Reference, TapObserver
+from edge.adapt import Adapter, AdaptSettings, FrameFeatures, ImageObserver, Reference
 from edge.engine import EngineFactory
 from edge.serving import ServingState
+from edge.statistics import measure_of
 from refold.bundle import Bundle, write_bundle
 from refold.norms import NormState
 from refold.release import Release
+from refold.statistics import StatisticsModel
 
 WIDE = GateSettings(shifted_clean_points=100)
 SETTINGS = GateSettings(held_back=32)
@@ -229,10 +231,14 @@ def test_what_devices_do_alone_is_measured_as_they_measure_it(small: Bundle, mis
     some = shifted(images(64, 16, 9))
     gate = Gate(small, WIDE)
     served = gate._alone(None, "d1", some)
-    habits = AdaptSettings(burst=64, settle_from=64, rebuild_step=64, first_rebuild=64, shift_threshold=1e-3, shift_floor=1e-9)
-    adapter = Adapter(small.norms, habits, 5, reference=Reference.measure(images(64, 16, 1)))
-    observer = TapObserver(adapter, EngineFactory(small).build_taps, small.preprocess)
+    habits = AdaptSettings(first_images=64, shift_threshold=1e-3, shift_floor=1e-9)
+    model, factory = StatisticsModel.of(small), EngineFactory(small)
+    adapter = Adapter(model, habits, 5, reference=Reference.measure(images(64, 16, 1)))
+    measure = measure_of(factory, model, 64)
+    assert measure is not None
+    observer = ImageObserver(adapter, measure, model)
     adapter._begin(FrameFeatures.of(some[0], np.full(5, 0.2)).values)
+    adapter._provisional = False
     state = None
     for i, image in enumerate(some):
         state = observer.observe(i, image, state or ServingState(domain="d0")) or state

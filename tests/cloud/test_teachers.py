@@ -140,3 +140,18 @@ def test_no_teacher_and_no_pictures_are_refused(network: SmallNet) -> None:
         load_teachers([], PREPROCESS)
     with pytest.raises(InputError, match="no pictures"):
         Teachers([Teacher("a", network)], PREPROCESS).probabilities(PICTURES[:0])
+
+
+def test_votes_are_each_teachers_own_and_their_mean_is_the_prediction(network: SmallNet) -> None:
+    torch.manual_seed(7)
+    other = SmallNet().eval()
+    teachers = Teachers([Teacher("a", network), Teacher("b", other)], PREPROCESS, DistilSettings(batch=5))
+    assert np.allclose(teachers.votes(PICTURES)[0], expected(network), atol=1e-6)
+    teachers.adapt("dark", PICTURES // 4)
+    votes = teachers.votes(PICTURES // 4, "dark")
+    assert votes.shape == (2, 12, 4)
+    assert np.allclose(votes.mean(0), teachers.probabilities(PICTURES // 4, "dark"), atol=1e-6)
+    teachers.forget("dark")
+    assert np.array_equal(teachers.votes(PICTURES, "dark"), teachers.votes(PICTURES))
+    with pytest.raises(InputError, match="no pictures"):
+        teachers.votes(PICTURES[:0])

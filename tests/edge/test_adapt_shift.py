@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from small_nets import images
 
-from edge.adapt import FEATURES, AdaptSettings, FrameFeatures, Reference, ShiftDetector, TapSchedule
+from edge.adapt import FEATURES, AdaptSettings, FrameFeatures, KeepSchedule, Reference, ShiftDetector
 from edge.adapt.features import image_features
 from refold.errors import UsageError
 
@@ -97,8 +97,8 @@ def test_frames_that_resemble_each_other_count_for_fewer(reference: Reference) -
 
 
 @given(st.integers(1, 200), st.integers(1, 64), st.integers(1, 64))
-def test_a_tap_schedule_thins_out_and_keeps_its_interval(burst: int, thinning: int, interval: int) -> None:
-    schedule = TapSchedule(AdaptSettings(burst=burst, thinning=thinning, interval=interval))
+def test_the_schedule_thins_out_and_keeps_its_interval(burst: int, thinning: int, interval: int) -> None:
+    schedule = KeepSchedule(AdaptSettings(burst=burst, thinning=thinning, interval=interval))
     taps = [i for i in range(burst + thinning * 2 * interval + 4 * interval) if schedule.due()]
     gaps = np.diff(taps)
     assert taps[: min(burst, len(taps))] == list(range(min(burst, len(taps)))) or interval == 1
@@ -107,9 +107,9 @@ def test_a_tap_schedule_thins_out_and_keeps_its_interval(burst: int, thinning: i
     assert gaps[-1] == interval
 
 
-def test_a_known_domain_is_spared_the_burst_and_home_is_tapped_seldom() -> None:
+def test_a_known_domain_is_spared_the_burst_and_a_settled_one_is_kept_seldom() -> None:
     settings = AdaptSettings()
-    schedule = TapSchedule(settings)
+    schedule = KeepSchedule(settings)
     schedule.restart(known_frames=200.0)
     assert sum(schedule.due() for _ in range(100)) < 30
     schedule.settle()
@@ -117,7 +117,7 @@ def test_a_known_domain_is_spared_the_burst_and_home_is_tapped_seldom() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"mix": 1.5}, {"staleness": -0.1}, {"burst": 0}, {"prior_frames": 0.0}, {"domains": 1}, {"shift_threshold": 0.0}]
+    "wrong", [{"mix": 1.5}, {"images": 0}, {"burst": 0}, {"evidence_frames": 0.0}, {"domains": 1}, {"shift_threshold": 0.0}]
 )
 def test_settings_out_of_range_are_refused_by_name(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):

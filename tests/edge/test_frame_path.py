@@ -27,6 +27,7 @@ from edge.softmax import softmax
 from edge.worker import Inline, Worker
 from refold import Preprocess, Release
 from refold.errors import GateError, InputError, StorageError
+from refold.statistics import StatisticsModel
 
 
 @given(st.lists(st.floats(-80, 80, width=32), min_size=2, max_size=100))
@@ -70,7 +71,7 @@ def slot(factory):
 
 def adapter(bundle, **settings):
     home = Reference.measure(images(64, 16))
-    return Adapter(bundle.norms, AdaptSettings(**settings), 5, reference=home, bundle_digest=bundle.digest)
+    return Adapter(StatisticsModel.of(bundle), AdaptSettings(**settings), 5, reference=home, bundle_digest=bundle.digest)
 
 
 def frames(pictures):
@@ -146,7 +147,7 @@ def test_a_shift_is_followed_inline_and_a_release_taken_in_and_out(bundle, facto
     adaptation.apply(None)
     assert slot.current.serving.release_version == 0
     assert path.step(frame).release_version == 0
-    assert Adapter.load(adaptation.dump(), bundle.norms, AdaptSettings(), 5, bundle_digest=bundle.digest)
+    assert Adapter.load(adaptation.dump(), StatisticsModel.of(bundle), AdaptSettings(), 5, bundle_digest=bundle.digest)
 
 
 def test_a_release_that_makes_no_sense_is_refused_and_the_old_engine_serves(bundle, factory, slot):

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 from small_nets import images
 
-from edge.adapt import TapObserver
+from edge.adapt import ImageObserver
 from edge.cli import edge
 from edge.daemon import Daemon
 from edge.settings import load_settings
@@ -39,13 +39,13 @@ def stream(tmp_path):
 @pytest.fixture
 def slow_looks(monkeypatch):
     """Looks that take longer than frames, as on a device with one core."""
-    observe = TapObserver.observe
+    observe = ImageObserver.observe
 
     def slowly(self, *args):
         time.sleep(0.001)
         return observe(self, *args)
 
-    monkeypatch.setattr(TapObserver, "observe", slowly)
+    monkeypatch.setattr(ImageObserver, "observe", slowly)
 
 
 def replay(bundle, stream, data, **flags):
@@ -70,7 +70,7 @@ def test_two_replays_are_the_same_and_miss_no_look(bundle, stream, tmp_path, slo
     inline, inline_status = replay(bundle, stream, tmp_path / "c", mode="inline")
     assert first == second == inline
     assert status["frames_wait"] and status["looks_dropped"] == status["metrics"]["frames_unwatched"] == 0
-    assert status["metrics"]["adapt_taps"] == inline_status["metrics"]["adapt_taps"] > 16
+    assert status["metrics"]["adapt_images_kept"] == inline_status["metrics"]["adapt_images_kept"] > 16
     assert any(line["overlay"] for line in first) and first[0]["domain"] != first[-1]["domain"]
 
 
@@ -178,12 +178,12 @@ def test_a_real_network_adapts_to_a_file_as_to_a_camera(data_folder, tmp_path):
 def test_a_look_that_lasts_is_ended_with_the_daemon(bundle, stream, tmp_path, monkeypatch):
     """Whatever waits to be looked at, no thread is left inside the engine when the process ends."""
     monkeypatch.setattr("edge.daemon.ENDING_SECONDS", 0.2)
-    run = TapObserver._moments
+    run = ImageObserver._measured
 
     def slowly(self, images, served):
         return run(self, (time.sleep(0.02) or image for image in images for _ in range(200)), served)
 
-    monkeypatch.setattr(TapObserver, "_moments", slowly)
+    monkeypatch.setattr(ImageObserver, "_measured", slowly)
     values = {
         "bundle": str(bundle.path),
         "data": str(tmp_path / "data"),

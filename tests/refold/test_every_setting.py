@@ -24,7 +24,6 @@ from refold.errors import UsageError
 ROOT = Path(__file__).parents[2]
 KEY = "ab" * 32
 GIVEN: dict[str, Any] = {  # values that a definition's types and bounds do not tell
-    "adapt.report_frames": 9,
     "bundle": "m.refold",
     "cloud.address": "cloud.example.org:7000",
     "cloud.server_name": "cloud.example.org",
@@ -38,6 +37,8 @@ GIVEN: dict[str, Any] = {  # values that a definition's types and bounds do not 
     "tls.more_release_keys": (KEY, "cd" * 32),
     "workers.distiller": "cloud.lesson:make_lesson",
     "distil.mixes": (0.25, 0.5),
+    "distil.modifiers": ("label-shift", "teacher-weights"),
+    "distil.options": {"rate": 0.25, "pull": 0.5},
     "storage.database": "postgresql+psycopg://user:word@host/name",
 }
 
@@ -46,6 +47,7 @@ WITH = {  # what a setting cannot stand without
     "inference.certificate": {"inference.key": "key.pem"},
     "inference.key": {"inference.certificate": "certificate.pem"},
     "inference.client_ca": {"inference.key": "key.pem", "inference.certificate": "certificate.pem"},
+    "distil.options": {"distil.recipe": "roid"},
 }
 
 

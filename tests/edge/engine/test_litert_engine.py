@@ -333,7 +333,7 @@ def test_the_daemon_adapts_by_itself_on_litert(both, images, tmp_path):
     from edge.daemon import Daemon
     from edge.settings import load_settings
 
-    np.savez(tmp_path / "stream.npz", images=np.tile(images // 3, (12, 1, 1, 1)))
+    np.savez(tmp_path / "stream.npz", images=np.concatenate([images // 3 + k for k in range(12)]))
     flags = {
         "bundle": str(both.path), "data": str(tmp_path / "data"), "mode": "inline", "engine": {"target": "litert"},
         "source": {"path": str(tmp_path / "stream.npz")},

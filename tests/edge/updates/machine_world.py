@@ -29,11 +29,12 @@ from refold.atomic import write_atomically
 from refold.errors import GateError, RefoldError, StorageError
 from refold.release import digest, seal
 from refold.signing import KeyRing
+from refold.statistics import StatisticsModel
 from refold.v1.adaptation_pb2 import PollReleaseResponse
 
 KEY = SigningKey.generate()
 SIDE, NEW, UNKNOWN = 8, 10, "d9"
-SETTINGS = AdaptSettings(probe_frames=6, burst=8, watch_every=1, settle_passes=0, first_rebuild=2, report_frames=64)
+SETTINGS = AdaptSettings(probe_frames=6, burst=32, watch_every=1, first_images=8, images=12)
 
 
 class Killed(BaseException):
@@ -61,7 +62,13 @@ class Engine:
         self.serving = serving
 
     def run(self, x: np.ndarray) -> np.ndarray:
-        """As a tap engine: moments, float32 (N, 2, channels)."""
+        """Logits, float32 (N, 3)."""
+        return np.zeros((len(x), 3), np.float32)
+
+
+class Taps(Engine):
+    def run(self, x: np.ndarray) -> np.ndarray:
+        """Moments, float32 (N, 2, channels)."""
         out = np.ones((len(x), 2, 300), np.float32)
         out[:, 0] = 0.1
         return out
@@ -81,8 +88,8 @@ class Factory:
         self.fails(serving)
         return Engine(serving)
 
-    def build_taps(self, serving: ServingState) -> Engine:
-        return Engine(serving)
+    def build_taps(self, serving: ServingState) -> Taps:
+        return Taps(serving)
 
     def canary(self, engine: Engine) -> None:
         self.canary_fails(engine.serving)
@@ -100,10 +107,10 @@ class World:
     def boot(self, *, start: bool = True, prepare: Callable[[World], None] = lambda world: None) -> World:
         self.factory = Factory(self.bundle)
         self.slot = EngineSlot(Engine(ServingState()))
-        make = functools.partial(Adapter, self.bundle.norms, SETTINGS, 3, reference=reference())
+        make = functools.partial(Adapter, StatisticsModel.of(self.bundle), SETTINGS, 3, reference=reference())
         try:
             content = (self.folder / "bank").read_bytes()
-            adapter = Adapter.load(content, self.bundle.norms, SETTINGS, 3, reference=reference())
+            adapter = Adapter.load(content, StatisticsModel.of(self.bundle), SETTINGS, 3, reference=reference())
         except FileNotFoundError:
             adapter = make()
         self.adaptation = Adaptation(self.factory, self.slot, adapter, Inline(), at=self._on_local_step)
@@ -185,8 +192,7 @@ class World:
         """Digest that each domain in the bank would be served with on its recall."""
         adapter = self.adaptation.adapter
         states = {
-            d.name: compose(adapter.releases, d, d.evidence, adapter._layout, adapter._table, adapter.settings).serving
-            for d in adapter._bank
+            d.name: compose(adapter.releases, d, d.evidence, adapter.model, adapter.settings).serving for d in adapter._bank
         }
         assert all(d.base == states[d.name].release_digest for d in adapter._bank), "statistics of another release"
         return {name: state.release_digest for name, state in states.items()}

@@ -1,4 +1,4 @@
-"""Carries out what the adapter decides: runs taps, builds engines, lets them prove themselves, swaps them in.
+"""Carries out what the adapter decides: measures kept images, builds engines, tries them, swaps them in.
 
 The frame loop only ever calls `watch`, which waits for nothing. Everything else runs on a worker (or inline), one change at a
 time, whether it comes from the device's own statistics or from the releases in force. Those are the updater's to name: it
@@ -16,10 +16,11 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.adapt import Adapter, FrameFeatures, Proposal, TapObserver
+from edge.adapt import Adapter, FrameFeatures, ImageObserver, Proposal
 from edge.adapt.observer import StoppedError
 from edge.engine import Engine, EngineFactory, EngineSlot
 from edge.serving import ServingState
+from edge.statistics import measure_of
 from edge.updates.inforce import Entry, InForce
 from edge.worker import Runner
 from refold.errors import RefoldError, ReleaseError
@@ -30,7 +31,7 @@ __all__ = ["Adaptation"]
 
 log = logging.getLogger(__name__)
 U8 = NDArray[np.uint8]
-FRAMES_WAITING = 64  # pictures the adapter may be behind, at a burst of taps; older ones are not looked at
+FRAMES_WAITING = 64  # pictures the adapter may be behind, while kept ones are measured; older ones are not looked at
 LONGEST_WAIT = 0.02  # seconds a picture waits for company: waking a thread costs more than looking at a picture
 
 
@@ -67,7 +68,7 @@ class Adaptation:
         factory: builds the engines.
         slot: what the frame loop reads.
         adapter: asked at every frame.
-        runner: where taps and builds happen.
+        runner: where measurements and builds happen.
         on_report: takes statistics reports as they come.
         at: called with the name of each step of a change of the device's own when it is done; for tests.
     """
@@ -94,10 +95,17 @@ class Adaptation:
         self._waiting: deque[tuple[int, U8, float, int]] = deque(maxlen=FRAMES_WAITING)
         self._since = 0
         self._offered = 0.0
-        self._observer = TapObserver(adapter, factory.build_taps, factory.bundle.preprocess)
-        self._watching = factory.has_taps
+        memory = max(adapter.settings.memory_mb // 2, 1)  # the other half is for kept images
+        measure = measure_of(factory, adapter.model, memory, lambda: self._observer is not None and self._observer.stopped)
+        self._observer = ImageObserver(adapter, measure, adapter.model) if measure is not None else None
+        self._watching = self._observer is not None
 
     # The frame loop ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def watches(self) -> bool:
+        """Whether anything looks at frames: where nothing is measured, no shift is noticed either."""
+        return self._watching
 
     def watch(self, frame: int, image: U8, entropy: float, predicted: int) -> None:
         """Leaves one frame for the adapter, which looks at it while the engine is busy with the next.
@@ -120,13 +128,14 @@ class Adaptation:
         self._runner = runner
 
     def stop(self) -> None:
-        """Ends the look that is being taken before its next tap, and takes no further one; any thread, at the end.
+        """Ends a measurement that is being made, and begins no further one; any thread, at the end.
 
         A thread that is still inside the engine's C++ when the interpreter ends takes the process down with it.
         """
         self._watching = False
         self._waiting.clear()
-        self._observer.stopped = True
+        if self._observer is not None:
+            self._observer.stopped = True
 
     # The worker --------------------------------------------------------------------------------------------------------------
 
@@ -134,7 +143,7 @@ class Adaptation:
         while self._waiting:
             frame, image, entropy, predicted = self._waiting.popleft()
             with self._changing:
-                if self.adapter.wants_taps(FrameFeatures(image, entropy, predicted)):
+                if self.adapter.wants_image(FrameFeatures(image, entropy, predicted)):
                     try:
                         self._observe(frame, image)
                     except StoppedError:
@@ -146,6 +155,7 @@ class Adaptation:
 
     def _observe(self, frame: int, image: U8) -> None:
         served = self._slot.current.serving
+        assert self._observer is not None
         state = self._observer.observe(frame, image, served)
         if state is not None:
             self._at("proposed")

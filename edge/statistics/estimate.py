@@ -1,0 +1,102 @@
+"""A few rounds over the same kept images: class mix, expected statistics, observed ones, answers behind them, class mix again.
+
+The first round takes every class for equally likely and hardly trusts that: only what no mix of classes explains is corrected.
+The answers behind that correction are better than the exported model's, so the next round knows the mix better, and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.serving import ServingState
+from refold.statistics import Expectation, StatisticsModel
+from refold.statistics.model import CONCENTRATION, CONCENTRATIONS
+
+__all__ = ["Estimate", "Known", "Measure", "estimate"]
+
+U8 = NDArray[np.uint8]
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+
+class Measure(Protocol):
+    """One pass over images behind statistics made in the same pass."""
+
+    def __call__(
+        self, images: Sequence[U8], base: ServingState, expected: Expectation, strength: F64, known: F64 | None,
+        share: float,
+    ) -> tuple[F64, F32]:  # fmt: skip
+        """(moments float64 (2, channels) of the images and what was known, logits float32 (N, classes)).
+
+        Args:
+            images: uint8 (H, W, 3) each.
+            base: states and activation scales. The others: as `refold.statistics.inputs.graph_inputs`.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """What a set of images shows.
+
+    Attributes:
+        moments: float64 (2, channels), mean and mean square of every norm's input, each behind the statistics before it.
+        frames: images they count for.
+        mix: float64 (K,), of class groups, under which the statistics behind the logits were made.
+        alone: float64 (2, channels), moments of these images without the earlier ones.
+        logits: float32 (N, classes), of the images behind the final statistics.
+    """
+
+    moments: F64
+    frames: float
+    mix: F64
+    alone: F64
+    logits: F32
+
+
+class Known(Protocol):
+    """What earlier images showed."""
+
+    @property
+    def moments(self) -> F64: ...
+
+    @property
+    def frames(self) -> float: ...
+
+    @property
+    def mix(self) -> F64: ...
+
+
+def estimate(
+    measure: Measure, model: StatisticsModel, base: ServingState, images: Sequence[U8], *,
+    effective: float | None = None, known: Known | None = None,
+) -> Estimate:  # fmt: skip
+    """Statistics of kept images, with those of earlier ones beside them.
+
+    Args:
+        base: what the statistics will be a change to: states and activation scales, without local statistics.
+        images: uint8 (H, W, 3) each; at least one.
+        effective: independent images that these are worth; fewer than there are when neighbours resemble each other.
+        known: what earlier images of the same domain showed.
+    """
+    classes, fresh = model.class_moments, float(len(images)) if effective is None else effective
+    before = known.frames if known is not None else 0.0
+    frames, share = fresh + before, before / (fresh + before)
+    mix, rounds = (classes.flat, CONCENTRATIONS) if known is None else (known.mix, (CONCENTRATION,))
+    for concentration in rounds:
+        used, expected = mix, model.expected(mix, frames, concentration)
+        moments, logits = measure(images, base, expected, model.strength, None if known is None else known.moments, share)
+        seen = classes.mix(_softmax(logits))
+        mix = seen if known is None else (1 - share) * seen + share * known.mix
+    alone = moments if known is None else (moments - share * known.moments) / (1 - share)
+    return Estimate(moments, frames, used, alone, logits)
+
+
+def _softmax(logits: F32) -> F64:
+    e = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    found: F64 = e / e.sum(1, keepdims=True)
+    return found

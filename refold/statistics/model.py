@@ -1,0 +1,94 @@
+"""A bundle's statistics model: layout, class moments and how far each site goes. Makes served statistics of moments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refold.bundle import Bundle
+from refold.norms import NormState, NormTable
+from refold.statistics.class_moments import ClassMoments
+from refold.statistics.expectation import Expectation, expectation
+from refold.statistics.layout import Layout
+from refold.statistics.posterior import posterior, served_states
+from refold.statistics.trust import within_trust
+
+__all__ = ["CONCENTRATION", "CONCENTRATIONS", "StatisticsModel"]
+
+F64 = NDArray[np.float64]
+# Images a class mix counts for, pass after pass: it begins flat and doubtful.
+CONCENTRATIONS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+CONCENTRATION = CONCENTRATIONS[-1]
+# Mean share over the first third of the sites below which there is no shift (measured: docs/guide/adaptation.md).
+SHIFTED = 0.3
+EARLY = 3  # a third: classes move the first norms least
+WITHOUT_CLASSES = 0.3  # how far to go where nothing tells a class mix from a shift: older bundles
+
+
+@dataclass(frozen=True, eq=False)
+class StatisticsModel:
+    """Attributes:
+    layout: sites with statistics.
+    class_moments: of the bundle.
+    strength: float64 (sites,), 0..1: how much of a shift is followed.
+    """
+
+    layout: Layout
+    class_moments: ClassMoments
+    strength: F64
+
+    @classmethod
+    def of(cls, bundle: Bundle, strength: float = 1.0) -> StatisticsModel:
+        """Of a bundle. Raises BundleError when its class moments are damaged."""
+        layout = Layout(bundle.norms)
+        mean, variance = layout.row("mean", {}), layout.row("variance", {})
+        classes = int(bundle.manifest.class_count)
+        if not bundle.manifest.class_moments:
+            return cls.without_classes(bundle.norms, classes, strength * WITHOUT_CLASSES)
+        moments = ClassMoments.from_bytes(bundle.read(bundle.manifest.class_moments), mean, variance, classes)
+        return cls(layout, moments, np.full(len(layout.sites), strength))
+
+    @classmethod
+    def without_classes(cls, table: NormTable, classes: int, strength: float = WITHOUT_CLASSES) -> StatisticsModel:
+        """A model in which all classes look alike."""
+        layout = Layout(table)
+        mean, variance = layout.row("mean", {}), layout.row("variance", {})
+        one = ClassMoments(np.ones((classes, 1)), mean[None], np.maximum(variance, 1e-12)[None], 0.05 * variance, 0)
+        return cls(layout, one, np.full(len(layout.sites), strength))
+
+    def expected(self, mix: F64, frames: float, concentration: float = CONCENTRATION) -> Expectation:
+        """What is expected at a class mix that `concentration` images have told, of `frames` images."""
+        return expectation(self.class_moments, self.layout, mix, min(concentration, max(frames, 1.0)), frames)
+
+    def served(self, base: Mapping[str, NormState], moments: F64, frames: float, mix: F64) -> tuple[dict[str, NormState], F64]:
+        """(states to serve, share of each site that is a shift), inside the trust region; `shifted`: whether to serve them.
+
+        Args:
+            base: what the statistics are a change to, by site name; sites left out are as exported.
+            moments: observed mean and mean square, float64 (2, channels).
+            frames: independent images behind them.
+            mix: their class mix, float64 (K,).
+        """
+        layout = self.layout
+        variance = np.maximum(moments[1] - moments[0] ** 2, 0.0)
+        found = posterior(
+            layout, self.expected(mix, frames), moments[0], variance, layout.row("mean", base), layout.row("variance", base),
+            self.strength,
+        )  # fmt: skip
+        states = served_states(layout, base, found)
+        ratio = layout.table.trust_ratio
+        return {**states, **{s.name: within_trust(s, states[s.name], ratio) for s in layout.sites}}, found.share
+
+    def shifted(self, share: F64) -> bool:
+        """Whether the first norms see something that no mix of classes explains. Pixels decide them, and classes hardly.
+
+        Args:
+            share: float64 (sites,), as `served` gives it.
+        """
+        if self.class_moments.count == 1:
+            return bool(len(share))  # without classes nothing is explained, and nothing is told
+        first = share[: max(len(share) // EARLY, 1)]
+        return bool(len(first)) and float(first.mean()) >= SHIFTED

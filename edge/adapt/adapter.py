@@ -39,6 +39,7 @@ __all__ = ["Adapter"]
 KEPT_REPORTS = 8  # reports waiting for the uplink; the oldest is dropped
 LEARNED_REFERENCE = 48  # frames that stand in for a calibration slice where none is given
 ENTROPY_RATE = 0.02
+SUSPICION = 0.5  # of what would be an alarm
 RETRY_FRAMES = 64  # frames until a state that could not be served is offered again
 
 
@@ -121,11 +122,16 @@ class Adapter:
             return False
         if self._learning is not None:
             return self._learn_home(features.values)
-        if self._provisional or self._frame % self._settings.watch_every == 0:
+        if self._provisional or self._suspicious or self._frame % self._settings.watch_every == 0:
             self._watch(features.values)
         if self._switch and self._frame >= self._retry_at:
             return True
         return self._present.name != HOME and self._schedule.due()
+
+    @property
+    def _suspicious(self) -> bool:
+        """Whether the next frames are watched one by one, so that a shift is noticed within a dozen of them."""
+        return self._detector.pressure > SUSPICION
 
     def _watch(self, values: NDArray[np.float64]) -> None:
         if self._provisional:

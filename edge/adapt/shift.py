@@ -25,7 +25,12 @@ LONGEST = 2048.0  # frames a mean is worth at most: it follows slow drift
 
 
 class ShiftDetector:
-    """Watches one domain at a time. Not thread-safe; no clock, no I/O."""
+    """Watches one domain at a time. Not thread-safe; no clock, no I/O.
+
+    Attributes:
+        distance: of the slowest average from the present domain's mean.
+        pressure: of the average that is nearest to an alarm, its distance over what would be one.
+    """
 
     def __init__(self, settings: AdaptSettings, reference: Reference) -> None:
         self._settings = settings
@@ -42,6 +47,7 @@ class ShiftDetector:
         self.mean = mean.copy()
         self.frames = frames
         self.distance = 0.0
+        self.pressure = 0.0
 
     def learn(self, values: F64) -> None:
         """Counts one frame into the present domain's mean, some frames later: what is being judged must not move the judge."""
@@ -57,7 +63,7 @@ class ShiftDetector:
         self._correlate(values)
         correlation = min(max(self._correlation, 0.0), 0.98)
         shrink = (1 - correlation) / (1 + correlation)
-        alarm = 0.0
+        alarm = pressure = 0.0
         for i, rate in enumerate(RATES):
             self._ages[i] += 1
             step = max(rate, 1.0 / self._ages[i])  # a plain mean until it is as long as the average's memory
@@ -65,9 +71,12 @@ class ShiftDetector:
             counted = min(self._ages[i], (2 - rate) / rate)
             distance = self.reference.distance(self._averages[i], self.mean)
             noise = 1.0 / max(counted * shrink, 1.0) + 1.0 / max(self.frames, 1.0)
-            if self._ages[i] >= 3 and distance > self._settings.shift_threshold * noise + self._settings.shift_floor:
+            limit = self._settings.shift_threshold * noise + self._settings.shift_floor
+            pressure = max(pressure, distance / limit)
+            if self._ages[i] >= 3 and distance > limit:
                 alarm = alarm or counted
             self.distance = distance
+        self.pressure = pressure
         return alarm
 
     def _correlate(self, values: F64) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -373,3 +374,14 @@ def test_switched_off_it_keeps_nothing_and_serves_releases(bundle: Bundle, facto
     serving = off.on_release(release(bundle, 1))
     assert serving is not None
     assert not serving.overlay
+
+
+def test_a_shift_is_noticed_within_a_few_frames_though_one_in_three_is_watched(bundle: Bundle, factory: EngineFactory) -> None:
+    """While an alarm is half reached every frame is watched; where nothing happens, one in `watch_every`."""
+    settings = replace(SETTINGS, watch_every=3)
+    home = Reference.measure(images(256, bundle.preprocess.height))
+    device = Device(bundle, factory, Adapter(model_of(bundle), settings, 10, reference=home))
+    device.show(images(90, device.side, seed=11))
+    assert device.adapter.domain == HOME and device.adapter._detector._ages[0] < 60
+    device.show(noisy(images(20, device.side, seed=12)))
+    assert device.domains.index("d1") - 90 <= 12

@@ -135,7 +135,7 @@ def test_each_claim_breaks_alone(change: dict, broken: set[str]) -> None:
 
 
 def test_releases_must_arrive_in_one_life() -> None:
-    two_lives = [Arrival(a.version, a.frame, a.domain, life=int(a.version == 3)) for a in ARRIVALS]
+    two_lives = [Arrival(a.version, a.frame, a.domain, life=a.version) for a in ARRIVALS]
     remembered = Recall(10, "d1", 0, 80.0, 60.0, 70.0, 80.0)
     held = {c.id: c.holds for c in claims(a_tally(), two_lives, remembered)}
     assert (

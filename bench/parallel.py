@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from typing import Any, TypeVar
 
-__all__ = ["Inline", "executor"]
+__all__ = ["Inline", "executor", "one_core_each"]
 
 T = TypeVar("T")
 
@@ -31,3 +32,15 @@ def executor(processes: int) -> Executor:
     if processes == 1:
         return Inline()
     return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+
+
+def one_core_each(processes: int) -> ProcessPoolExecutor:
+    """Fresh processes, also where it is one, that compute on a core each: the pool fills the others."""
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_one_thread)
+
+
+def _one_thread() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)

@@ -315,10 +315,10 @@ def _exported(
     if options.strict:
         _refuse(findings)
     progress("measuring statistics by class")
-    statistics = build_statistics(recipe.model, preprocess.apply(pictures.images), truth)
+    x = preprocess.apply(pictures.images)
+    statistics = build_statistics(recipe.model, x, truth)
     progress("writing the student")
     student = student_program(recipe.model)
-    x = preprocess.apply(pictures.images)
     manifest = _manifest(recipe, preprocess, options, classes, compare(recipe.truth, recipe.model, x))
     parts = {manifest.student: student, manifest.calibration: _calibration_part(pictures)}
     if statistics is not None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import numpy as np
 
 from bench.adaptation.rows import row_named
 from bench.corrupt.streams import cache_folder, stream
+from bench.parallel import one_core_each
 from bench.result import console, progress
 from refold.atomic import write_atomically
 from refold.errors import RefoldError, StorageError
@@ -79,7 +78,7 @@ def run_jobs(jobs: Iterable[Job], *, processes: int, resume: bool) -> list[Piece
         console.print(f"{len(jobs) - len(left)} of {len(jobs)} pieces were kept from an earlier run.", style="dim")
     with (
         progress() as bar,
-        ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool,
+        one_core_each(processes) as pool,
     ):
         task = bar.add_task("adaptation", total=sum(len(j.streams) * j.frames for j in jobs))
         bar.advance(task, sum(len(j.streams) * j.frames for j in jobs) - sum(len(j.streams) * j.frames for j in left))
@@ -100,14 +99,6 @@ def run_jobs(jobs: Iterable[Job], *, processes: int, resume: bool) -> list[Piece
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return pieces
-
-
-def _one_thread() -> None:
-    """A worker computes on one core: the pool fills the others."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def _run(job: Job) -> list[Piece]:

@@ -12,8 +12,7 @@ what they cost. Settings were chosen on other seeds and, for all but ResNet-20, 
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from bench.field.device import Device
 from bench.field.networks import NETWORKS, bundle_of, images_of
 from bench.field.report import claims, row
 from bench.field.streams import Part, frames_of, streams_for
+from bench.parallel import one_core_each
 from bench.result import Cell, Claim, Options, Result, console, number, progress
 from refold.errors import UsageError
 
@@ -45,7 +45,7 @@ def run(options: Options) -> Result:
     rows: list[dict[str, Cell]] = []
     with (
         progress() as bar,
-        ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool,
+        one_core_each(options.processes) as pool,
     ):
         task = bar.add_task("field", total=len(jobs))
         futures = {pool.submit(streamed, *job, options.seed): job for job in jobs}
@@ -60,12 +60,6 @@ def run(options: Options) -> Result:
     settings: dict[str, object] = {"seed": options.seed, "severity": 5, "streams": len(jobs), "long_frames": LONG_FRAMES}
     columns = ["network", "stream", "frames", "frozen", "adapted", "difference", "worst 500", "last quarter", "shifts", "swaps"]
     return Result("field", rows, [*claims(rows), *_long_claims(rows)], columns, settings, quick=options.quick)
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def streamed(network: str, stream: str, seed: int) -> dict[str, Cell]:

@@ -10,8 +10,7 @@ with care. A device answers frame by frame in int8 with default settings and is 
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from statistics import mean
 
@@ -21,6 +20,7 @@ from bench.corrupt import NAMES
 from bench.corrupt.streams import stream
 from bench.field.device import Device, reference_of
 from bench.field.networks import bundle_of
+from bench.parallel import one_core_each
 from bench.result import Cell, Claim, Options, Result, console, number, progress
 from refold.errors import UsageError
 
@@ -49,7 +49,7 @@ def run(options: Options) -> Result:
     rows: list[dict[str, Cell]] = []
     with (
         progress() as bar,
-        ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool,
+        one_core_each(options.processes) as pool,
     ):
         task = bar.add_task("forge", total=len(jobs))
         futures = [pool.submit(streamed, *job) for job in jobs]
@@ -64,12 +64,6 @@ def run(options: Options) -> Result:
     settings: dict[str, object] = {"seed": options.seed, "severity": 5, "chosen on": sorted(CHOSEN_ON), "frames": FRAMES}
     columns = ["network", "kind", "corruption", "frozen", "adapted", "last quarter", "converged at", "swaps"]
     return Result("forge", [*_means(rows), *rows], _claims(rows), columns, settings, quick=options.quick)
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def streamed(network: str, kind: str, corruption: str, frames: int, seed: int) -> dict[str, Cell]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,9 +41,6 @@ class KeptImages:
 
     def __len__(self) -> int:
         return len(self._images)
-
-    def __iter__(self) -> Iterator[U8]:
-        return iter(self._images)
 
     @property
     def full(self) -> bool:

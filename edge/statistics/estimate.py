@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.serving import ServingState
+from refold.softmax import softmax_rows
 from refold.statistics import Expectation, StatisticsModel
 from refold.statistics.model import CONCENTRATION, CONCENTRATIONS
 
@@ -90,13 +91,7 @@ def estimate(
     for concentration in rounds:
         used, expected = mix, model.expected(mix, frames, concentration)
         moments, logits = measure(images, base, expected, model.strength, None if known is None else known.moments, share)
-        seen = classes.mix(_softmax(logits))
+        seen = classes.mix(softmax_rows(logits))
         mix = seen if known is None else (1 - share) * seen + share * known.mix
     alone = moments if known is None else (moments - share * known.moments) / (1 - share)
     return Estimate(moments, frames, used, alone, logits)
-
-
-def _softmax(logits: F32) -> F64:
-    e = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
-    found: F64 = e / e.sum(1, keepdims=True)
-    return found

@@ -25,7 +25,7 @@ BYTES_PER_INPUT = 64  # of memory for each number of an input image: activations
 
 
 class StatisticsGraph:
-    """A `Measure` (edge.statistics.estimate). Not thread-safe. The session is opened when first wanted; `close` frees it.
+    """A `Measure` (edge.statistics.estimate). Not thread-safe. The session is opened when first wanted.
 
     Args:
         bundle: with a statistics graph.
@@ -47,10 +47,6 @@ class StatisticsGraph:
     def available(bundle: Bundle) -> bool:
         """Whether the bundle has a graph and ONNX Runtime is installed."""
         return bool(bundle.manifest.statistics) and find_spec("onnxruntime") is not None
-
-    def close(self) -> None:
-        """Frees the session's memory; the next run opens it again."""
-        self._session = None
 
     def __call__(
         self, images: Sequence[U8], base: ServingState, expected: Expectation, strength: F64, known: F64 | None,

@@ -17,7 +17,7 @@ from edge.serving import ServingState
 from refold.errors import InputError
 from refold.norms import NormState, unfold_moments
 from refold.preprocess import Preprocess
-from refold.statistics import Expectation, Layout, posterior, served_states, within_trust
+from refold.statistics import Expectation, Layout, posterior, served_states
 
 __all__ = ["IteratedTaps"]
 
@@ -70,13 +70,9 @@ class IteratedTaps:
                 self._layout.row("variance", base.states),
                 strength,
             )  # fmt: skip
-            states = self._admitted(served_states(self._layout, base.states, found))
+            states = served_states(self._layout, base.states, found)
         assert moments is not None
         return moments, self._each(self._engine(replace(base, states=states)), images)
-
-    def _admitted(self, states: dict[str, NormState]) -> dict[str, NormState]:
-        ratio = self._layout.table.trust_ratio
-        return {**states, **{s.name: within_trust(s, states[s.name], ratio) for s in self._layout.sites}}
 
     def _seen(self, images: Sequence[U8], served: ServingState) -> F64:
         """Mean moments of the norms' inputs, float64 (2, channels)."""

@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from refold.softmax import softmax_rows
 from refold.statistics import INPUTS, OUTPUTS, ClassMoments, Layout
 from refold.statistics.inputs import unshifted_inputs
 
@@ -39,7 +40,7 @@ def measured_moments(
     squares = np.zeros((k, layout.channels))
     for i in range(n):
         moments, logits = session.run([OUTPUTS.moments, OUTPUTS.logits], {image: x[i : i + 1], **given})
-        share = _softmax(logits[0].astype(np.float64)) @ groups
+        share = softmax_rows(logits[0]) @ groups
         weight += share
         mean, square = moments[0].astype(np.float64), moments[1].astype(np.float64)
         sums[0] += share[:, None] * mean
@@ -52,9 +53,3 @@ def measured_moments(
     between = (weight[:, None] * np.maximum(spread, 0.0)).sum(0) / n
     variance = np.maximum(means[1] - means[0] ** 2, 1e-12)
     return ClassMoments(groups, means[0], variance, between, n)
-
-
-def _softmax(logits: F64) -> F64:
-    e = np.exp(logits - logits.max())
-    found: F64 = e / e.sum()
-    return found

@@ -48,7 +48,3 @@ class Layout:
                 alive &= site.weight_scale.astype(np.float64) * a >= site.scale_floor
             parts.append(alive)
         return np.concatenate(parts) if parts else np.zeros(0, np.bool_)
-
-    def per_site(self, values: NDArray[np.floating]) -> F64:
-        """(sites,) to (channels,): each site's number for all of its channels."""
-        return np.repeat(values.astype(np.float64), [s.channels for s in self.sites])

@@ -14,7 +14,6 @@ from refold.statistics.class_moments import ClassMoments
 from refold.statistics.expectation import Expectation, expectation
 from refold.statistics.layout import Layout
 from refold.statistics.posterior import posterior, served_states
-from refold.statistics.trust import within_trust
 
 __all__ = ["CONCENTRATION", "CONCENTRATIONS", "StatisticsModel"]
 
@@ -78,9 +77,7 @@ class StatisticsModel:
             layout, self.expected(mix, frames), moments[0], variance, layout.row("mean", base), layout.row("variance", base),
             self.strength,
         )  # fmt: skip
-        states = served_states(layout, base, found)
-        ratio = layout.table.trust_ratio
-        return {**states, **{s.name: within_trust(s, states[s.name], ratio) for s in layout.sites}}, found.share
+        return served_states(layout, base, found), found.share
 
     def shifted(self, share: F64) -> bool:
         """Whether the first norms see something that no mix of classes explains. Pixels decide them, and classes hardly.

@@ -24,6 +24,7 @@ from refold.norms import NormState
 from refold.statistics.contract import RATIO
 from refold.statistics.expectation import Expectation
 from refold.statistics.layout import Layout
+from refold.statistics.trust import within_trust
 
 __all__ = ["Posterior", "posterior", "served_states", "site_posterior"]
 
@@ -84,11 +85,13 @@ def site_posterior(
 
 
 def served_states(layout: Layout, base: Mapping[str, NormState], found: Posterior) -> dict[str, NormState]:
-    """`base` (sites left out: as exported) with the statistics found. Sites without statistics are passed on."""
+    """`base` (sites left out: as exported) with the statistics found, inside the trust region. Sites without statistics are
+    passed on."""
     states = dict(base)
     for site, cut in zip(layout.sites, layout.slices, strict=True):
         state = base.get(site.name, site.exported)
-        states[site.name] = state.with_statistics(
+        own = state.with_statistics(
             np.ascontiguousarray(found.mean[cut], np.float32), np.ascontiguousarray(found.variance[cut], np.float32)
         )
+        states[site.name] = within_trust(site, own, layout.table.trust_ratio)
     return states

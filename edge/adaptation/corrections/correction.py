@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["F32", "F64", "LIMIT_BYTES", "Correction", "direction", "softmax_rows"]
+__all__ = ["F32", "F64", "LIMIT_BYTES", "Correction", "direction"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -49,10 +49,3 @@ def direction(logits: F32) -> F32:
     length = float(np.sqrt(np.dot(centred, centred)))
     unit: F32 = (centred / length if length > 1e-12 else np.zeros_like(centred)).astype(np.float32)
     return unit
-
-
-def softmax_rows(values: F64) -> F64:
-    """Softmax over the last axis of float64 (N, C)."""
-    powers = np.exp(values - values.max(-1, keepdims=True))
-    out: F64 = powers / powers.sum(-1, keepdims=True)
-    return out

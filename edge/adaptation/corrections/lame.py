@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge.adaptation.corrections.correction import F32, F64, softmax_rows
+from edge.adaptation.corrections.correction import F32, F64
+from refold.softmax import softmax_rows
 
 __all__ = ["Lame", "LameSettings", "laplacian_answers", "rbf_affinity", "squared_distances"]
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from edge.adapt.bank import HOME, Domain, DomainBank
 from edge.adapt.evidence import Evidence
 from edge.adapt.features import FEATURES, FrameFeatures, Reference
+from edge.adapt.home import HomeReturn
 from edge.adapt.proposal import Composed, Proposal, base_of, base_state, compose
 from edge.adapt.schedule import KeepSchedule
 from edge.adapt.settings import AdaptSettings
@@ -85,6 +86,7 @@ class Adapter:
 
     def _settle(self, reference: Reference) -> None:
         self._detector = ShiftDetector(self._settings, reference)
+        self._return = HomeReturn(reference, self._settings.shift_floor)
         self._bank = DomainBank(self._model.layout.channels, self._model.class_moments.count, reference, self._settings.domains)
         self._present = self._left = self._bank.home
         self._doubted: list[Domain] = []
@@ -131,14 +133,17 @@ class Adapter:
     @property
     def _suspicious(self) -> bool:
         """Whether the next frames are watched one by one, so that a shift is noticed within a dozen of them."""
-        return self._detector.pressure > SUSPICION
+        return self._detector.pressure > SUSPICION or self._return.suspicious
 
     def _watch(self, values: NDArray[np.float64]) -> None:
-        if self._provisional:
+        frames = 0.0 if self._provisional else self._detector.watch(values)
+        if self._home_again(values):
+            self._go_home()
+        elif self._provisional:
             self._probe.append(values)
             if len(self._probe) >= self._settings.probe_frames:
                 self._decide()
-        elif frames := self._detector.watch(values):
+        elif frames:
             # Few frames may be chance, and the probe may find the old domain again; many frames know better than the probe.
             self._doubted = [self._present] if frames > self._settings.probe_frames else []
             self._begin(values)
@@ -147,6 +152,21 @@ class Adapter:
             self._residence += 1
             if self._residence == self._settings.review_frames and self._present.name != HOME:
                 self._review()
+
+    def _home_again(self, values: NDArray[np.float64]) -> bool:
+        """While frames after an alarm are collected, the detector still knows the domain that was left."""
+        if (self._left if self._provisional else self._present).name == HOME:
+            return False
+        detector = self._detector
+        return self._return.watch(values, detector.mean, detector.frames, detector.independent)
+
+    def _go_home(self) -> None:
+        self._leave()
+        if self._provisional:
+            self._bank.discard(self._present)
+            self._provisional, self._probe = False, []
+        self._residence = 0
+        self._recall(self._bank.home)
 
     def _learn_home(self, values: NDArray[np.float64]) -> bool:
         assert self._learning is not None
@@ -188,6 +208,7 @@ class Adapter:
         newcomer.mean, newcomer.frames = mean, frames
         self._bank.add(newcomer)
         self._detector.restart(mean, frames)
+        self._return.restart(self._bank.home.mean)
 
     def _review(self) -> None:
         """A domain begun on few frames may turn out to be one that was known: then it is joined to that one."""
@@ -209,6 +230,7 @@ class Adapter:
             self._schedule.settle()
         else:
             self._schedule.restart(known.evidence.frames)
+        self._return.restart(self._bank.home.mean)
         if probe is None:
             self._detector.restart(known.mean, known.frames)
         for values in probe or ():

@@ -61,8 +61,7 @@ class ShiftDetector:
     def watch(self, values: F64) -> float:
         """Takes one frame's features, float64 (FEATURES,); how many frames say that the domain has changed, or 0."""
         self._correlate(values)
-        correlation = min(max(self._correlation, 0.0), 0.98)
-        shrink = (1 - correlation) / (1 + correlation)
+        shrink = self.independent
         alarm = pressure = 0.0
         for i, rate in enumerate(RATES):
             self._ages[i] += 1
@@ -78,6 +77,12 @@ class ShiftDetector:
             self.distance = distance
         self.pressure = pressure
         return alarm
+
+    @property
+    def independent(self) -> float:
+        """0..1: how many independent frames one frame is worth."""
+        correlation = min(max(self._correlation, 0.0), 0.98)
+        return (1 - correlation) / (1 + correlation)
 
     def _correlate(self, values: F64) -> None:
         if self._last is not None:

@@ -19,6 +19,7 @@ __all__ = ["measured_moments"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+POOLED = 16.0  # images: what a group's own scatter counts less than that within all groups
 PRIOR = 2.0  # images: what a group's moments count less than the moments of all
 
 
@@ -36,20 +37,34 @@ def measured_moments(
     given = unshifted_inputs(layout, groups.shape[1])
     image = next(i.name for i in session.get_inputs() if i.name not in INPUTS)
     k, n = groups.shape[1], len(x)
-    weight, sums = np.zeros(k), np.zeros((2, k, layout.channels))
-    squares = np.zeros((k, layout.channels))
+    weight, sums = np.zeros(k), np.zeros((5, k, layout.channels))
     for i in range(n):
         moments, logits = session.run([OUTPUTS.moments, OUTPUTS.logits], {image: x[i : i + 1], **given})
         share = softmax_rows(logits[0]) @ groups
         weight += share
         mean, square = moments[0].astype(np.float64), moments[1].astype(np.float64)
-        sums[0] += share[:, None] * mean
-        sums[1] += share[:, None] * square
-        squares += share[:, None] * mean**2
+        for held, value in zip(sums, (mean, square, mean**2, square**2, mean * square), strict=True):
+            held += share[:, None] * value
         progress(1)
-    overall = sums.sum(1) / n
-    means = (sums + PRIOR * overall[:, None]) / (weight + PRIOR)[None, :, None]
-    spread = squares / np.maximum(weight, 1e-9)[:, None] - (sums[0] / np.maximum(weight, 1e-9)[:, None]) ** 2
-    between = (weight[:, None] * np.maximum(spread, 0.0)).sum(0) / n
+    overall = sums[:2].sum(1) / n
+    means = (sums[:2] + PRIOR * overall[:, None]) / (weight + PRIOR)[None, :, None]
+    between, spread = _scatter(sums / np.maximum(weight, 1e-9)[:, None])
+    pooled = [(weight[:, None] * one).sum(0) / n for one in (between, spread)]
+    trust = (weight / (weight + POOLED))[:, None]
+    between, spread = (trust * one + (1 - trust) * all_ for one, all_ in zip((between, spread), pooled, strict=True))
     variance = np.maximum(means[1] - means[0] ** 2, 1e-12)
-    return ClassMoments(groups, means[0], variance, between, n)
+    return ClassMoments(groups, means[0], variance, between, spread, weight + PRIOR)
+
+
+def _scatter(averages: F64) -> tuple[F64, F64]:
+    """(variance between the means of images, variance of their mean square distance from the group's mean in units of its
+    square): what a single image says about a group's mean and about the logarithm of its variance. (K, channels) each.
+
+    Args:
+        averages: over each group, of an image's mean, mean square, their squares and their product, (5, K, channels).
+    """
+    mean, square, mean2, square2, product = averages
+    between = np.maximum(mean2 - mean**2, 0.0)
+    distance = square2 - square**2 + 4 * mean**2 * between - 4 * mean * (product - mean * square)
+    variance = np.maximum(square - mean**2, 1e-12)
+    return between, np.maximum(distance, 0.0) / variance**2

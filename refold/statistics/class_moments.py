@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,8 @@ __all__ = ["ClassMoments"]
 
 F64 = NDArray[np.float64]
 FORMAT = 1
+LEAST_SPREAD = 1e-3
+ASSUMED_SPREAD = 0.5  # where it was not measured
 EXTREME = 6e4  # largest number of 16 bits, nearly
 
 
@@ -30,15 +34,17 @@ class ClassMoments:
         groups: float64 (classes, K), rows sum to 1: which group a class belongs to.
         mean: float64 (K, channels).
         variance: float64 (K, channels), over images and space.
-        between: float64 (channels,), variance between the means of single images of one group.
-        images: calibration images behind them.
+        between: float64 (K, channels), variance between the means of single images.
+        spread: float64 (K, channels), variance of what single images say about the logarithm of `variance`.
+        counts: float64 (K,), calibration images behind each group's; zeros: they are taken as exact.
     """
 
     groups: F64
     mean: F64
     variance: F64
     between: F64
-    images: int
+    spread: F64
+    counts: F64
 
     @property
     def count(self) -> int:
@@ -55,6 +61,17 @@ class ClassMoments:
         total = counts.sum(0) + prior
         mix: F64 = total / total.sum()
         return mix
+
+    def chance(self, mix: F64, images: float) -> tuple[F64, F64]:
+        """Sampling variance of an observed mean and of the logarithm of an observed variance, around those expected at a mix,
+        float64 (channels,) each. The expected ones have their own: groups are known from so many calibration images.
+
+        Args:
+            images: independent images observed.
+        """
+        known = self.counts > 0
+        share = mix / max(images, 1.0) + np.where(known, mix**2 / np.where(known, self.counts, 1.0), 0.0)
+        return share @ self.between, share @ self.spread
 
     @property
     def flat(self) -> F64:
@@ -78,7 +95,8 @@ class ClassMoments:
             mean=_half((self.mean - mean) / deviation),
             variance=_half(np.log(np.maximum(self.variance, 1e-12) / deviation**2)),
             between=_half(np.log(np.maximum(self.between, 1e-12) / deviation**2)),
-            images=np.int64(self.images),
+            spread=_half(np.log(np.maximum(self.spread, LEAST_SPREAD))),
+            counts=self.counts.astype(np.float32),
         )
         return out.getvalue()
 
@@ -94,23 +112,33 @@ class ClassMoments:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 if int(arrays["format"]) != FORMAT:
                     raise BundleError("The bundle's class moments are of a newer format: update Refold.", code="newer-format")
+                groups = arrays["groups"].astype(np.float64)
                 found = cls(
-                    arrays["groups"].astype(np.float64),
+                    groups,
                     arrays["mean"].astype(np.float64) * deviation + mean,
                     np.exp(arrays["variance"].astype(np.float64)) * deviation**2,
-                    np.exp(arrays["between"].astype(np.float64)) * deviation**2,
-                    int(arrays["images"]),
+                    *_sampling(arrays, groups.shape[1], deviation),
                 )
             k, channels = found.groups.shape[1], mean.shape[0]
-            shapes = (found.groups.shape, found.mean.shape, found.variance.shape, found.between.shape)
-            finite = all(np.isfinite(a).all() for a in (found.groups, found.mean, found.variance, found.between))
-            if shapes != ((classes, k), (k, channels), (k, channels), (channels,)) or not finite:
+            held = (found.groups, found.mean, found.variance, found.between, found.spread, found.counts)
+            shapes, finite = tuple(a.shape for a in held), all(np.isfinite(a).all() for a in held)
+            if shapes != ((classes, k), *[(k, channels)] * 4, (k,)) or not finite:
                 raise ValueError(f"shapes {shapes}")
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
             raise BundleError(
                 "The bundle's class moments are damaged: export the model again.", code="damaged", detail=str(e)
             ) from e
         return found
+
+
+def _sampling(arrays: Mapping[str, NDArray[Any]], k: int, deviation: F64) -> tuple[F64, F64, F64]:
+    """(between, spread, counts). The first exporters wrote `between` for all groups alike and only how many images there were."""
+    between = np.exp(arrays["between"].astype(np.float64)) * deviation**2
+    if "counts" not in arrays:
+        shape = (k, len(deviation))
+        return np.broadcast_to(between, shape), np.full(shape, ASSUMED_SPREAD), np.full(k, float(arrays["images"]) / k)
+    spread = np.exp(arrays["spread"].astype(np.float64))
+    return between, spread, arrays["counts"].astype(np.float64)
 
 
 def _half(values: F64) -> NDArray[np.float16]:

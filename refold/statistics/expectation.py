@@ -1,6 +1,7 @@
 """What every site shows at a class mix when nothing has shifted, and how far off that may be.
 
-The mix is known as from `concentration` images (a Dirichlet distribution), the mean of `images` images is itself a sample. So
+The mix is known as from `concentration` images (a Dirichlet distribution), the mean of `images` images is itself a sample, and
+each group's moments were measured on so many calibration images. So
 an observed mean lies around the expected one with the covariance, in units of each channel's exported deviation,
 
     B^T B + noise I,      B = L^T (mu_k - m) / deviation,      L L^T = (diag(mix) - mix mix^T) / (concentration + 1)
@@ -22,9 +23,6 @@ from refold.statistics.layout import Layout
 __all__ = ["Expectation", "Unexplained", "expectation"]
 
 F64 = NDArray[np.float64]
-LOG_VARIANCE = (
-    0.5  # variance of the logarithm of one image's variance at a norm, about; of many images it is that by their number
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,11 +104,11 @@ def expectation(moments: ClassMoments, layout: Layout, mix: F64, concentration: 
     values, vectors = np.linalg.eigh(covariance)
     root = vectors * np.sqrt(np.maximum(values, 0.0))
     apart = np.log(moments.variance / variance) * live
-    n = max(images, 1.0)
+    of_means, of_variances = moments.chance(mix, images)
     return Expectation(
         mean,
         variance,
         deviation,
-        Unexplained.of(layout, root.T @ ((moments.mean - mean) * unit), moments.between * unit**2 / n),
-        Unexplained.of(layout, np.sqrt(mix / (concentration + 1))[:, None] * apart, np.full(layout.channels, LOG_VARIANCE / n)),
+        Unexplained.of(layout, root.T @ ((moments.mean - mean) * unit), of_means * unit**2),
+        Unexplained.of(layout, np.sqrt(mix / (concentration + 1))[:, None] * apart, of_variances * live),
     )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from refold.bundle import Bundle
 from refold.norms import NormState, NormTable
-from refold.statistics.class_moments import ClassMoments
+from refold.statistics.class_moments import ASSUMED_SPREAD, ClassMoments
 from refold.statistics.expectation import Expectation, expectation
 from refold.statistics.layout import Layout
 from refold.statistics.posterior import posterior, served_states
@@ -55,7 +55,9 @@ class StatisticsModel:
         """A model in which all classes look alike."""
         layout = Layout(table)
         mean, variance = layout.row("mean", {}), layout.row("variance", {})
-        one = ClassMoments(np.ones((classes, 1)), mean[None], np.maximum(variance, 1e-12)[None], 0.05 * variance, 0)
+        spread = np.full((1, layout.channels), ASSUMED_SPREAD)
+        held = (mean[None], np.maximum(variance, 1e-12)[None], 0.05 * variance[None], spread)
+        one = ClassMoments(np.ones((classes, 1)), *held, np.zeros(1))
         return cls(layout, one, np.full(len(layout.sites), strength))
 
     def expected(self, mix: F64, frames: float, concentration: float = CONCENTRATION) -> Expectation:

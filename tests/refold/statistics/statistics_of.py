@@ -31,4 +31,7 @@ def class_moments(layout: Layout, seed: int = 1, apart: float = 0.5) -> ClassMom
     offset = rng.normal(0, apart, (CLASSES, layout.channels))
     offset -= offset.mean(0)
     within = np.maximum(variance * rng.uniform(0.5, 1, (CLASSES, layout.channels)), 1e-3)
-    return ClassMoments(np.eye(CLASSES), mean + offset * np.sqrt(variance), within, 0.1 * variance, 256)
+    between = np.tile(0.1 * variance, (CLASSES, 1))
+    return ClassMoments(
+        np.eye(CLASSES), mean + offset * np.sqrt(variance), within, between, np.full_like(between, 0.5), np.full(CLASSES, 64.0)
+    )

@@ -16,7 +16,12 @@ def test_moments_of_a_mix_are_those_of_mixed_samples():
     rng = np.random.default_rng(0)
     samples = [rng.normal(k, 1 + k, (50_000, 3)) for k in range(CLASSES)]
     moments = ClassMoments(
-        np.eye(CLASSES), np.stack([s.mean(0) for s in samples]), np.stack([s.var(0) for s in samples]), np.ones(3), 9
+        np.eye(CLASSES),
+        np.stack([s.mean(0) for s in samples]),
+        np.stack([s.var(0) for s in samples]),
+        np.ones((CLASSES, 3)),
+        np.ones((CLASSES, 3)),
+        np.full(CLASSES, 9.0),
     )
     counts = (5_000, 20_000, 10_000, 15_000)
     mixed = np.concatenate([s[:n] for s, n in zip(samples, counts, strict=True)])
@@ -35,7 +40,14 @@ def test_a_mix_counts_answers_beside_a_prior():
 def test_groups_add_up_their_classes():
     layout = Layout(table())
     one = class_moments(layout)
-    two = ClassMoments(np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]]), one.mean[:2], one.variance[:2], one.between, 9)
+    two = ClassMoments(
+        np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]]),
+        one.mean[:2],
+        one.variance[:2],
+        one.between[:2],
+        one.spread[:2],
+        np.full(2, 9.0),
+    )
     np.testing.assert_allclose(two.mix(np.full((1, CLASSES), 0.25), prior=0.0), [0.5, 0.5])
 
 
@@ -47,7 +59,8 @@ def test_the_file_keeps_them():
     assert np.abs((again.mean - moments.mean) / deviation).max() < 2e-3
     np.testing.assert_allclose(again.variance, moments.variance, rtol=5e-3)
     np.testing.assert_allclose(again.between, moments.between, rtol=5e-3)
-    assert again.images == moments.images
+    np.testing.assert_allclose(again.spread, moments.spread, rtol=5e-3)
+    np.testing.assert_allclose(again.counts, moments.counts)
     assert moments.to_bytes(*exported) == moments.to_bytes(*exported)
 
 

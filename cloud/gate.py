@@ -25,6 +25,7 @@ from cloud.settings import GateSettings
 from cloud.training.answers import check_answers
 from edge.adapt import AdaptSettings
 from edge.adapt.proposal import on_exported_statistics
+from edge.adapt.support import agreement_gain, supported
 from edge.engine import EngineFactory
 from edge.serving import ServingState
 from edge.statistics import estimate, measure_of
@@ -180,11 +181,12 @@ class Gate:
         if domain in ("", HOME) or self._measure is None or not len(population):
             return start
         bare = ServingState(on_exported_statistics(self._bundle.norms, states), activations)
-        found = estimate(self._measure, self._model, bare, list(population[-self._habits.images :]))
+        images = list(population[-self._habits.images :])
+        found = estimate(self._measure, self._model, bare, images)
         own, share = self._model.served(bare.states, found.moments, found.frames, found.mix)
-        if not self._model.shifted(share):
-            return start
-        return ServingState(own, activations, 0, domain, overlay=True)
+        alone = ServingState(own, activations, 0, domain, overlay=True)
+        gain = agreement_gain(self._measure, self._model, start, alone, images)
+        return alone if supported(self._model.early(share), gain) else start
 
     def _logits(self, serving: ServingState, images: NDArray[np.uint8]) -> F32:
         engine = self._factory.build(serving)

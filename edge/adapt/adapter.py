@@ -41,6 +41,7 @@ KEPT_REPORTS = 8  # reports waiting for the uplink; the oldest is dropped
 LEARNED_REFERENCE = 48  # frames that stand in for a calibration slice where none is given
 ENTROPY_RATE = 0.02
 SUSPICION = 0.5  # of what would be an alarm
+AGREED = 1.0  # the largest gain of agreement there is
 RETRY_FRAMES = 64  # frames until a state that could not be served is offered again
 
 
@@ -75,7 +76,7 @@ class Adapter:
         self._learning: list[NDArray[np.float64]] | None = None if reference else []
         self._frame = 0
         self._entropy = 0.0
-        self._kept = self._measured = self._skipped = self._shifts = self._recalls = self._refused = 0
+        self._kept = self._measured = self._skipped = self._shifts = self._recalls = self._refused = self._unsupported = 0
         self._probe: list[NDArray[np.float64]] = []
         self._provisional = False
         self._residence = 0
@@ -269,8 +270,25 @@ class Adapter:
         """What images of the present domain are measured behind."""
         return base_state(self._releases, self._present, self._model.layout.table)
 
+    def candidate(self, found: Estimate) -> tuple[ServingState, ServingState] | None:
+        """The present domain's state without and with what was found, where only agreement of the images can tell whether to
+        serve it; else None. Pure.
+        """
+        self._check(found)
+        without = self._composed(self._releases, self._present, Evidence(self._model.layout.channels, len(found.mix)))
+        found_here = Evidence.of(found.moments, found.frames, found.mix, gain=AGREED)
+        behind = self._composed(self._releases, self._present, found_here)
+        return (without.serving, behind.serving) if behind.serving.overlay else None
+
+    def _check(self, found: Estimate) -> None:
+        if found.moments.shape != (2, self._model.layout.channels) or not np.isfinite(found.moments).all():
+            raise InputError(
+                f"Moments of shape {found.moments.shape} are not this bundle's, or not finite: the images are not counted.",
+                code="moments",
+            )
+
     def measured(
-        self, found: Estimate, frames: tuple[int, int], fresh: int, served: ServingState, *, whole: bool
+        self, found: Estimate, frames: tuple[int, int], fresh: int, served: ServingState, *, gain: float, whole: bool
     ) -> ServingState | None:
         """Takes what the kept images of the present domain show; a state to serve from now on, or None to go on as before.
 
@@ -278,19 +296,19 @@ class Adapter:
             frames: numbers of the first and the last frame among them.
             fresh: how many of them no report has counted yet.
             served: the present state.
+            gain: of agreement between mirrored views of these images behind `candidate` (`edge.adapt.support`).
             whole: the set is complete, and the next one is added to it.
 
         Raises:
             InputError: moments of another model, or not finite.
         """
+        self._check(found)
         present = self._present
-        if found.moments.shape != (2, self._model.layout.channels) or not np.isfinite(found.moments).all():
-            raise InputError(
-                f"Moments of shape {found.moments.shape} are not this bundle's, or not finite: the images are not counted.",
-                code="moments",
-            )
         self._measured += 1
-        present.evidence = Evidence.of(found.moments, found.frames, found.mix)
+        if (known := self.known) is not None:
+            before = known.frames / found.frames
+            gain = before * known.gain + (1 - before) * gain
+        present.evidence = Evidence.of(found.moments, found.frames, found.mix, gain)
         if whole:
             present.whole = present.evidence
         if fresh:
@@ -319,6 +337,7 @@ class Adapter:
     def _take(self, composed: Composed) -> ServingState:
         self._weight = composed.weight
         self._refused += composed.refused
+        self._unsupported += composed.unsupported
         return composed.serving
 
     # Releases ----------------------------------------------------------------------------------------------------------------
@@ -417,6 +436,8 @@ class Adapter:
             "skipped": float(self._skipped),
             "overlay_weight": self._weight,
             "overlays_refused": float(self._refused),
+            "overlays_unsupported": float(self._unsupported),
+            "agreement_gain": self._present.evidence.gain,
             "evidence_frames": self._present.evidence.frames,
             "shift_distance": self._detector.distance,
             "entropy": self._entropy,

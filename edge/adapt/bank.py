@@ -24,8 +24,8 @@ from refold.errors import StorageError
 __all__ = ["HOME", "Domain", "DomainBank"]
 
 HOME = "d0"
-FORMAT = 3
-OLDER = (1, 2)  # without class mixes, and 1 with whole releases without their signatures: their statistics are not taken over
+FORMAT = 4
+OLDER = (1, 2, 3)  # measured in another way, and 1 with whole releases without their signatures: statistics are not taken over
 HOME_KEY = "home"
 F64 = NDArray[np.float64]
 
@@ -154,7 +154,7 @@ class DomainBank:
         arrays: dict[str, NDArray[np.generic]] = {}
         rows = []
         for d in self:
-            rows.append([d.name, d.frames, d.evidence.frames, d.seen, d.key, d.base, d.shared])
+            rows.append([d.name, d.frames, d.evidence.frames, d.seen, d.key, d.base, d.shared, d.evidence.gain])
             arrays[f"{d.name}.mean"] = d.mean
             arrays[f"{d.name}.moments"] = d.evidence.moments.astype(np.float32)
             arrays[f"{d.name}.mix"] = d.evidence.mix
@@ -207,7 +207,7 @@ class DomainBank:
         if mix.shape != (self._groups,) or not (np.isfinite(mix).all() and np.isfinite(moments).all()):
             raise ValueError(f"mix of {name}")
         base, shared = str(row[5]), bool(row[6])
-        domain.past[base] = shared, Evidence.of(moments, float(evidence_frames), mix)
+        domain.past[base] = shared, Evidence.of(moments, float(evidence_frames), mix, float(row[7]))
         domain.evidence = domain.past.pop("", (True, domain.evidence))[1]
         domain.whole = domain.evidence if domain.evidence.frames else None
         return domain

@@ -1,6 +1,7 @@
 """From frames to evidence: keeps images of the present domain, and has them measured when the adapter wants it.
 
-    image ─► kept ─► enough? ─► estimate (edge.statistics): all of them at once ─► the adapter ─► a state to serve
+    image ─► kept ─► enough? ─► estimate (edge.statistics): all of them at once ─► do mirrored views agree more behind it?
+          ─► the adapter ─► a state to serve
 
 Until the first measurement the exported state or a release is served: a state in between never is.
 """
@@ -12,8 +13,9 @@ from numpy.typing import NDArray
 
 from edge.adapt.adapter import Adapter
 from edge.adapt.kept import KeptImages
+from edge.adapt.support import agreement_gain
 from edge.serving import ServingState
-from edge.statistics import Measure, estimate
+from edge.statistics import Estimate, Measure, estimate
 from refold.statistics import StatisticsModel
 
 __all__ = ["ImageObserver", "StoppedError"]
@@ -81,9 +83,15 @@ class ImageObserver:
             return None
         try:
             found = estimate(self._measure, self._model, adapter.base, images, effective=worth, known=adapter.known)
+            gain = self._gain(found, images)
         except InterruptedError:
             raise StoppedError from None
         self.passes += 1
         fresh, frames = len(images) - self._reported, kept.frames(self._reported)
         self._reported = len(images)
-        return adapter.measured(found, frames, fresh, served, whole=kept.full)
+        return adapter.measured(found, frames, fresh, served, gain=gain, whole=kept.full)
+
+    def _gain(self, found: Estimate, images: list[U8]) -> float:
+        """0 where the images are not asked."""
+        pair = self._adapter.candidate(found)
+        return agreement_gain(self._measure, self._model, *pair, images) if pair is not None else 0.0

@@ -9,6 +9,7 @@ from edge.adapt.bank import HOME, Domain
 from edge.adapt.evidence import Evidence
 from edge.adapt.overlay import blended_states
 from edge.adapt.settings import AdaptSettings
+from edge.adapt.support import supported
 from edge.serving import ServingState
 from edge.updates.inforce import InForce
 from refold.errors import NormStateError
@@ -20,11 +21,18 @@ __all__ = ["Composed", "Proposal", "base_of", "base_state", "compose", "on_expor
 
 @dataclass(frozen=True)
 class Composed:
-    """A domain's state, the share of the device's own statistics in it, and whether such were left out as not admissible."""
+    """A domain's state.
+
+    Attributes:
+        weight: share of the device's own statistics in it.
+        refused: such were left out as not admissible.
+        unsupported: such were left out, because the images do not speak for them.
+    """
 
     serving: ServingState
     weight: float = 0.0
     refused: bool = False
+    unsupported: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,8 @@ def compose(releases: InForce, domain: Domain, evidence: Evidence, model: Statis
     table = model.layout.table
     # A shift is told from the exported statistics: on a release's own it would count twice.
     own, share = model.served(on_exported_statistics(table, states), evidence.moments, evidence.frames, evidence.mix)
-    if not model.shifted(share):
-        return Composed(bare)
+    if not supported(model.early(share), evidence.gain):
+        return Composed(bare, unsupported=True)
     weight = float(share.mean())
     release = releases.content(releases.own(domain.key))
     if release is not None:

@@ -132,7 +132,7 @@ class ClassMoments:
 
 
 def _sampling(arrays: Mapping[str, NDArray[Any]], k: int, deviation: F64) -> tuple[F64, F64, F64]:
-    """(between, spread, counts). The first exporters wrote `between` for all groups alike and only how many images there were."""
+    """(between, spread, counts). Of the first exporters `between` for all groups alike and the number of images are known."""
     between = np.exp(arrays["between"].astype(np.float64)) * deviation**2
     if "counts" not in arrays:
         shape = (k, len(deviation))

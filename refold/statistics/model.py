@@ -21,8 +21,6 @@ F64 = NDArray[np.float64]
 # Images a class mix counts for, pass after pass: it begins flat and doubtful.
 CONCENTRATIONS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 CONCENTRATION = CONCENTRATIONS[-1]
-# Mean share over the first third of the sites below which there is no shift (measured: docs/guide/adaptation.md).
-SHIFTED = 0.3
 EARLY = 3  # a third: classes move the first norms least
 WITHOUT_CLASSES = 0.3  # how far to go where nothing tells a class mix from a shift: older bundles
 
@@ -65,7 +63,7 @@ class StatisticsModel:
         return expectation(self.class_moments, self.layout, mix, min(concentration, max(frames, 1.0)), frames)
 
     def served(self, base: Mapping[str, NormState], moments: F64, frames: float, mix: F64) -> tuple[dict[str, NormState], F64]:
-        """(states to serve, share of each site that is a shift), inside the trust region; `shifted`: whether to serve them.
+        """(states to serve, share of each site that is a shift), inside the trust region.
 
         Args:
             base: what the statistics are a change to, by site name; sites left out are as exported.
@@ -81,13 +79,14 @@ class StatisticsModel:
         )  # fmt: skip
         return served_states(layout, base, found), found.share
 
-    def shifted(self, share: F64) -> bool:
-        """Whether the first norms see something that no mix of classes explains. Pixels decide them, and classes hardly.
+    def early(self, share: F64) -> float:
+        """How much of what the first norms see no mix of classes explains, 0..1. Pixels decide them, and classes hardly.
 
         Args:
             share: float64 (sites,), as `served` gives it.
         """
+        if not len(share):
+            return 0.0
         if self.class_moments.count == 1:
-            return bool(len(share))  # without classes nothing is explained, and nothing is told
-        first = share[: max(len(share) // EARLY, 1)]
-        return bool(len(first)) and float(first.mean()) >= SHIFTED
+            return 1.0  # without classes nothing is explained, and nothing is told
+        return float(share[: max(len(share) // EARLY, 1)].mean())

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from edge.serving import ServingState
 from refold.softmax import softmax_rows
 from refold.statistics import Expectation, StatisticsModel
-from refold.statistics.model import CONCENTRATION, CONCENTRATIONS
+from refold.statistics.model import CONCENTRATIONS
 
 __all__ = ["Estimate", "Known", "Measure", "estimate"]
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+AGAIN = CONCENTRATIONS[2:]  # where earlier images have told most of the shift, the answers are good from the first round on
 
 
 class Measure(Protocol):
@@ -87,11 +88,12 @@ def estimate(
     classes, fresh = model.class_moments, float(len(images)) if effective is None else effective
     before = known.frames if known is not None else 0.0
     frames, share = fresh + before, before / (fresh + before)
-    mix, rounds = (classes.flat, CONCENTRATIONS) if known is None else (known.mix, (CONCENTRATION,))
+    earlier, rounds = (classes.flat, CONCENTRATIONS) if known is None else (known.mix, AGAIN)
+    seen = classes.flat
     for concentration in rounds:
-        used, expected = mix, model.expected(mix, frames, concentration)
+        mix = (1 - share) * seen + share * earlier
+        expected = model.expected(mix, frames, concentration)
         moments, logits = measure(images, base, expected, model.strength, None if known is None else known.moments, share)
         seen = classes.mix(softmax_rows(logits))
-        mix = seen if known is None else (1 - share) * seen + share * known.mix
     alone = moments if known is None else (moments - share * known.moments) / (1 - share)
-    return Estimate(moments, frames, used, alone, logits)
+    return Estimate(moments, frames, mix, alone, logits)

@@ -13,7 +13,7 @@ from refold.norms import NormState, NormTable
 from refold.statistics.class_moments import ASSUMED_SPREAD, ClassMoments
 from refold.statistics.expectation import Expectation, expectation
 from refold.statistics.layout import Layout
-from refold.statistics.posterior import posterior, served_states
+from refold.statistics.posterior import posterior, served_states, site_posterior
 
 __all__ = ["CONCENTRATION", "CONCENTRATIONS", "StatisticsModel"]
 
@@ -22,6 +22,7 @@ F64 = NDArray[np.float64]
 CONCENTRATIONS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 CONCENTRATION = CONCENTRATIONS[-1]
 EARLY = 3  # a third: classes move the first norms least
+AS_OF = 64.0  # images
 WITHOUT_CLASSES = 0.3  # how far to go where nothing tells a class mix from a shift: older bundles
 
 
@@ -79,14 +80,23 @@ class StatisticsModel:
         )  # fmt: skip
         return served_states(layout, base, found), found.share
 
-    def early(self, share: F64) -> float:
+    def early(self, base: Mapping[str, NormState], moments: F64, frames: float, mix: F64) -> float:
         """How much of what the first norms see no mix of classes explains, 0..1. Pixels decide them, and classes hardly.
 
+        More images than `AS_OF` count for that many: they make a shift more certain and not larger.
+
         Args:
-            share: float64 (sites,), as `served` gives it.
+            base, moments, frames, mix: as of `served`.
         """
-        if not len(share):
+        sites = self.layout.slices[: max(len(self.layout.slices) // EARLY, 1)]
+        if not sites:
             return 0.0
         if self.class_moments.count == 1:
             return 1.0  # without classes nothing is explained, and nothing is told
-        return float(share[: max(len(share) // EARLY, 1)].mean())
+        expected, variance = self.expected(mix, min(frames, AS_OF)), np.maximum(moments[1] - moments[0] ** 2, 0.0)
+        before, spread = self.layout.row("mean", base), self.layout.row("variance", base)
+        shares = [
+            site_posterior(expected, i, cut, moments[0][cut], variance[cut], before[cut], spread[cut], 1.0)[2]
+            for i, cut in enumerate(sites)
+        ]
+        return float(np.mean(shares))

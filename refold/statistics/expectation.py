@@ -23,6 +23,7 @@ from refold.statistics.layout import Layout
 __all__ = ["Expectation", "Unexplained", "expectation"]
 
 F64 = NDArray[np.float64]
+CONSTANT = 1e-6  # of the exported variance: a channel that varied less on every calibration image is not followed
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +98,7 @@ def expectation(moments: ClassMoments, layout: Layout, mix: F64, concentration: 
     """
     mean, variance = moments.moments(mix)
     exported = layout.row("variance", {})
-    live = layout.live()
+    live = layout.live() & (moments.variance.max(0) > CONSTANT * exported)
     deviation = np.where(live, np.sqrt(np.maximum(exported, 1e-12)), 0.0)
     unit = np.where(live, 1 / np.where(live, deviation, 1.0), 0.0)
     covariance = (np.diag(mix) - np.outer(mix, mix)) / (concentration + 1)

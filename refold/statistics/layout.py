@@ -13,6 +13,7 @@ from refold.norms import NormKind, NormSite, NormState, NormTable
 __all__ = ["Layout"]
 
 F64 = NDArray[np.float64]
+CONSTANT = 0.1  # of a norm's epsilon: a smaller variance is none
 
 
 class Layout:
@@ -37,13 +38,12 @@ class Layout:
         return np.concatenate(parts) if parts else np.zeros(0)
 
     def live(self) -> NDArray[np.bool_]:
-        """Channels whose statistics can be observed, bool (channels,): not those that were dead at export."""
+        """Channels whose statistics can be observed, bool (channels,): not those that were dead at export, or constant."""
         parts = []
         for site in self.sites:
-            a = np.abs(site.exported.gamma.astype(np.float64)) / np.sqrt(
-                site.exported.variance.astype(np.float64) + float(np.float32(site.epsilon))
-            )
-            alive = a > 0
+            variance, epsilon = site.exported.variance.astype(np.float64), float(np.float32(site.epsilon))
+            a = np.abs(site.exported.gamma.astype(np.float64)) / np.sqrt(variance + epsilon)
+            alive = (a > 0) & (variance > CONSTANT * epsilon)
             if site.kind is NormKind.FOLDED:
                 alive &= site.weight_scale.astype(np.float64) * a >= site.scale_floor
             parts.append(alive)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cloud.distil.norm_mode import Moments, NormCall, NormMode
-from refold.statistics import StatisticsModel, site_posterior
+from refold.statistics import Expectation, StatisticsModel, in_rounds, site_posterior
 from refold.statistics.model import CONCENTRATIONS
 
 __all__ = ["Population"]
@@ -40,19 +40,19 @@ class Population:
         Args:
             strength: how much of the shift, 0..1.
         """
-        classes, n = self._model.class_moments, len(self._x)
-        mix, rounds = (classes.flat, CONCENTRATIONS) if self._mix is None else (self._mix, CONCENTRATIONS[-1:])
-        found: list[Moments] = []
-        for concentration in rounds:
-            found, logits = self._pass(mix, concentration, strength)
-            mix = classes.mix(torch.softmax(logits.double(), 1).numpy())
-        if n:
+        trusts = CONCENTRATIONS if self._mix is None else CONCENTRATIONS[-1:]
+
+        def one(expected: Expectation) -> tuple[list[Moments], NDArray[np.floating]]:
+            found, logits = self._pass(expected, strength)
+            return found, logits.numpy()
+
+        found, _, _, mix = in_rounds(self._model, float(len(self._x)), one, seen=self._mix, concentrations=trusts)
+        if len(self._x):
             self._mix = mix
         return found
 
-    def _pass(self, mix: F64, concentration: float, strength: float) -> tuple[list[Moments], Tensor]:
+    def _pass(self, expected: Expectation, strength: float) -> tuple[list[Moments], Tensor]:
         model, layout = self._model, self._model.layout
-        expected = model.expected(mix, float(len(self._x)), concentration)
         base = layout.row("mean", {}), layout.row("variance", {})
         found: list[Moments] = []
 

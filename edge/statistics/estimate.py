@@ -1,8 +1,4 @@
-"""A few rounds over the same kept images: class mix, expected statistics, observed ones, answers behind them, class mix again.
-
-The first round takes every class for equally likely and hardly trusts that: only what no mix of classes explains is corrected.
-The answers behind that correction are better than the exported model's, so the next round knows the mix better, and so on.
-"""
+"""Statistics of kept images on a device, with those of earlier images beside them."""
 
 from __future__ import annotations
 
@@ -14,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.serving import ServingState
-from refold.softmax import softmax_rows
 from refold.statistics import Expectation, StatisticsModel
 from refold.statistics.model import CONCENTRATIONS
+from refold.statistics.rounds import in_rounds
 
 __all__ = ["Estimate", "Known", "Measure", "estimate"]
 
@@ -85,15 +81,15 @@ def estimate(
         effective: independent images that these are worth; fewer than there are when neighbours resemble each other.
         known: what earlier images of the same domain showed.
     """
-    classes, fresh = model.class_moments, float(len(images)) if effective is None else effective
+    fresh = float(len(images)) if effective is None else effective
     before = known.frames if known is not None else 0.0
     frames, share = fresh + before, before / (fresh + before)
-    earlier, rounds = (classes.flat, CONCENTRATIONS) if known is None else (known.mix, AGAIN)
-    seen = classes.flat
-    for concentration in rounds:
-        mix = (1 - share) * seen + share * earlier
-        expected = model.expected(mix, frames, concentration)
-        moments, logits = measure(images, base, expected, model.strength, None if known is None else known.moments, share)
-        seen = classes.mix(softmax_rows(logits))
+    moments_before, mix_before = (None, None) if known is None else (known.moments, known.mix)
+
+    def one(expected: Expectation) -> tuple[F64, F32]:
+        return measure(images, base, expected, model.strength, moments_before, share)
+
+    trusts = CONCENTRATIONS if known is None else AGAIN
+    moments, logits, mix, _ = in_rounds(model, frames, one, earlier=mix_before, share=share, concentrations=trusts)
     alone = moments if known is None else (moments - share * known.moments) / (1 - share)
-    return Estimate(moments, frames, mix, alone, logits)
+    return Estimate(moments, frames, mix, alone, np.asarray(logits, np.float32))

@@ -4,6 +4,7 @@
     class_moments   how every site's moments depend on the class mix: measured at export, in the bundle
     expectation     what a site shows at a class mix, and how uncertain that is
     model           the three together, for one bundle
+    rounds          class mix and statistics, in turn, over the same images
     posterior       observed moments and an expectation in, statistics to serve out
     contract        inputs and outputs of the statistics graph, which computes the same inside one forward pass
 
@@ -21,6 +22,7 @@ from refold.statistics.inputs import graph_inputs, unshifted_inputs
 from refold.statistics.layout import Layout
 from refold.statistics.model import StatisticsModel
 from refold.statistics.posterior import posterior, served_states, site_posterior
+from refold.statistics.rounds import in_rounds
 from refold.statistics.trust import within_trust
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "StatisticsModel",
     "expectation",
     "graph_inputs",
+    "in_rounds",
     "posterior",
     "served_states",
     "site_posterior",

@@ -36,6 +36,7 @@ class Text:
         self._tokens = list(prompt)
         self._shown, self._from = len(self._tokens), 0  # tokens whose text is out; where the context begins
         self._before = decode(self._tokens) if self._tokens else ""
+        self._run = False  # whether what is not out yet ends with bytes
         self._leave_open()
 
     def _leave_open(self) -> None:
@@ -54,13 +55,21 @@ class Text:
     def add(self, token: Any) -> str:
         self._tokens.append(token)
         if token in self._bytes:
+            self._run = True
             return ""
+        if self._run and self._silent():
+            return ""
+        self._run = False
         new = self._new()
         if not new or new.endswith(BROKEN):
             return ""
         self._from, self._shown = self._shown, len(self._tokens)
         self._before = self._decode(self._tokens[self._from :])
         return new
+
+    def _silent(self) -> bool:
+        """Whether the last token has no text: bytes before it and behind it still make characters together."""
+        return self._decode(self._tokens[self._from :]) == self._decode(self._tokens[self._from : -1])
 
     def end(self) -> str:
         return self._new() if self._shown < len(self._tokens) else ""

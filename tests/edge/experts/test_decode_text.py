@@ -57,6 +57,7 @@ def test_a_completion_is_what_transformers_decodes_behind_the_prompt(codecs, kin
 @EVERY
 @settings(max_examples=80, deadline=None)
 @given(ids=st.lists(st.integers(0, 399), max_size=14), at=st.integers(0, 14))
+@example(ids=[197, 131, 0, 131], at=0)  # a special token, which has no text, between bytes
 def test_any_tokens_at_all_grow_into_what_transformers_decodes(codecs, kind, ids, at):
     """Not only those that some text has: byte tokens that make no character, special ones in the middle."""
     before, after = ids[:at], ids[at:]

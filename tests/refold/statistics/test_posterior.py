@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -113,3 +115,28 @@ def test_the_uncertainty_is_that_of_dirichlet_mixes(concentration):
         v, t = expected.means.directions[:, cut], expected.means.uncertainty[i]
         covariance = np.cov(((drawn - expected.mean) / deviation)[:, cut].T)
         np.testing.assert_allclose(v.T @ np.diag(t) @ v, covariance, atol=0.02 * covariance.max())
+
+
+def test_a_channel_that_never_varied_at_export_says_nothing():
+    """Its variance is 0 here as it was there: a ratio of rounding errors, which would make the whole site look shifted."""
+    layout = Layout(table())
+    moments = class_moments(layout)
+    moments.variance[:, 2], moments.mean[:, 2] = 1e-12, 0.0  # as it is measured
+    expected = expectation(moments, layout, moments.flat, 8, 64)
+    base = layout.row("mean", {}), layout.row("variance", {})
+    observed = expected.variance.copy()
+    observed[2] = 0.0
+    found = posterior(layout, expected, expected.mean, observed, *base, np.ones(2))
+    assert (found.share == 0).all()
+    assert found.mean[2] == base[0][2] and found.variance[2] == base[1][2]
+
+
+@given(images=st.floats(1, 500))
+def test_few_calibration_images_make_an_expectation_less_certain(images):
+    layout = Layout(table())
+    known = class_moments(layout)
+    exact = replace(known, counts=np.zeros(CLASSES))
+    one = np.eye(CLASSES)[1]
+    (a, b), (c, d) = known.chance(one, images), exact.chance(one, images)
+    np.testing.assert_allclose(a, c + known.between[1] / known.counts[1])
+    np.testing.assert_allclose(b, d + known.spread[1] / known.counts[1])

@@ -186,7 +186,7 @@ class Gate:
         own, _ = self._model.served(bare.states, found.moments, found.frames, found.mix)
         alone = ServingState(own, activations, 0, domain, overlay=True)
         gain = agreement_gain(self._measure, self._model, start, alone, images)
-        return alone if supported(self._model.early(bare.states, found.moments, found.frames, found.mix), gain) else start
+        return alone if supported(self._model.early(found.moments, found.frames, found.mix), gain) else start
 
     def _logits(self, serving: ServingState, images: NDArray[np.uint8]) -> F32:
         engine = self._factory.build(serving)

@@ -77,9 +77,8 @@ def compose(releases: InForce, domain: Domain, evidence: Evidence, model: Statis
         return Composed(bare)
     table = model.layout.table
     # A shift is told from the exported statistics: on a release's own it would count twice.
-    measured_behind = on_exported_statistics(table, states)
-    own, share = model.served(measured_behind, evidence.moments, evidence.frames, evidence.mix)
-    if not supported(model.early(measured_behind, evidence.moments, evidence.frames, evidence.mix), evidence.gain):
+    own, share = model.served(on_exported_statistics(table, states), evidence.moments, evidence.frames, evidence.mix)
+    if not supported(model.early(evidence.moments, evidence.frames, evidence.mix), evidence.gain):
         return Composed(bare, unsupported=True)
     weight = float(share.mean())
     release = releases.content(releases.own(domain.key))

@@ -23,9 +23,9 @@ __all__ = ["agreement", "agreement_gain", "supported"]
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
-PLAIN = 0.65  # share of what the first norms see that is a shift, from which no agreement is asked for
-LEAST = 0.25  # the same, below which nothing is served
-GAIN = 0.0  # least gain of agreement in between
+PLAIN = 0.75  # share of what the first norms see that is a shift, from which no agreement is asked for
+LEAST = 0.35  # the same, below which nothing is served
+GAIN = 0.005  # least gain of agreement in between
 
 
 def agreement(images: F32, mirrored: F32) -> float:

@@ -63,10 +63,13 @@ class Unexplained:
         each = np.full(sites, noise)
         return cls(np.zeros((groups, layout.channels)), np.zeros((sites, groups)), each, each)
 
+    def excess(self, site: int, d: F64) -> float:
+        """What d, (channels of the site,), has beyond the explained: the variance of a shift."""
+        return max(float((d**2).mean()) - float(self.explained[site]), 0.0)
+
     def shift(self, site: int, cut: slice, d: F64) -> tuple[F64, float]:
         """Posterior mean of a site's shift, (channels of the site,), and the share of d that is one, 0..1."""
-        noise, explained = float(self.noise[site]), float(self.explained[site])
-        excess = max(float((d**2).mean()) - explained, 0.0)
+        noise, explained, excess = float(self.noise[site]), float(self.explained[site]), self.excess(site, d)
         loose = excess + noise
         v, t = self.directions[:, cut], self.uncertainty[site]
         return excess / loose * (d - v.T @ (t / (t + loose) * (v @ d))), excess / (excess + explained)

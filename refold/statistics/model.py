@@ -13,7 +13,7 @@ from refold.norms import NormState, NormTable
 from refold.statistics.class_moments import ASSUMED_SPREAD, ClassMoments
 from refold.statistics.expectation import Expectation, expectation
 from refold.statistics.layout import Layout
-from refold.statistics.posterior import posterior, served_states, site_posterior
+from refold.statistics.posterior import differences, posterior, served_states
 
 __all__ = ["CONCENTRATION", "CONCENTRATIONS", "StatisticsModel"]
 
@@ -80,23 +80,25 @@ class StatisticsModel:
         )  # fmt: skip
         return served_states(layout, base, found), found.share
 
-    def early(self, base: Mapping[str, NormState], moments: F64, frames: float, mix: F64) -> float:
+    def early(self, moments: F64, frames: float, mix: F64) -> float:
         """How much of what the first norms see no mix of classes explains, 0..1. Pixels decide them, and classes hardly.
 
-        More images than `AS_OF` count for that many: they make a shift more certain and not larger.
+        In units of what mix and chance would explain in `AS_OF` images: more images make a shift more certain, not larger.
 
         Args:
-            base, moments, frames, mix: as of `served`.
+            moments, frames, mix: as of `served`.
         """
         sites = self.layout.slices[: max(len(self.layout.slices) // EARLY, 1)]
         if not sites:
             return 0.0
         if self.class_moments.count == 1:
             return 1.0  # without classes nothing is explained, and nothing is told
-        expected, variance = self.expected(mix, min(frames, AS_OF)), np.maximum(moments[1] - moments[0] ** 2, 0.0)
-        before, spread = self.layout.row("mean", base), self.layout.row("variance", base)
-        shares = [
-            site_posterior(expected, i, cut, moments[0][cut], variance[cut], before[cut], spread[cut], 1.0)[2]
-            for i, cut in enumerate(sites)
-        ]
+        here, unit = self.expected(mix, frames), self.expected(mix, AS_OF)
+        variance = np.maximum(moments[1] - moments[0] ** 2, 0.0)
+        shares = []
+        for i, cut in enumerate(sites):
+            means, variances = differences(here, cut, moments[0][cut], variance[cut])
+            parts = (here.means, unit.means, means), (here.variances, unit.variances, variances)
+            sizes = [(held.excess(i, d), float(of.explained[i])) for held, of, d in parts]
+            shares.append(max(excess / (excess + explained) for excess, explained in sizes))
         return float(np.mean(shares))

@@ -26,7 +26,7 @@ from refold.statistics.expectation import Expectation
 from refold.statistics.layout import Layout
 from refold.statistics.trust import within_trust
 
-__all__ = ["Posterior", "posterior", "served_states", "site_posterior"]
+__all__ = ["Posterior", "differences", "posterior", "served_states", "site_posterior"]
 
 F64 = NDArray[np.float64]
 
@@ -74,14 +74,22 @@ def site_posterior(
         mean, variance, base_mean, base_variance: of this site's channels.
     """
     deviation = expected.deviation[cut]
-    live = deviation > 0
-    d = np.where(live, (mean - expected.mean[cut]) / np.where(live, deviation, 1.0), 0.0)
-    apart = np.log(np.clip(variance / expected.variance[cut], *RATIO)) * live
+    d, apart = differences(expected, cut, mean, variance)
     shift, share = expected.means.shift(site, cut, d)
     spread, other = expected.variances.shift(site, cut, apart)
     moved = shift * deviation
     served = base_variance * np.exp(strength * spread) + strength * (1 - strength) * moved**2
-    return base_mean + strength * moved, np.where(live, served, base_variance), max(share, other)
+    return base_mean + strength * moved, np.where(deviation > 0, served, base_variance), max(share, other)
+
+
+def differences(expected: Expectation, cut: slice, mean: F64, variance: F64) -> tuple[F64, F64]:
+    """Observed minus expected means in exported deviations, and logarithms of observed to expected variances, of one site;
+    0 for channels that cannot be observed. Arguments as of `site_posterior`.
+    """
+    deviation = expected.deviation[cut]
+    live = deviation > 0
+    apart = np.where(live, (mean - expected.mean[cut]) / np.where(live, deviation, 1.0), 0.0)
+    return apart, np.log(np.clip(variance / expected.variance[cut], *RATIO)) * live
 
 
 def served_states(layout: Layout, base: Mapping[str, NormState], found: Posterior) -> dict[str, NormState]:

@@ -1,7 +1,7 @@
 """The process that is measured: a real daemon beside a bare session of the same file. Run by `bench.overhead`; no torch in it.
 
     python -m bench.device time   BUNDLE FRAMES.npz '{"pairs": 9, "frames": 500, "swaps": 50}'
-    python -m bench.device memory BUNDLE FRAMES.npz '{"what": "bare" | "daemon", "frames": 500}'
+    python -m bench.device memory BUNDLE FRAMES.npz '{"what": "bare" | "daemon" | "measured", "frames": 500}'
 
 Every line on standard output is a JSON object: `{"done": i, "of": n}` while it works, the figures at the end.
 """
@@ -23,11 +23,14 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from bench.paired import paired
+from edge.adapt.support import agreement_gain
 from edge.daemon import Daemon
 from edge.engine import choose_target
 from edge.link_settings import SelectSettings
 from edge.metrics import resident_bytes
+from edge.serving import ServingState
 from edge.settings import EdgeSettings, Predictions, Source
+from edge.statistics import estimate, measure_of
 from refold.bundle import Bundle
 from refold.norms import NormState
 from refold.release import Release
@@ -37,6 +40,7 @@ __all__ = ["bare_session", "main", "measure_time"]
 F32 = NDArray[np.float32]
 PREDICTIONS = "predictions.jsonl"
 SEGMENTS = 5  # steady and swapping stretches in turn
+MEASUREMENTS = 3  # of kept images, with steady stretches in turn
 
 
 def bare_session(bundle: Bundle) -> ort.InferenceSession:
@@ -164,6 +168,7 @@ def measure_time(bundle_path: Path, frames: Path, folder: Path, pairs: int, coun
             "expected_integer_layers": daemon.factory.expected_integer_layers,
         }
         figures |= _swaps(daemon, loop, swaps, pairs) if swaps else {}
+        figures |= _measuring(daemon, loop, frames) if swaps else {}
         figures["metrics"] = {k: v for k, v in daemon.metrics().items() if k.startswith(("adapt_", "taps", "samples", "swaps"))}
         lost = daemon.metrics()["frames_lost"]
     lines = predictions_written(folder / PREDICTIONS)
@@ -220,12 +225,60 @@ def _swaps(daemon: Daemon, loop: Loop, swaps: int, told: int) -> dict[str, Any]:
     }
 
 
+def _measuring(daemon: Daemon, loop: Loop, frames: Path) -> dict[str, Any]:
+    """Latency from frame to frame with and without another thread measuring kept images as the daemon does, in turn."""
+    images = list(np.load(frames)["images"])
+    adapter = daemon.adaptation.adapter
+    memory = max(adapter.settings.memory_mb // 2, 1)
+    images = (images * adapter.settings.images)[: min(adapter.settings.images, memory * 2**20 // images[0].nbytes)]
+    measure = measure_of(daemon.factory, adapter.model, memory)
+    if measure is None:
+        return {}
+    steady: list[float] = []
+    measuring: list[float] = []
+    seconds: list[float] = []
+    for _ in range(MEASUREMENTS):
+        done = threading.Event()
+
+        def work(done: threading.Event = done) -> None:
+            try:
+                started = time.perf_counter()
+                found = estimate(measure, adapter.model, ServingState(), images)
+                states, _ = adapter.model.served({}, found.moments, found.frames, found.mix)
+                agreement_gain(measure, adapter.model, ServingState(), ServingState(states), images)
+                seconds.append(time.perf_counter() - started)
+            finally:
+                done.set()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        measuring += loop.latencies(done)
+        thread.join()
+        loop.drain()
+        rest = threading.Event()
+        threading.Timer(max(1.0, seconds[-1]), rest.set).start()
+        steady += loop.latencies(rest)
+    p99, steady99 = (float(np.percentile(v, 99)) for v in (measuring, steady))
+    return {
+        "images_measured": len(images),
+        "measurement_s": median(seconds),
+        "p99_measuring_ms": 1e3 * p99,
+        "p99_beside_measuring_ms": 1e3 * steady99,
+        "p99_measuring_ratio": p99 / steady99,
+        "frames_while_measuring": len(measuring),
+    }
+
+
 def measure_memory(bundle_path: Path, frames: Path, folder: Path, what: str, count: int) -> dict[str, Any]:
-    """Resident memory after some frames, of a bare session or of the whole daemon. Both have imported the same."""
-    if what == "daemon":
+    """Resident memory after some frames, of a bare session, of the whole daemon, or of one that has measured kept images: its
+    statistics graph stays open. All have imported the same.
+    """
+    if what != "bare":
         with whole_daemon(bundle_path, frames, folder) as daemon:
             loop = Loop(daemon)
             loop.serve(count)
+            if what == "measured":
+                _measuring(daemon, loop, frames)
             loop.drain()
             return {"resident_mb": resident_bytes() / 2**20}
     bundle = Bundle.open(bundle_path)

@@ -138,8 +138,10 @@ def test_the_measured_daemon_loses_nothing_and_swaps(net: Subject, tmp_path: Pat
     assert figures["frames_lost"] == 0 and figures["predictions"] == figures["frames"] > 240
     assert figures["swaps"] == 5 and figures["metrics"]["swaps"] >= 5
     assert len(figures["ratios"]) == 2 and figures["integer_layers"] == figures["expected_integer_layers"] == 4
-    (memory,) = device("memory", str(net.path), str(frames), '{"what": "daemon", "frames": 40}')
-    assert 20 < memory["resident_mb"] < 2000
+    assert figures["images_measured"] == 64 and figures["frames_while_measuring"] > 0 and figures["measurement_s"] > 0
+    for what in ("daemon", "measured"):
+        (memory,) = device("memory", str(net.path), str(frames), f'{{"what": "{what}", "frames": 40}}')
+        assert 20 < memory["resident_mb"] < 2000
 
 
 def test_the_measured_process_has_no_torch() -> None:
@@ -156,11 +158,13 @@ def test_overhead_reports_a_failed_process_in_a_sentence(net: Subject, tmp_path:
 
 def test_claims_of_overhead(tmp_path: Path) -> None:
     row = {"net": "resnet50", "side": 224, "ratio": 1.025, "p99 ratio": 1.2, "frames lost": 0, "swaps": 50, "ratio min": 1.0,
-           "ratio max": 1.05, "p99 steady ms": 2.0, "p50 steady ms": 1.0, "p99 swapping ms": 2.4}  # fmt: skip
+           "ratio max": 1.05, "p99 steady ms": 2.0, "p50 steady ms": 1.0, "p99 swapping ms": 2.4,
+           "images measured": 64, "p99 measuring ratio": 1.3}  # fmt: skip
     found = {c.id: c for c in overhead.claims([row])}
     assert all(c.holds for c in found.values()) and found["overhead.resnet50.ratio"].reaches_goal is False
     assert not overhead.claims([row | {"ratio": 1.031}])[0].holds
-    assert not overhead.claims([row | {"frames lost": 1}])[2].holds
+    assert not overhead.claims([row | {"p99 measuring ratio": 1.6}])[2].holds
+    assert not overhead.claims([row | {"frames lost": 1}])[3].holds
     assert "overhead.mobilenetv2.ratio" not in {c.id for c in overhead.claims([row | {"net": "mobilenetv2"}])}
     overhead.plot(overhead.Result("overhead", [row], [], []), tmp_path / "o.png")
     assert (tmp_path / "o.png").stat().st_size > 5_000

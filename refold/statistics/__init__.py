@@ -2,6 +2,7 @@
 
     layout          where each norm site's channels sit in a row of all of them
     class_moments   how every site's moments depend on the class mix: measured at export, in the bundle
+    belief          whether the mix that answers speak of is that of the calibration images
     expectation     what a site shows at a class mix, and how uncertain that is
     model           the three together, for one bundle
     rounds          class mix and statistics, in turn, over the same images

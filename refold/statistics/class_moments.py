@@ -78,6 +78,12 @@ class ClassMoments:
         """Every group alike, float64 (K,)."""
         return np.full(self.count, 1 / self.count)
 
+    @property
+    def home(self) -> F64:
+        """The mix of the calibration images, float64 (K,)."""
+        total = float(self.counts.sum())
+        return self.counts / total if total > 0 else self.flat
+
     def moments(self, mix: F64) -> tuple[F64, F64]:
         """Expected mean and variance of every channel at a mix, float64 (channels,) each."""
         mean = mix @ self.mean

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from refold.bundle import Bundle
 from refold.norms import NormState, NormTable
+from refold.statistics.belief import believed
 from refold.statistics.class_moments import ASSUMED_SPREAD, ClassMoments
 from refold.statistics.expectation import Expectation, expectation
 from refold.statistics.layout import Layout
@@ -21,6 +22,7 @@ F64 = NDArray[np.float64]
 # Images a class mix counts for, pass after pass: it begins flat and doubtful.
 CONCENTRATIONS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 CONCENTRATION = CONCENTRATIONS[-1]
+TOLD = CONCENTRATIONS[2]  # from here on answers are behind a correction
 EARLY = 3  # a third: classes move the first norms least
 AS_OF = 64.0  # images
 WITHOUT_CLASSES = 0.3  # how far to go where nothing tells a class mix from a shift: older bundles
@@ -60,7 +62,10 @@ class StatisticsModel:
         return cls(layout, one, np.full(len(layout.sites), strength))
 
     def expected(self, mix: F64, frames: float, concentration: float = CONCENTRATION) -> Expectation:
-        """What is expected at a class mix that `concentration` images have told, of `frames` images."""
+        """What is expected of `frames` images whose answers speak of a class mix. It is trusted like a sample of
+        `concentration` images; the first rounds' answers say nothing of the calibration images' mix yet.
+        """
+        mix = believed(self.class_moments, mix) if concentration >= TOLD else mix
         return expectation(self.class_moments, self.layout, mix, min(concentration, max(frames, 1.0)), frames)
 
     def served(self, base: Mapping[str, NormState], moments: F64, frames: float, mix: F64) -> tuple[dict[str, NormState], F64]:

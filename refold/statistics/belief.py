@@ -1,8 +1,9 @@
 """What to make of a class mix that answers speak of: that very mix, or the one the bundle was exported for.
 
-Answers behind a shift are biased: on a stream with all classes alike a few seem twice as frequent, and taking that for the mix
-costs two points. So a mix that is near the calibration images' is taken for theirs. Two hypotheses are compared: the true mix is
-theirs, and what answers speak of scatters around it as a sample of `SCATTER` images would; or it is any other, all alike likely.
+Answers behind a shift are biased: on a stream with all classes alike a few seem twice as frequent, and taking that for the
+mix costs two points. So a mix that is near the calibration images' is taken for theirs. Two hypotheses are compared: the true
+mix is theirs, and what answers speak of scatters around it as a sample of `SCATTER` images would; or it is any other, all alike
+likely.
 """
 
 from __future__ import annotations

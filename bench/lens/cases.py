@@ -58,7 +58,7 @@ class Scale:
         return QUICK if quick else FULL
 
 
-# The product's 70 steps; batches of 32 (48), statistics of 96 images (256) at the default share, to end within the hour.
+# The product's 70 steps; batches of 24 (48) and statistics of 96 images (256) at the default share, to end within the hour.
 FULL = Scale(
     ("gaussian_noise", "pixelate", "jpeg_compression", "contrast"),
     ("glass_blur", "frost"),
@@ -67,7 +67,7 @@ FULL = Scale(
     uploads=1000,
     judged=1500,
     rates=(2e-3, 6e-3, 2e-2),
-    distil={"group": 32, "population": 96, "mixes": ()},
+    distil={"group": 24, "population": 96, "mixes": ()},
 )
 QUICK = Scale(
     ("pixelate",),

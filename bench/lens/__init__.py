@@ -40,21 +40,33 @@ def run(options: Options) -> Result:
     def pieces(work: list[Work], title: str) -> list[Piece]:
         return run_pieces(work, scale, title, processes=options.processes, resume=options.resume)
 
-    tried = [(NORMS, 0.0), *((c.name, rate) for c in chosen for rate in scale.rates)]
-    development = [
-        Work(name, rate, where, scale.development_seed, DECIDING[0].name) for where in scale.development for name, rate in tried
-    ]
-    found = pieces(development, "learning rates")
-    rates = {NORMS: 0.0} | {c.name: best_rate(c.name, found) for c in chosen}
-    found += pieces(
-        [
-            Work(name, rates[name], where, seed, case.name)
-            for case in scale.cases
-            for seed in seeds
-            for where in scale.report
-            for name in rates
-            if case in DECIDING or name in (NORMS, CANDIDATES[0].name)
-        ],
-        "report",
-    )
+    found: list[Piece] = []
+    rates = {NORMS: 0.0}
+    for candidate in chosen:
+        rows = [NORMS, candidate.name] if candidate is chosen[0] else [candidate.name]
+        found += pieces(
+            [
+                Work(name, rate, where, scale.development_seed, DECIDING[0].name)
+                for where in scale.development
+                for name in rows
+                for rate in ((0.0,) if name == NORMS else scale.rates)
+            ],
+            f"{candidate.name}: learning rate",
+        )
+        rates[candidate.name] = best_rate(candidate.name, found)
+        deciding = [c.name for c in scale.cases if c in DECIDING]
+        found += pieces(_work(rows, rates, scale, seeds, deciding), f"{candidate.name}: report")
+    bounds = [c.name for c in scale.cases if c not in DECIDING]
+    found += pieces(_work([NORMS, chosen[0].name], rates, scale, seeds, bounds), "bounds")
     return build(chosen, rates, found, scale, seeds=seeds, quick=options.quick)
+
+
+def _work(rows: list[str], rates: dict[str, float], scale: Scale, seeds: list[int], cases: list[str]) -> list[Work]:
+    """Seed by seed, so that what an interrupted run has done says something."""
+    return [
+        Work(name, rates[name], where, seed, case)
+        for seed in seeds
+        for where in scale.report
+        for case in cases
+        for name in rows
+    ]

@@ -84,9 +84,9 @@ def add_low_rank(network: GraphModule, factor: float) -> list[nn.Parameter]:
     for node in [n for n in network.graph.nodes if n.target is CONVOLUTION]:
         x, weight = node.args[:2]
         stride = node.args[3][0] if len(node.args) > 3 else 1
-        outputs, inputs = weight.meta["val"].shape[:2]
-        if inputs != x.meta["val"].shape[1]:  # groups
+        if len(node.args) > 6 and node.args[6] != 1:  # groups: channels are not mixed
             continue
+        outputs, inputs = weight.meta["val"].shape[:2]
         branch = LowRank(inputs, outputs, stride, factor, generator)
         name = f"branch_{len(found) // 2}"
         network.add_submodule(name, branch)

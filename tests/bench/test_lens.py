@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_a_candidate_changes_nothing_until_it_learns(candidate: Candidate) -> No
     x = torch.randn(4, 3, 9, 9)
     small = Small()
     program = torch.export.export(small, (x,)).module()
-    added = candidate.add(program, 2.0)  # type: ignore[arg-type]
+    added = candidate.add(program, 2.0)
     before = program(x)
     assert torch.equal(before, small(x))
     before.square().sum().backward()
@@ -110,7 +111,7 @@ def no_networks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Work]:
     def fake(work: Work, scale: Scale) -> Piece:
         done.append(work)
         piece = made_up(work, scale)
-        pieces.KEEPER.store(pieces._asked(work, scale), pieces.asdict(piece))
+        pieces.KEEPER.store(pieces._asked(work, scale), asdict(piece))
         return piece
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

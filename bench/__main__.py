@@ -24,6 +24,7 @@ BENCHES = {
     "corruptions": "the CIFAR-10-C generator against pictures made with its authors' code",
     "exactness": "any release against a fresh export, bit for bit; its size; the swap; int8 against fp32 time",
     "experts": "expert paging under real memory caps against llama.cpp, mmap, EdgeMoE's policy and accelerate",
+    "lens": "what a release could carry beside norms: a filter in front of the network, or low-rank branches; go or no-go",
     "strategies": "every cloud strategy on the same uploads: which recipe is the default",
     "targets": "one bundle on ONNX Runtime and on LiteRT: agreement, accuracy, latency, size, swaps; MLPerf Tiny's own file",
     "fixedpoint": "AdaPT's fixed-point training against float32: accuracy, bits, size, modelled and real time",

@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from bench.adaptation.student_bundle import student_bundle
-from bench.corrupt.streams import cache_folder, stream
-from bench.parallel import executor
-from bench.result import console, progress
+from bench.corrupt.streams import stream
+from bench.kept import Keeper, run_kept
 from bench.strategies.rows import ROWS, STATISTICS, Row, Scale
 from bench.strategies.teachers import cached_teachers
 from cloud.distil import Distiller, DistilSettings, Student, Teachers
 from edge.engine import EngineFactory
 from edge.serving import ServingState
-from refold.atomic import write_atomically
-from refold.errors import RefoldError
 from refold.norms import NormState
 
 __all__ = ["Piece", "Work", "run_pieces"]
 
 U8 = NDArray[np.uint8]
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = (
-    "bench/strategies",
-    "bench/corrupt",
-    "bench/adaptation/student_bundle.py",
-    "cloud/distil",
-    "cloud/training",
-    "refold",
+KEEPER = Keeper(
+    "strategies",
+    (
+        "bench/strategies",
+        "bench/corrupt",
+        "bench/adaptation/student_bundle.py",
+        "cloud/distil",
+        "cloud/training",
+        "refold",
+    ),
 )
 BATCH = 50
 
@@ -81,28 +76,16 @@ class Subject:
 
 def run_pieces(work: list[Work], scale: Scale, title: str, *, processes: int, resume: bool) -> list[Piece]:
     """Every piece, in any order; one line each on the terminal."""
-    kept = {w: p for w in work if resume and (p := _kept(w, scale)) is not None}
-    left = [w for w in work if w not in kept]
-    if kept:
-        console.print(f"{len(kept)} of {len(work)} pieces were kept from an earlier run.", style="dim")
-    pieces = list(kept.values())
-    with progress() as bar, executor(processes) as pool:
-        task = bar.add_task(title, total=len(work), completed=len(kept))
 
-        def told(piece: Piece) -> None:
-            w = piece.work
-            line = f"{w.corruption:18s} {w.row:30s} {w.rate:<7g} {piece.accuracy:5.1f} %  {piece.seconds:6.1f} s"
-            bar.console.print(line, highlight=False)
-            bar.advance(task)
-            pieces.append(piece)
+    def kept(work: Work) -> Piece | None:
+        return _kept(work, scale) if resume else None
 
-        if processes == 1:  # a piece runs when it is submitted
-            for w in left:
-                told(pool.submit(_run, w, scale).result())
-        else:
-            for future in as_completed([pool.submit(_run, w, scale) for w in left]):
-                told(future.result())
-    return pieces
+    return run_kept(work, kept, partial(_run, scale=scale), _line, title, processes=processes)
+
+
+def _line(piece: Piece) -> str:
+    w = piece.work
+    return f"{w.corruption:18s} {w.row:30s} {w.rate:<7g} {piece.accuracy:5.1f} %  {piece.seconds:6.1f} s"
 
 
 def _run(work: Work, scale: Scale) -> Piece:
@@ -175,35 +158,18 @@ def _subject(corruption: str, seed: int, scale: Scale) -> Subject:
     return Subject(frames.images[: scale.uploads], frames.images[scale.uploads :], frames.labels[scale.uploads :])
 
 
-@cache
-def _sources() -> bytes:
-    key = hashlib.sha256()
-    for part in SOURCES:
-        path = ROOT / part
-        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
-            key.update(file.read_bytes())
-    return key.digest()
-
-
-def _path(work: Work, scale: Scale) -> Path:
-    """Named by the work and by the source it ran: a change of either is another piece."""
+def _asked(work: Work, scale: Scale) -> list[dict[str, object]]:
     row = next(r for r in ROWS if r.name == work.row)
-    told = json.dumps([asdict(work), asdict(row), asdict(scale)], sort_keys=True)
-    key = hashlib.sha256(told.encode() + _sources()).hexdigest()[:24]
-    return cache_folder().parent / "bench" / f"strategies-{key}.json"
+    return [asdict(work), asdict(row), asdict(scale)]
 
 
 def _kept(work: Work, scale: Scale) -> Piece | None:
     try:
-        found = json.loads(_path(work, scale).read_text(encoding="utf-8"))
+        found = KEEPER.load(_asked(work, scale)) or {}
         return Piece(**{**found, "work": Work(**found["work"])})
-    except (OSError, ValueError, TypeError, KeyError):
+    except (TypeError, KeyError):
         return None
 
 
 def _keep(work: Work, scale: Scale, piece: Piece) -> None:
-    try:
-        _path(work, scale).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(_path(work, scale), [json.dumps(asdict(piece)).encode()])
-    except (OSError, RefoldError):
-        pass  # no room: the piece is in the result all the same
+    KEEPER.store(_asked(work, scale), asdict(piece))

@@ -55,7 +55,7 @@ def start_cloud(processes: Processes, assets: Assets, bundle: Path, work: Path) 
     config = folder / "cloud.toml"
     teachers = [["--teacher", t.spec, "--teacher-weights", str(t.weights)] for t in assets.teachers]
     add = ["cloud", "add-bundle", str(bundle), "--config", str(config), *(word for t in teachers for word in t)]
-    processes.run("cloud-add-bundle", refold_command(*add), START_SECONDS)
+    processes.run("cloud-add-bundle", refold_command(*add), EXPORT_SECONDS)  # loads torch and asks the teacher
     process = processes.start("cloud", refold_command("cloud", "serve", "--config", str(config)))
     _await_port(process, port)
     return Cloud(process, folder, config, port, enrol_port)

@@ -12,8 +12,8 @@ from refold.errors import GateError, StorageError
 
 __all__ = ["demo"]
 
-FRAMES = 4400
-QUICK_FRAMES = 3000
+FRAMES = 6000
+QUICK_FRAMES = 4400
 
 
 @click.command()

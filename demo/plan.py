@@ -12,7 +12,8 @@ from refold.errors import UsageError
 
 __all__ = ["Phase", "Plan", "Stream", "make_plan", "make_stream"]
 
-SHARES = (("clean", "clean", 0.15), ("fog", "fog", 0.35), ("noise", "noise", 0.22), ("fog again", "fog", 0.28))
+# Fog and noise are each as long as a first release takes: some 540 frames until enough is uploaded, then its training.
+SHARES = (("clean", "clean", 0.10), ("fog", "fog", 0.36), ("noise", "noise", 0.40), ("fog again", "fog", 0.14))
 FEWEST_FRAMES = 400
 
 

@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from cloud.settings import PREFIX as CLOUD_PREFIX
 from demo.report import Life
+from edge.settings import PREFIX as EDGE_PREFIX
 from refold.append import open_append
 from refold.errors import NetworkError, RefoldError, StorageError
 
-__all__ = ["Hold", "Process", "Processes", "free_port", "refold_command"]
+__all__ = ["Hold", "Process", "Processes", "default_environment", "free_port", "refold_command"]
 
 PATIENCE_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
@@ -24,6 +26,12 @@ PATIENCE_SECONDS = 10.0  # from SIGTERM to SIGKILL
 def refold_command(*arguments: str) -> list[str]:
     """This very installation's `refold`, whatever PATH says."""
     return [sys.executable, "-m", "refold.cli", *arguments]
+
+
+def default_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` without settings of the product (REFOLD_EDGE_..., REFOLD_CLOUD_...), and with output that is not buffered."""
+    kept = {name: value for name, value in environ.items() if not name.startswith((CLOUD_PREFIX, EDGE_PREFIX))}
+    return {**kept, "PYTHONUNBUFFERED": "1"}
 
 
 def free_port() -> int:
@@ -132,15 +140,15 @@ class Processes:
     """Context manager: whatever was started in it has ended when it is left, and so has what that started.
 
     Each process leads a session of its own, so that Ctrl-C reaches only the demo. Start from the main thread (see demo.leash).
+    None gets a setting of the product from the environment (`default_environment`).
     """
 
-    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.origin = time.monotonic()
         self.all: list[Process] = []
         self._holds: list[Hold] = []
-        threads = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}  # two cores for three processes
-        self._environment = {**os.environ, **threads, **(environment or {})}
+        self._environment = default_environment(os.environ)
 
     def __enter__(self) -> Processes:
         return self

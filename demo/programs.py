@@ -1,4 +1,7 @@
-"""The three programs as the demo starts them: the same commands and settings files a person would use."""
+"""The three programs as the demo starts them: the same commands a person would use, and no setting but where things are.
+
+What is set are addresses, ports, paths, credentials and the source of the frames; tests/demo/test_programs.py refuses others.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from demo.assets import Assets
 from demo.processes import Process, Processes, free_port, refold_command
@@ -19,23 +21,6 @@ __all__ = ["Cloud", "export_bundle", "start_cloud", "start_device"]
 Tick = Callable[[], None]
 EXPORT_SECONDS = 300.0
 START_SECONDS = 60.0
-# A fleet trains every ten minutes or so and hears of it within one; a demo has minutes in all.
-CLOUD: dict[str, dict[str, Any]] = {
-    "workers": {"look_s": 0.5, "interval_s": 2.0, "home": False, "nice": 3},
-    "devices": {"heartbeat_ms": 2000, "poll_wait_ms": 5000, "poll_next_ms": 200},
-    "quota": {"calls_per_minute": 2400.0},
-    # A dozen held-out images rule out no loss of four points: a demo has no time to wait for more, and says so.
-    "gate": {"held_back": 12, "tolerated_points": 10.0, "shifted_clean_points": 8.0},
-    # Trainings go on from the last release: twenty steps on so few pictures overshot, and the gate refused them.
-    "distil": {"fresh_samples": 32, "growth": 1.2, "steps": 12, "group": 24, "restyled": 0.0, "flips": False},
-}
-DEVICE: dict[str, dict[str, Any]] = {
-    "predictions": {"flush_ms": 100},
-    "metrics": {"status_s": 0.5},
-    "select": {"new_domain": 128},  # of a thousand frames of fog; a fleet has longer
-    "select.options": {"rate": 0.15, "unbiased": 0.5},
-    "cloud": {"heartbeat_s": 2.0, "poll_wait_s": 5.0, "poll_pause_s": 0.2, "linger_s": 0.5},
-}
 
 
 @dataclass(frozen=True)
@@ -70,7 +55,7 @@ def start_cloud(processes: Processes, assets: Assets, bundle: Path, work: Path) 
     config = folder / "cloud.toml"
     teachers = [["--teacher", t.spec, "--teacher-weights", str(t.weights)] for t in assets.teachers]
     add = ["cloud", "add-bundle", str(bundle), "--config", str(config), *(word for t in teachers for word in t)]
-    processes.run("cloud-add-bundle", refold_command(*add), START_SECONDS)
+    processes.run("cloud-add-bundle", refold_command(*add), EXPORT_SECONDS)  # loads torch and asks the teacher
     process = processes.start("cloud", refold_command("cloud", "serve", "--config", str(config)))
     _await_port(process, port)
     return Cloud(process, folder, config, port, enrol_port)
@@ -85,20 +70,17 @@ def start_device(
     data = work / "device"
     enrol = ["--data", str(data), "--cloud", f"127.0.0.1:{cloud.enrol_port}", "--ca", str(cloud.folder / "ca.pem")]
     processes.run("enrol", refold_command("edge", "enrol", *enrol, "--token", token, "--name", "demo"), START_SECONDS)
-    values: dict[str, dict[str, Any]] = {
+    values: dict[str, dict[str, str | float]] = {
         "": {"bundle": str(bundle), "data": str(data)},
-        "source": {"path": str(frames), "fps": fps},
-        "predictions": {**DEVICE["predictions"], "path": str(predictions)},
-        "metrics": DEVICE["metrics"],
-        "select": DEVICE["select"],
-        "select.options": DEVICE["select.options"],
-        "cloud": {**DEVICE["cloud"], "address": f"127.0.0.1:{cloud.port}"},
+        "source": {"path": str(frames), "fps": fps},  # fps: a file would be replayed faster than any camera
+        "predictions": {"path": str(predictions)},
+        "cloud": {"address": f"127.0.0.1:{cloud.port}"},
     }
     config = write_toml(work / "edge.toml", values)
     return processes.start("device", refold_command("edge", "run", "--config", str(config)))
 
 
-def write_toml(path: Path, values: Mapping[str, Mapping[str, Any]]) -> Path:
+def write_toml(path: Path, values: Mapping[str, Mapping[str, str | float]]) -> Path:
     """Sections of plain values; the section "" goes first, without a header."""
     lines: list[str] = []
     for section, entries in values.items():
@@ -110,15 +92,6 @@ def write_toml(path: Path, values: Mapping[str, Mapping[str, Any]]) -> Path:
     except OSError as e:
         raise StorageError(f"{path} cannot be written: {e.strerror or e}.") from e
     return path
-
-
-def environment(program: str, values: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Settings as REFOLD_<PROGRAM>_<SECTION>__<KEY>."""
-    return {
-        f"REFOLD_{program.upper()}_{section.upper()}__{key.upper()}": json.dumps(value)
-        for section, entries in values.items()
-        for key, value in entries.items()
-    }
 
 
 def _await_port(process: Process, port: int) -> None:

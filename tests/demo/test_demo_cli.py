@@ -58,18 +58,18 @@ def test_the_whole_loop_on_digits(tmp_path: Path) -> None:
     arguments = [
         "--digits",
         "--frames",
-        "1600",
+        "4400",
         "--no-live",
         "--work",
         str(tmp_path / "work"),
         "--output",
         str(tmp_path / "out"),
     ]
-    done = _demo(*arguments, timeout=500)
+    done = _demo(*arguments, timeout=560)
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode in (0, 10), done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["frames"] == 1600 and report["frames_lost"] == 0 and report["images"] == "digits"
+    assert report["frames"] == 4400 and report["frames_lost"] == 0 and report["images"] == "digits"
     assert report["releases"] and all(len(r["digest"]) == 64 for r in report["releases"])
     assert report["shifted"]["gain"] > 0 and report["traffic"]["samples"] > 0 and report["traffic"]["bytes_up"] > 0
     assert {p["name"] for p in report["processes"]} == {"cloud", "device"}

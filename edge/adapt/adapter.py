@@ -247,13 +247,14 @@ class Adapter:
     def wants_measured(self, kept: int, limit: int) -> bool:
         """Whether so many kept images of the present domain, of at most `limit`, are to be measured now.
 
-        The first time that is early, then whenever they are complete.
+        The first time that is early, then whenever there are twice as many, and when they are complete.
         """
         if self._provisional or self._present.name == HOME or not self._settings.enabled:
             return False
-        if self._present.evidence.frames:
-            return kept >= limit
-        return kept >= min(self._settings.first_images, limit)
+        first = min(self._settings.first_images, limit)
+        if self._present.whole is not None:
+            first *= 2  # what is known already is at least as good as so few
+        return kept == limit or (kept >= first and kept % first == 0 and (kept // first).bit_count() == 1)
 
     def skipped(self) -> None:
         """Counts a set of images that are too much alike to say anything."""

@@ -13,6 +13,7 @@ __all__ = ["KeptImages", "independent"]
 
 U8 = NDArray[np.uint8]
 F64 = NDArray[np.float64]
+ALIKE = 0.5  # of the mean square by which calibration images differ (kinds of noise and blur: 0.63 to 1.1; still camera: 0.01)
 
 
 class KeptImages:
@@ -63,8 +64,9 @@ def independent(values: F64, reference: Reference) -> float:
     """How many independent images a sequence is worth, 1 to its length.
 
     The mean of n neighbours with lag-one correlation r varies like that of n (1 - r) / (1 + r) independent images (AR(1);
-    Priestley 1981, section 5.3.2). Images that differ less from each other than calibration images do, as those of a camera
-    that does not move, say as little about others: they count by how much they differ.
+    Priestley 1981, section 5.3.2). Images that differ far less from each other than calibration images do, as those of a camera
+    that does not move, say as little about others: they count by how much they differ. Fog, blur and noise make images differ
+    less as well, but hardly by half.
 
     Args:
         values: features in order, float64 (n, features).
@@ -75,6 +77,6 @@ def independent(values: F64, reference: Reference) -> float:
     apart = values - values.mean(0)
     size = float(np.einsum("ij,jk,ik->", apart, reference.precision, apart))
     along = float(np.einsum("ij,jk,ik->", apart[1:], reference.precision, apart[:-1]))
-    differ = min(size / ((n - 1) * values.shape[1]), 1.0)
+    differ = min(size / ((n - 1) * values.shape[1]) / ALIKE, 1.0)
     correlation = min(max(along / size if size > 0 else 1.0, 0.0), 0.98)
     return 1.0 + float(n - 1) * float(differ) * (1 - correlation) / (1 + correlation)

@@ -85,7 +85,7 @@ class Adaptation:
         self.adapter = adapter
         self.domain = adapter.domain
         self.releases = adapter.releases
-        self.frames_unwatched = self.states_refused = 0
+        self.frames_unwatched = self.states_refused = self.taken_back = 0
         self._factory = factory
         self._slot = slot
         self._runner = runner
@@ -167,6 +167,21 @@ class Adaptation:
                 if not isinstance(e, RefoldError):
                     raise
                 log.warning("A state made on this device is not served: %s", e)
+            else:
+                self._tell(served, state)
+
+    def _tell(self, before: ServingState, now: ServingState) -> None:
+        if before.overlay and not now.overlay:
+            if before.domain == now.domain:
+                self.taken_back += 1
+                log.info(
+                    "Domain %s: this device's own statistics are taken back, later images do not speak for them: agreement of "
+                    "mirrored views changes by %+.3f.",
+                    now.domain,
+                    self.adapter.metrics()["agreement_gain"],
+                )
+            else:
+                log.info("Domain %s again: served without this device's own statistics of %s.", now.domain, before.domain)
 
     def _serve(self, state: ServingState) -> None:
         if not self.releases.allows(state.release_digest):
@@ -242,6 +257,7 @@ class Adaptation:
             **{f"adapt_{name}": value for name, value in values.items()},
             "frames_unwatched": float(self.frames_unwatched),
             "states_refused": float(self.states_refused),
+            "states_taken_back": float(self.taken_back),
             "swaps": float(self._slot.swaps),
             "serving_version": float(served.release_version),
             "overlay": float(served.overlay),

@@ -150,6 +150,27 @@ def test_a_shift_is_followed_inline_and_a_release_taken_in_and_out(bundle, facto
     assert Adapter.load(adaptation.dump(), StatisticsModel.of(bundle), AdaptSettings(), 5, bundle_digest=bundle.digest)
 
 
+def test_what_later_images_do_not_speak_for_is_taken_back_and_said(bundle, factory, slot, monkeypatch, caplog):
+    adaptation = Adaptation(factory, slot, adapter(bundle), Inline())
+    path = FramePath(bundle.preprocess, slot, adaptation=adaptation)
+    stream = images(1200, 16, seed=8)
+    stream[200:] = (stream[200:] * 0.3 + 150).astype(np.uint8)
+    for frame in frames(stream[:400]):
+        answer = path.step(frame)
+    assert answer.overlay and adaptation.metrics()["states_taken_back"] == 0
+    monkeypatch.setattr("edge.adapt.proposal.supported", lambda shift, gain: False)
+    with caplog.at_level("INFO"):
+        for frame in frames(stream[400:]):
+            answer = path.step(frame)
+    assert not answer.overlay and answer.domain == adaptation.domain != "d0"
+    assert adaptation.metrics()["states_taken_back"] == 1 and adaptation.metrics()["adapt_overlays_unsupported"] > 0
+    assert "taken back" in caplog.text
+    np.testing.assert_array_equal(
+        slot.current.run(bundle.preprocess.apply(stream[-4:])),
+        factory.build(slot.current.serving).run(bundle.preprocess.apply(stream[-4:])),
+    )
+
+
 def test_a_release_that_makes_no_sense_is_refused_and_the_old_engine_serves(bundle, factory, slot):
     adaptation = Adaptation(factory, slot, adapter(bundle), Inline())
     before = slot.current

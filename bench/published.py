@@ -53,12 +53,18 @@ TABLES: dict[str, Table] = {
         lambda row: bool(row.get("tokens/s")),
     ),
     "experts-long": Table("engine; tokens; tokens/s; hit; kB/minute; resident kB/minute; files grown; OOM"),
+    "field": Table("network; stream; frames; frozen; adapted; difference; worst 500; last quarter; shifts; swaps"),
     "fixedpoint": Table(
         "row; rate; accuracy %; bits; zeros %; size ratio; modelled training; modelled inference; integer layers; engine %; "
         "7-bit engine %; shifted engine %; measured inference"
     ),
+    "forge": Table("network; kind; corruption; frozen; adapted; last quarter; converged at; swaps"),
     "overhead": Table(
-        "net; side; bare ms; daemon ms; ratio; block ratio; cpu ratio; p99 ratio; frames lost; daemon MB",
+        "net; side; bare ms; daemon ms; ratio; block ratio; cpu ratio; p99 ratio; measurement s; p99 measuring ratio; "
+        "frames lost; bare MB; daemon MB; measured MB",
+    ),
+    "strategies": Table(
+        "row; rate; development; report; shot_noise; defocus_blur; snow; contrast; pixelate; share; s/training",
     ),
     "targets": Table(
         "net; target; accuracy; float; same class; steps apart; ms; model B; swap ms; identical; export s; peak MB",

@@ -111,6 +111,7 @@ class Service:
         self.store, objects = Store(f"sqlite:///{folder / 'refold.db'}"), DirectoryObjects(folder / "objects")
         teachers = [(f"demo.models:{make}", str(data / f"{name}.npz")) for name, make in TEACHERS]
         bundle = _bundle()
+        self.store.put_device(DEVICE.id, DEVICE.cohort, DEVICE.serial, 2**62)
         register(self.store, objects, bundle.path, teachers)
         workers = WorkerSettings(home=False, interval_s=0)
         self.ingest = Ingest(self.store, objects, QuotaSettings(), workers.held_back)

@@ -23,7 +23,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from bench.paired import paired
-from edge.adapt.support import agreement_gain
+from edge.adapt.support import change_of_answers
 from edge.daemon import Daemon
 from edge.engine import choose_target
 from edge.link_settings import SelectSettings
@@ -245,7 +245,7 @@ def _measuring(daemon: Daemon, loop: Loop, frames: Path) -> dict[str, Any]:
                 started = time.perf_counter()
                 found = estimate(measure, adapter.model, ServingState(), images)
                 states, _ = adapter.model.served({}, found.moments, found.frames, found.mix)
-                agreement_gain(measure, adapter.model, ServingState(), ServingState(states), images)
+                change_of_answers(measure, adapter.model, ServingState(), ServingState(states), images)
                 seconds.append(time.perf_counter() - started)
             finally:
                 done.set()

@@ -76,7 +76,7 @@ def _long_claims(rows: list[dict[str, Cell]]) -> list[Claim]:
         if r["stream"] == LONG:
             lost, alarms = -number(r["difference"]), number(r["shifts"]) * FRAMES_A_WEEK / LONG_FRAMES
             text = f"{r['network']}: points lost over {LONG_FRAMES:,} clean frames"
-            out.append(Claim(f"field.{r['network']}.long", text, round(lost, 3), "≤", 0.1, unit=" points"))
+            out.append(Claim(f"field.{r['network']}.long", text, round(lost, 3) + 0.0, "≤", 0.1, unit=" points"))
             r["alarms a week at 25 fps"] = round(alarms)
     return out
 

@@ -26,6 +26,7 @@ from edge.adapt.proposal import Composed, Proposal, base_of, base_state, compose
 from edge.adapt.schedule import KeepSchedule
 from edge.adapt.settings import AdaptSettings
 from edge.adapt.shift import ShiftDetector
+from edge.adapt.support import Change
 from edge.serving import ServingState
 from edge.statistics.estimate import Estimate
 from edge.updates.inforce import Entry, InForce
@@ -41,7 +42,7 @@ KEPT_REPORTS = 8  # reports waiting for the uplink; the oldest is dropped
 LEARNED_REFERENCE = 48  # frames that stand in for a calibration slice where none is given
 ENTROPY_RATE = 0.02
 SUSPICION = 0.5  # of what would be an alarm
-AGREED = 1.0  # the largest gain of agreement there is
+AGREED = Change(1.0)  # as much as can be
 RETRY_FRAMES = 64  # frames until a state that could not be served is offered again
 
 
@@ -76,7 +77,9 @@ class Adapter:
         self._learning: list[NDArray[np.float64]] | None = None if reference else []
         self._frame = 0
         self._entropy = 0.0
-        self._kept = self._measured = self._skipped = self._shifts = self._recalls = self._refused = self._unsupported = 0
+        self._kept = self._measured = self._skipped = self._shifts = self._recalls = self._refused = self._unsupported = (
+            self._blind
+        ) = 0
         self._probe: list[NDArray[np.float64]] = []
         self._provisional = False
         self._residence = 0
@@ -260,6 +263,10 @@ class Adapter:
         """Counts a set of images that are too much alike to say anything."""
         self._skipped += 1
 
+    def blinded(self) -> None:
+        """Counts an image that shows nothing."""
+        self._blind += 1
+
     @property
     def known(self) -> Evidence | None:
         """What earlier sets of images of the present domain showed, for the next one to be added to."""
@@ -277,7 +284,7 @@ class Adapter:
         """
         self._check(found)
         without = self._composed(self._releases, self._present, Evidence(self._model.layout.channels, len(found.mix)))
-        found_here = Evidence.of(found.moments, found.frames, found.mix, gain=AGREED)
+        found_here = Evidence.of(found.moments, found.frames, found.mix, AGREED)
         behind = self._composed(self._releases, self._present, found_here)
         return (without.serving, behind.serving) if behind.serving.overlay else None
 
@@ -289,7 +296,7 @@ class Adapter:
             )
 
     def measured(
-        self, found: Estimate, frames: tuple[int, int], fresh: int, served: ServingState, *, gain: float, whole: bool
+        self, found: Estimate, frames: tuple[int, int], fresh: int, served: ServingState, *, change: Change, whole: bool
     ) -> ServingState | None:
         """Takes what the kept images of the present domain show; a state to serve from now on, or None to go on as before.
 
@@ -297,7 +304,7 @@ class Adapter:
             frames: numbers of the first and the last frame among them.
             fresh: how many of them no report has counted yet.
             served: the present state.
-            gain: of agreement between mirrored views of these images behind `candidate` (`edge.adapt.support`).
+            change: of these images' answers, from the first to the second state of `candidate`.
             whole: the set is complete, and the next one is added to it.
 
         Raises:
@@ -307,9 +314,8 @@ class Adapter:
         present = self._present
         self._measured += 1
         if (known := self.known) is not None:
-            before = known.frames / found.frames
-            gain = before * known.gain + (1 - before) * gain
-        present.evidence = Evidence.of(found.moments, found.frames, found.mix, gain)
+            change = change.beside(known.change, known.frames / found.frames)
+        present.evidence = Evidence.of(found.moments, found.frames, found.mix, change)
         if whole:
             present.whole = present.evidence
         if fresh:
@@ -435,10 +441,12 @@ class Adapter:
             "images_kept": float(self._kept),
             "measured": float(self._measured),
             "skipped": float(self._skipped),
+            "images_blind": float(self._blind),
             "overlay_weight": self._weight,
             "overlays_refused": float(self._refused),
             "overlays_unsupported": float(self._unsupported),
-            "agreement_gain": self._present.evidence.gain,
+            "agreement_gain": self._present.evidence.change.agreement,
+            "diversity_gain": self._present.evidence.change.diversity,
             "evidence_frames": self._present.evidence.frames,
             "shift_distance": self._detector.distance,
             "entropy": self._entropy,

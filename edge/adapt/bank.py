@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from edge.adapt.evidence import Evidence
 from edge.adapt.features import FEATURES, Reference
+from edge.adapt.support import Change
 from refold.errors import StorageError
 
 __all__ = ["HOME", "Domain", "DomainBank"]
@@ -154,7 +155,9 @@ class DomainBank:
         arrays: dict[str, NDArray[np.generic]] = {}
         rows = []
         for d in self:
-            rows.append([d.name, d.frames, d.evidence.frames, d.seen, d.key, d.base, d.shared, d.evidence.gain])
+            change = d.evidence.change
+            shown = [d.evidence.frames, d.seen, d.key, d.base, d.shared, change.agreement, change.diversity]
+            rows.append([d.name, d.frames, *shown])
             arrays[f"{d.name}.mean"] = d.mean
             arrays[f"{d.name}.moments"] = d.evidence.moments.astype(np.float32)
             arrays[f"{d.name}.mix"] = d.evidence.mix
@@ -207,7 +210,7 @@ class DomainBank:
         if mix.shape != (self._groups,) or not (np.isfinite(mix).all() and np.isfinite(moments).all()):
             raise ValueError(f"mix of {name}")
         base, shared = str(row[5]), bool(row[6])
-        domain.past[base] = shared, Evidence.of(moments, float(evidence_frames), mix, float(row[7]))
+        domain.past[base] = shared, Evidence.of(moments, float(evidence_frames), mix, Change(float(row[7]), float(row[8])))
         domain.evidence = domain.past.pop("", (True, domain.evidence))[1]
         domain.whole = domain.evidence if domain.evidence.frames else None
         return domain

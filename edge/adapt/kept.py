@@ -9,11 +9,17 @@ from numpy.typing import NDArray
 
 from edge.adapt.features import Reference, image_features
 
-__all__ = ["KeptImages", "independent"]
+__all__ = ["KeptImages", "blind", "independent"]
 
 U8 = NDArray[np.uint8]
 F64 = NDArray[np.float64]
+NOTHING = 3.0  # grey levels of standard deviation
 ALIKE = 0.5  # of the mean square by which calibration images differ (kinds of noise and blur: 0.63 to 1.1; still camera: 0.01)
+
+
+def blind(image: U8) -> bool:
+    """Whether an image, uint8 (H, W, 3), shows nothing but a sensor's noise: a lens cap, a wall, a white sky."""
+    return float(image.std()) < NOTHING
 
 
 class KeptImages:

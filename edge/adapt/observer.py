@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.adapt.adapter import Adapter
-from edge.adapt.kept import KeptImages
-from edge.adapt.support import agreement_gain
+from edge.adapt.kept import KeptImages, blind
+from edge.adapt.support import Change, change_of_answers
 from edge.serving import ServingState
 from edge.statistics import Estimate, Measure, estimate
 from refold.statistics import StatisticsModel
@@ -59,6 +59,9 @@ class ImageObserver:
         state = self._adapter.recalled(served)
         if state is not None:
             return state
+        if blind(image):
+            self._adapter.blinded()
+            return None
         kept = self._kept_of(image)
         if not kept.add(frame, image) or not self._adapter.wants_measured(len(kept), kept.limit):
             return None
@@ -83,15 +86,15 @@ class ImageObserver:
             return None
         try:
             found = estimate(self._measure, self._model, adapter.base, images, effective=worth, known=adapter.known)
-            gain = self._gain(found, images)
+            change = self._change(found, images)
         except InterruptedError:
             raise StoppedError from None
         self.passes += 1
         fresh, frames = len(images) - self._reported, kept.frames(self._reported)
         self._reported = len(images)
-        return adapter.measured(found, frames, fresh, served, gain=gain, whole=kept.full)
+        return adapter.measured(found, frames, fresh, served, change=change, whole=kept.full)
 
-    def _gain(self, found: Estimate, images: list[U8]) -> float:
-        """0 where the images are not asked."""
+    def _change(self, found: Estimate, images: list[U8]) -> Change:
+        """None where the images are not asked."""
         pair = self._adapter.candidate(found)
-        return agreement_gain(self._measure, self._model, *pair, images) if pair is not None else 0.0
+        return change_of_answers(self._measure, self._model, *pair, images) if pair is not None else Change()

@@ -78,7 +78,7 @@ def compose(releases: InForce, domain: Domain, evidence: Evidence, model: Statis
     table = model.layout.table
     # A shift is told from the exported statistics: on a release's own it would count twice.
     own, share = model.served(on_exported_statistics(table, states), evidence.moments, evidence.frames, evidence.mix)
-    if not supported(model.early(evidence.moments, evidence.frames, evidence.mix), evidence.gain):
+    if not supported(model.early(evidence.moments, evidence.frames, evidence.mix), evidence.change):
         return Composed(bare, unsupported=True)
     weight = float(share.mean())
     release = releases.content(releases.own(domain.key))

@@ -158,7 +158,7 @@ def test_what_later_images_do_not_speak_for_is_taken_back_and_said(bundle, facto
     for frame in frames(stream[:400]):
         answer = path.step(frame)
     assert answer.overlay and adaptation.metrics()["states_taken_back"] == 0
-    monkeypatch.setattr("edge.adapt.proposal.supported", lambda shift, gain: False)
+    monkeypatch.setattr("edge.adapt.proposal.supported", lambda shift, change: False)
     with caplog.at_level("INFO"):
         for frame in frames(stream[400:]):
             answer = path.step(frame)

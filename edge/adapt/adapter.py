@@ -19,10 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.adapt.bank import HOME, Domain, DomainBank
+from edge.adapt.counters import Counters
 from edge.adapt.evidence import Evidence
 from edge.adapt.features import FEATURES, FrameFeatures, Reference
 from edge.adapt.home import HomeReturn
 from edge.adapt.proposal import Composed, Proposal, base_of, base_state, compose
+from edge.adapt.report import statistics_report
 from edge.adapt.schedule import KeepSchedule
 from edge.adapt.settings import AdaptSettings
 from edge.adapt.shift import ShiftDetector
@@ -33,7 +35,6 @@ from edge.updates.inforce import Entry, InForce
 from refold.errors import InputError
 from refold.release import Release, digest, encode
 from refold.statistics import StatisticsModel
-from refold.v1 import adaptation_pb2  # noqa: F401  (registers the package's messages)
 from refold.v1 import samples_pb2 as pb
 
 __all__ = ["Adapter"]
@@ -77,9 +78,7 @@ class Adapter:
         self._learning: list[NDArray[np.float64]] | None = None if reference else []
         self._frame = 0
         self._entropy = 0.0
-        self._kept = self._measured = self._skipped = self._shifts = self._recalls = self._refused = self._unsupported = (
-            self._blind
-        ) = 0
+        self._counted = Counters()
         self._probe: list[NDArray[np.float64]] = []
         self._provisional = False
         self._residence = 0
@@ -185,7 +184,7 @@ class Adapter:
         """A shift: a provisional domain collects evidence while the next frames tell which domain it is."""
         self._leave()
         self._left = self._present
-        self._shifts += 1
+        self._counted.shifts += 1
         self._provisional = True
         self._probe = [values]
         self._present = self._bank.new(values, 1.0)
@@ -226,7 +225,7 @@ class Adapter:
 
     def _recall(self, known: Domain, probe: Sequence[NDArray[np.float64]] | None = None) -> None:
         """Back to a known domain. `probe`: it was never left, so the slow averages go on, over the frames that showed it."""
-        self._recalls += 1
+        self._counted.recalls += 1
         self._switch = True
         self._present = known
         self._bank.touch(known)
@@ -244,7 +243,7 @@ class Adapter:
 
     def recalled(self, served: ServingState) -> ServingState | None:
         """A state that needs no measurement: of a domain that is known again. None: `served` goes on."""
-        self._kept += 1
+        self._counted.images_kept += 1
         return self._offer(served) if self._switch else None
 
     def wants_measured(self, kept: int, limit: int) -> bool:
@@ -261,11 +260,11 @@ class Adapter:
 
     def skipped(self) -> None:
         """Counts a set of images that are too much alike to say anything."""
-        self._skipped += 1
+        self._counted.skipped += 1
 
     def blinded(self) -> None:
         """Counts an image that shows nothing."""
-        self._blind += 1
+        self._counted.images_blind += 1
 
     @property
     def known(self) -> Evidence | None:
@@ -312,14 +311,24 @@ class Adapter:
         """
         self._check(found)
         present = self._present
-        self._measured += 1
+        self._counted.measured += 1
         if (known := self.known) is not None:
             change = change.beside(known.change, known.frames / found.frames)
         present.evidence = Evidence.of(found.moments, found.frames, found.mix, change)
         if whole:
             present.whole = present.evidence
         if fresh:
-            self._report(present, found, fresh, frames, served)
+            self._reports.append(
+                statistics_report(
+                    self._model.layout,
+                    found,
+                    bundle_digest=self._bundle_digest,
+                    release_version=served.release_version,
+                    domain=present.name,
+                    fresh=fresh,
+                    frames=frames,
+                )
+            )
         return self._offer(served)
 
     def _offer(self, served: ServingState) -> ServingState | None:
@@ -343,8 +352,8 @@ class Adapter:
 
     def _take(self, composed: Composed) -> ServingState:
         self._weight = composed.weight
-        self._refused += composed.refused
-        self._unsupported += composed.unsupported
+        self._counted.overlays_refused += composed.refused
+        self._counted.overlays_unsupported += composed.unsupported
         return composed.serving
 
     # Releases ----------------------------------------------------------------------------------------------------------------
@@ -410,24 +419,6 @@ class Adapter:
 
     # Reports and memory ------------------------------------------------------------------------------------------------------
 
-    def _report(self, domain: Domain, found: Estimate, fresh: int, frames: tuple[int, int], served: ServingState) -> None:
-        report = pb.StatisticsReport(
-            bundle_digest=self._bundle_digest,
-            release_version=served.release_version,
-            domain=domain.name,
-            frames=fresh,
-            first_frame=frames[0],
-            last_frame=frames[1],
-        )
-        digest, layout = hashlib.sha256(), self._model.layout
-        means, variances = found.alone[0], np.maximum(found.alone[1] - found.alone[0] ** 2, 0.0)
-        for site, cut in zip(layout.sites, layout.slices, strict=True):
-            mean, variance = means[cut].astype("<f4"), variances[cut].astype("<f4")
-            digest.update(site.name.encode() + b"\0" + mean.tobytes() + variance.tobytes())
-            report.sites.add(site=site.name, mean=mean.tolist(), variance=variance.tolist())
-        report.digest = digest.hexdigest()
-        self._reports.append(report)
-
     def take_statistics(self) -> pb.StatisticsReport | None:
         """The oldest report not yet taken: moments of `frames` images of one domain, no image counted twice."""
         return self._reports.popleft() if self._reports else None
@@ -435,16 +426,9 @@ class Adapter:
     def metrics(self) -> dict[str, float]:
         """Counters and gauges for a heartbeat."""
         return {
+            **self._counted.metrics(),
             "domains": float(len(self._bank)),
-            "shifts": float(self._shifts),
-            "recalls": float(self._recalls),
-            "images_kept": float(self._kept),
-            "measured": float(self._measured),
-            "skipped": float(self._skipped),
-            "images_blind": float(self._blind),
             "overlay_weight": self._weight,
-            "overlays_refused": float(self._refused),
-            "overlays_unsupported": float(self._unsupported),
             "agreement_gain": self._present.evidence.change.agreement,
             "diversity_gain": self._present.evidence.change.diversity,
             "evidence_frames": self._present.evidence.frames,

@@ -63,9 +63,6 @@ TABLES: dict[str, Table] = {
         "net; side; bare ms; daemon ms; ratio; block ratio; cpu ratio; p99 ratio; measurement s; p99 measuring ratio; "
         "frames lost; bare MB; daemon MB; measured MB",
     ),
-    "strategies": Table(
-        "row; rate; development; report; shot_noise; defocus_blur; snow; contrast; pixelate; share; s/training",
-    ),
     "targets": Table(
         "net; target; accuracy; float; same class; steps apart; ms; model B; swap ms; identical; export s; peak MB",
     ),

@@ -25,7 +25,7 @@ from cloud.settings import GateSettings
 from cloud.training.answers import check_answers
 from edge.adapt import AdaptSettings
 from edge.adapt.proposal import on_exported_statistics
-from edge.adapt.support import change_of_answers, supported
+from edge.adapt.support import AGREED, change_of_answers, supported
 from edge.engine import EngineFactory
 from edge.serving import ServingState
 from edge.statistics import estimate, measure_of
@@ -183,10 +183,12 @@ class Gate:
         bare = ServingState(on_exported_statistics(self._bundle.norms, states), activations)
         images = list(population[-self._habits.images :])
         found = estimate(self._measure, self._model, bare, images)
+        shift = self._model.early(found.moments, found.frames, found.mix)
+        if not supported(shift, AGREED):
+            return start
         own, _ = self._model.served(bare.states, found.moments, found.frames, found.mix)
         alone = ServingState(own, activations, 0, domain, overlay=True)
-        change = change_of_answers(self._measure, self._model, start, alone, images)
-        return alone if supported(self._model.early(found.moments, found.frames, found.mix), change) else start
+        return alone if supported(shift, change_of_answers(self._measure, self._model, start, alone, images)) else start
 
     def _logits(self, serving: ServingState, images: NDArray[np.uint8]) -> F32:
         engine = self._factory.build(serving)

@@ -11,7 +11,7 @@ from bench.field.device import reference_of
 from bench.field.networks import bundle_of
 from edge.adapt import Reference
 from edge.adapt.kept import KeptImages
-from edge.adapt.support import Change, supported
+from edge.adapt.support import AGREED, supported
 from edge.engine import EngineFactory
 from edge.serving import ServingState
 from edge.statistics import Estimate, estimate, measure_of
@@ -73,6 +73,6 @@ class Served:
         """Probabilities behind what was found, float64 (N, classes); of the exported model where there is no shift."""
         model = replace(self._model, strength=strength)
         states, _ = model.served({}, found.moments, found.frames, found.mix)
-        if guarded and not supported(model.early(found.moments, found.frames, found.mix), Change(1.0)):
+        if guarded and not supported(model.early(found.moments, found.frames, found.mix), AGREED):
             return self.exported(images)
         return softmax_rows(self._factory.build(ServingState(states, (), 0, "d1", True, "")).run_pictures(images))

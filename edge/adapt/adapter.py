@@ -28,7 +28,7 @@ from edge.adapt.report import statistics_report
 from edge.adapt.schedule import KeepSchedule
 from edge.adapt.settings import AdaptSettings
 from edge.adapt.shift import ShiftDetector
-from edge.adapt.support import Change
+from edge.adapt.support import AGREED, Change
 from edge.serving import ServingState
 from edge.statistics.estimate import Estimate
 from edge.updates.inforce import Entry, InForce
@@ -43,7 +43,6 @@ KEPT_REPORTS = 8  # reports waiting for the uplink; the oldest is dropped
 LEARNED_REFERENCE = 48  # frames that stand in for a calibration slice where none is given
 ENTROPY_RATE = 0.02
 SUSPICION = 0.5  # of what would be an alarm
-AGREED = Change(1.0)  # as much as can be
 RETRY_FRAMES = 64  # frames until a state that could not be served is offered again
 
 

@@ -95,6 +95,6 @@ class ImageObserver:
         return adapter.measured(found, frames, fresh, served, change=change, whole=kept.full)
 
     def _change(self, found: Estimate, images: list[U8]) -> Change:
-        """None where the images are not asked."""
+        """No change where the images are not asked."""
         pair = self._adapter.candidate(found)
         return change_of_answers(self._measure, self._model, *pair, images) if pair is not None else Change()

@@ -76,10 +76,10 @@ def compose(releases: InForce, domain: Domain, evidence: Evidence, model: Statis
     if not settings.enabled or domain.name == HOME or evidence.frames <= 0:
         return Composed(bare)
     table = model.layout.table
-    # A shift is told from the exported statistics: on a release's own it would count twice.
-    own, share = model.served(on_exported_statistics(table, states), evidence.moments, evidence.frames, evidence.mix)
     if not supported(model.early(evidence.moments, evidence.frames, evidence.mix), evidence.change):
         return Composed(bare, unsupported=True)
+    # A shift is told from the exported statistics: on a release's own it would count twice.
+    own, share = model.served(on_exported_statistics(table, states), evidence.moments, evidence.frames, evidence.mix)
     weight = float(share.mean())
     release = releases.content(releases.own(domain.key))
     if release is not None:

@@ -19,7 +19,7 @@ from edge.statistics import Measure
 from refold.softmax import softmax_rows
 from refold.statistics import StatisticsModel
 
-__all__ = ["Change", "agreement", "change_of_answers", "diversity", "supported"]
+__all__ = ["AGREED", "Change", "agreement", "change_of_answers", "diversity", "supported"]
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
@@ -47,6 +47,9 @@ class Change:
         return Change(
             share * earlier.agreement + (1 - share) * self.agreement, share * earlier.diversity + (1 - share) * self.diversity
         )
+
+
+AGREED = Change(1.0)  # as much as can be: what no answers could help is not worth asking them
 
 
 def agreement(images: F32, mirrored: F32) -> float:

@@ -181,6 +181,28 @@ def predictions_written(path: Path) -> int:
         return sum(1 for _ in f)
 
 
+def _beside(loop: Loop, work: Callable[[], float]) -> tuple[list[float], list[float]]:
+    """Latencies from frame to frame while another thread does some work, and then without it for as many seconds, at least
+    one, as the work returns.
+    """
+    done, rest = threading.Event(), threading.Event()
+    took: list[float] = []
+
+    def run() -> None:
+        try:
+            took.append(work())
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    busy = loop.latencies(done)
+    thread.join()
+    loop.drain()
+    threading.Timer(max([1.0, *took]), rest.set).start()
+    return busy, loop.latencies(rest)
+
+
 def _swaps(daemon: Daemon, loop: Loop, swaps: int, told: int) -> dict[str, Any]:
     """Latency from frame to frame with and without releases being applied by another thread, in turn."""
     steady: list[float] = []
@@ -190,26 +212,18 @@ def _swaps(daemon: Daemon, loop: Loop, swaps: int, told: int) -> dict[str, Any]:
     for segment in range(SEGMENTS):
         releases = [perturbed(daemon.bundle, version + i + 1) for i in range(swaps // SEGMENTS)]
         version += len(releases)
-        done = threading.Event()
 
-        def apply(releases: list[Release] = releases, done: threading.Event = done) -> None:
-            try:
-                for release in releases:
-                    started = time.perf_counter()
-                    daemon.adaptation.apply(release)
-                    apply_seconds.append(time.perf_counter() - started)
-                    time.sleep(0.05)
-            finally:
-                done.set()
+        def apply(releases: list[Release] = releases) -> float:
+            for release in releases:
+                started = time.perf_counter()
+                daemon.adaptation.apply(release)
+                apply_seconds.append(time.perf_counter() - started)
+                time.sleep(0.05)
+            return 1.2 * sum(apply_seconds[-len(releases) :])
 
-        thread = threading.Thread(target=apply)
-        thread.start()
-        swapping += loop.latencies(done)
-        thread.join()
-        loop.drain()
-        rest, seconds = threading.Event(), max(1.0, 1.2 * sum(apply_seconds[-len(releases) :]))
-        threading.Timer(seconds, rest.set).start()
-        steady += loop.latencies(rest)
+        busy, quiet = _beside(loop, apply)
+        swapping += busy
+        steady += quiet
         tell(told + segment + 1, told + SEGMENTS)
     p99, steady99 = (float(np.percentile(v, 99)) for v in (swapping, steady))
     return {
@@ -237,27 +251,19 @@ def _measuring(daemon: Daemon, loop: Loop, frames: Path) -> dict[str, Any]:
     steady: list[float] = []
     measuring: list[float] = []
     seconds: list[float] = []
+
+    def work() -> float:
+        started = time.perf_counter()
+        found = estimate(measure, adapter.model, ServingState(), images)
+        states, _ = adapter.model.served({}, found.moments, found.frames, found.mix)
+        change_of_answers(measure, adapter.model, ServingState(), ServingState(states), images)
+        seconds.append(time.perf_counter() - started)
+        return seconds[-1]
+
     for _ in range(MEASUREMENTS):
-        done = threading.Event()
-
-        def work(done: threading.Event = done) -> None:
-            try:
-                started = time.perf_counter()
-                found = estimate(measure, adapter.model, ServingState(), images)
-                states, _ = adapter.model.served({}, found.moments, found.frames, found.mix)
-                change_of_answers(measure, adapter.model, ServingState(), ServingState(states), images)
-                seconds.append(time.perf_counter() - started)
-            finally:
-                done.set()
-
-        thread = threading.Thread(target=work)
-        thread.start()
-        measuring += loop.latencies(done)
-        thread.join()
-        loop.drain()
-        rest = threading.Event()
-        threading.Timer(max(1.0, seconds[-1]), rest.set).start()
-        steady += loop.latencies(rest)
+        busy, quiet = _beside(loop, work)
+        measuring += busy
+        steady += quiet
     p99, steady99 = (float(np.percentile(v, 99)) for v in (measuring, steady))
     return {
         "images_measured": len(images),

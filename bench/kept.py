@@ -1,14 +1,18 @@
-"""Pieces of a benchmark, each kept on disk when it is done, so that an interrupted run can go on."""
+"""Pieces of a benchmark, each kept on disk when it is done, so that an interrupted run can go on.
+
+A piece is a dataclass with the work it is of; work names a learning rate, and a piece its accuracy.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import mean
 from typing import Any, TypeVar
 
 from bench.corrupt.streams import cache_folder
@@ -17,7 +21,7 @@ from bench.result import console, progress
 from refold.atomic import write_atomically
 from refold.errors import RefoldError
 
-__all__ = ["Keeper", "run_kept"]
+__all__ = ["Keeper", "best_of", "run_kept"]
 
 W = TypeVar("W")
 P = TypeVar("P")
@@ -51,6 +55,14 @@ class Keeper:
             return None
         return found if isinstance(found, dict) else None
 
+    def piece(self, asked: object, piece: Callable[..., P], work: Callable[..., object]) -> P | None:
+        """The piece kept for `asked`, made of its fields and of those of its work; None where none was."""
+        try:
+            found = self.load(asked) or {}
+            return piece(**{**found, "work": work(**found["work"])})
+        except (TypeError, KeyError):
+            return None
+
     def store(self, asked: object, content: dict[str, Any]) -> None:
         """Without room nothing is kept: the piece is in the result all the same."""
         path = self.path(asked)
@@ -73,7 +85,7 @@ def _digest(sources: tuple[str, ...]) -> bytes:
 
 def run_kept(
     work: list[W],
-    kept: Callable[[W], P | None],
+    kept: Callable[[W], P | None] | None,
     run: Callable[[W], P],
     line: Callable[[P], str],
     title: str,
@@ -84,13 +96,13 @@ def run_kept(
 
     Args:
         work: what is to be done.
-        kept: the piece that is there already.
+        kept: the piece that is there already; None: all are made anew.
         run: makes a piece; called in other processes where there are several, so it must be picklable.
         line: what to show of a piece.
         title: beside the bar.
         processes: how many pieces run at once; one runs in this process.
     """
-    known = [(w, kept(w)) for w in work]
+    known = [(w, kept(w) if kept else None) for w in work]
     pieces = [p for _, p in known if p is not None]
     left = [w for w, p in known if p is None]
     if pieces:
@@ -110,3 +122,18 @@ def run_kept(
             for future in as_completed([pool.submit(run, w) for w in left]):
                 told(future.result())
     return pieces
+
+
+def best_of(tried: Iterable[tuple[float, float]]) -> float:
+    """The rate with the best mean accuracy.
+
+    Args:
+        tried: rate and accuracy of each piece.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: dict[float, list[float]] = {}
+    for rate, accuracy in tried:
+        found.setdefault(rate, []).append(accuracy)
+    return max(found, key=lambda rate: mean(found[rate]))

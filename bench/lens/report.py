@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from statistics import mean, variance
 
+from bench.kept import best_of
 from bench.lens.candidates import NORMS, Candidate
 from bench.lens.cases import DECIDING, Scale
 from bench.lens.compute import NETS, cost
@@ -22,11 +23,7 @@ Scores = dict[tuple[str, int], float]  # corruption and seed to accuracy in %, o
 
 def best_rate(candidate: str, pieces: list[Piece]) -> float:
     """The rate with the best mean over these pieces. Raises ValueError where the candidate was not run."""
-    found: dict[float, list[float]] = {}
-    for p in pieces:
-        if p.work.candidate == candidate:
-            found.setdefault(p.work.rate, []).append(p.accuracy)
-    return max(found, key=lambda rate: mean(found[rate]))
+    return best_of((p.work.rate, p.accuracy) for p in pieces if p.work.candidate == candidate)
 
 
 def gain(differences: Scores) -> tuple[float, float]:

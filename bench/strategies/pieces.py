@@ -76,10 +76,7 @@ class Subject:
 
 def run_pieces(work: list[Work], scale: Scale, title: str, *, processes: int, resume: bool) -> list[Piece]:
     """Every piece, in any order; one line each on the terminal."""
-
-    def kept(work: Work) -> Piece | None:
-        return _kept(work, scale) if resume else None
-
+    kept = partial(_kept, scale=scale) if resume else None
     return run_kept(work, kept, partial(_run, scale=scale), _line, title, processes=processes)
 
 
@@ -164,11 +161,7 @@ def _asked(work: Work, scale: Scale) -> list[dict[str, object]]:
 
 
 def _kept(work: Work, scale: Scale) -> Piece | None:
-    try:
-        found = KEEPER.load(_asked(work, scale)) or {}
-        return Piece(**{**found, "work": Work(**found["work"])})
-    except (TypeError, KeyError):
-        return None
+    return KEEPER.piece(_asked(work, scale), Piece, Work)
 
 
 def _keep(work: Work, scale: Scale, piece: Piece) -> None:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from statistics import mean
 
+from bench.kept import best_of
 from bench.result import Cell, Claim, Result, number
 from bench.strategies.pieces import Piece
 from bench.strategies.rows import STATISTICS, Row, Scale
@@ -16,11 +17,7 @@ __all__ = ["best_rate", "build", "claims", "plot"]
 
 def best_rate(row: str, pieces: list[Piece]) -> float:
     """The rate with the best mean over these pieces. Raises ValueError where the row was not run."""
-    found: dict[float, list[float]] = {}
-    for p in pieces:
-        if p.work.row == row:
-            found.setdefault(p.work.rate, []).append(p.accuracy)
-    return max(found, key=lambda rate: mean(found[rate]))
+    return best_of((p.work.rate, p.accuracy) for p in pieces if p.work.row == row)
 
 
 def build(
